@@ -1,0 +1,1 @@
+"""Raw text to memory-mapped token shards to batches."""

@@ -1,0 +1,1 @@
+"""The decoder whose module paths are the keys on disk."""

@@ -1,0 +1,1 @@
+"""Everything done to a base afterwards: SFT, adapters, memory, the demo."""

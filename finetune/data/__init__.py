@@ -1,0 +1,1 @@
+"""Records to masked token batches."""

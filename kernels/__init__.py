@@ -1,0 +1,1 @@
+"""Pure functions of tensors, each with a reference, a fused and a Triton form."""

@@ -1,0 +1,58 @@
+"""Which implementation runs: decided from the tensors at hand, never from an environment variable or a global."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Backend = Literal["auto", "reference", "torch", "triton"]
+Chosen = Literal["reference", "torch", "triton"]
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def triton_problem(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype] = FLOATS) -> str | None:
+    """Why Triton can't run on these tensors, or None when it can.
+
+    CPU tensors are accepted while Triton's interpreter is switched on: that is how the kernels are tested without a GPU.
+    """
+    try:
+        import triton
+    except ImportError:
+        return "triton is not installed; pip install triton (Linux x86-64)"
+    for tensor in tensors:
+        if tensor.device.type != "cuda" and not triton.knobs.runtime.interpret:
+            return f"it needs CUDA tensors, got one on {tensor.device}; move them or use backend='torch'"
+        if tensor.dtype not in dtypes:
+            return f"it takes {', '.join(name_of(d) for d in dtypes)}, got {name_of(tensor.dtype)}"
+    return None
+
+
+def choose_backend(
+    kernel: str,
+    backend: Backend,
+    tensors: Sequence[Tensor],
+    *,
+    dtypes: Sequence[torch.dtype] = FLOATS,
+    unsupported: str | None = None,  # the kernel's own reason not to run in Triton (a head size, a flag)
+) -> Chosen:
+    """Resolve `auto`: Triton for CUDA tensors that it supports, else PyTorch's own operators.
+
+    An explicit backend that can't run raises ValueError with the reason; `auto` never raises.
+    """
+    if backend not in ("auto", "reference", "torch", "triton"):
+        raise ValueError(f"unknown backend {backend!r}; choose auto, reference, torch or triton")
+    if backend in ("reference", "torch"):
+        return backend
+    problem = triton_problem(tensors, dtypes) or unsupported
+    if backend == "triton":
+        if problem:
+            raise ValueError(f"{kernel}: backend 'triton' can't run here: {problem}")
+        return "triton"
+    on_gpu = all(tensor.device.type == "cuda" for tensor in tensors)
+    return "triton" if on_gpu and problem is None else "torch"
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """`torch.float32` -> `float32`, for messages."""
+    return str(dtype).removeprefix("torch.")

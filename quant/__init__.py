@@ -1,0 +1,1 @@
+"""Number formats for any nn.Linear."""
