@@ -1,0 +1,93 @@
+"""Blockwise 4-bit quantization of one tensor: a code per value, an absmax per block of 64."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels import nf4
+from .codebooks import codebook
+from .double import DoubleQuantized, quantize_absmax
+
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # what bitsandbytes reads
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class QuantState:
+    """All that a packed weight needs to become a weight again."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype  # the weight's before; dequantization returns it
+    quant_type: str  # nf4, fp4 or int4
+    block_size: int  # weights that share one absmax
+    codebook: Tensor  # (16,) float32
+    scales: Tensor | DoubleQuantized  # absmax (n_blocks,) float32, or the same in 8 bits
+
+    @property
+    def double(self) -> DoubleQuantized | None:
+        """The second level, or None."""
+        return self.scales if isinstance(self.scales, DoubleQuantized) else None
+
+    @property
+    def absmax(self) -> Tensor:  # (n_blocks,) float32
+        """The scale of each block, decoded when it is double-quantized."""
+        return self.scales if isinstance(self.scales, Tensor) else self.scales.absmax()
+
+
+def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True) -> tuple[Tensor, QuantState]:
+    """NF4 (QLoRA, arXiv:2305.14314, section 3): packed (ceil(n / 2), 1) uint8 and its state, bitsandbytes' bytes.
+
+    The flattened weight is cut into blocks; the last may be shorter. Raises ValueError for a weight that is not float32,
+    float16 or bfloat16, is empty, or holds NaN or infinity, and for an unknown block size.
+    """
+    return quantize_4bit(weight, "nf4", block_size=block_size, double_quant=double_quant)
+
+
+def quantize_4bit(
+    weight: Tensor, quant_type: str, *, block_size: int = 64, double_quant: bool = True
+) -> tuple[Tensor, QuantState]:
+    """`quantize_nf4` for any 4-bit type: nf4, fp4 or int4."""
+    if weight.dtype not in FLOATS:
+        raise ValueError(
+            f"cannot quantize a {name_of(weight.dtype)} tensor of shape {tuple(weight.shape)}; "
+            "a weight is float32, float16 or bfloat16"
+        )
+    if weight.numel() == 0:
+        raise ValueError(f"cannot quantize an empty tensor of shape {tuple(weight.shape)}; leave it as it is")
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(
+            f"block_size={block_size} is not one of {', '.join(map(str, BLOCK_SIZES))}; use 64, the paper's"
+        )
+    values = torch.tensor(codebook(quant_type), dtype=torch.float32, device=weight.device)
+    packed, absmax = nf4.quantize_4bit(weight.detach(), values, block_size)
+    scales = quantize_absmax(absmax) if double_quant else absmax
+    return packed, QuantState(tuple(weight.shape), weight.dtype, quant_type, block_size, values, scales)
+
+
+def dequantize_nf4(packed: Tensor, state: QuantState, *, dtype: torch.dtype | None = None) -> Tensor:
+    """The weight again, in its own dtype or the one asked for: codebook[code] * absmax in float32, then one rounding.
+
+    Raises ValueError when packed does not have the bytes that the state's shape needs.
+    """
+    n_bytes = (torch.Size(state.shape).numel() + 1) // 2
+    if packed.dtype != torch.uint8 or packed.numel() != n_bytes:
+        raise ValueError(
+            f"packed is {tuple(packed.shape)} {name_of(packed.dtype)}, but shape {state.shape} needs {n_bytes} uint8; "
+            "was it packed with another state?"
+        )
+    absmax, nested = split_scales(state.scales)
+    shape = list(state.shape)
+    return nf4.dequantize_4bit(packed, absmax, nested, state.codebook, state.block_size, shape, dtype or state.dtype)
+
+
+def split_scales(scales: Tensor | DoubleQuantized) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """absmax as stored, and the second level's tensors: the form that graft.kernels.nf4 takes."""
+    if isinstance(scales, Tensor):
+        return scales, ()
+    return scales.absmax_q, (scales.absmax_scale, scales.absmax_mean, scales.codebook)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """`torch.float32` -> `float32`, for messages and files."""
+    return str(dtype).removeprefix("torch.")
