@@ -1,0 +1,248 @@
+"""Token shards: documents as ids, end to end, in flat memory-mapped files, with meta.json beside them."""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .documents import Errors, list_files, read_documents
+
+if TYPE_CHECKING:
+    from ..tokenizer.tokenizer import Tokenizer
+
+SHARD_TOKENS = 100_000_000
+SPLITS = ("train", "val")
+Progress = Callable[[str, int, int], None]
+
+
+class TokenShards:
+    """One split as one long row of ids: `len(shards)`, `shards[a:b]`. Nothing is read before it is asked for."""
+
+    def __init__(self, folder: Path, split: str, meta: dict[str, Any]):
+        entry = meta["splits"][split]
+        self.meta = meta
+        self.split = split
+        self.n_bytes: int = entry["n_bytes"]  # of UTF-8 text, for bits per byte
+        self.n_documents: int = entry["n_documents"]
+        self._parts = [_map(folder / name, meta["dtype"]) for name in entry["files"]]
+        self._ends = np.cumsum([len(part) for part in self._parts], dtype=np.int64)
+        if len(self) != entry["n_tokens"]:
+            raise ValueError(
+                f"{folder}: the {split} files hold {len(self)} tokens, meta.json says {entry['n_tokens']}; "
+                "a file was cut or changed, run graft data prepare again"
+            )
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, where: slice) -> np.ndarray:
+        """The ids of a slice with step 1, int64, across the files' borders."""
+        start, stop, step = where.indices(len(self))
+        if step != 1:
+            raise ValueError(f"step {step} is not supported; token shards take slices with step 1")
+        out = np.empty(max(0, stop - start), np.int64)
+        place = int(np.searchsorted(self._ends, start, side="right"))
+        filled = 0
+        while filled < len(out):
+            part = self._parts[place]
+            first = start + filled - int(self._ends[place] - len(part))
+            taken = part[first : first + len(out) - filled]
+            out[filled : filled + len(taken)] = taken
+            filled += len(taken)
+            place += 1
+        return out
+
+
+def _map(file: Path, dtype: str) -> np.ndarray:
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is missing; run graft data prepare again")
+    return np.memmap(file, dtype=dtype, mode="r") if file.stat().st_size else np.zeros(0, dtype)
+
+
+def open_tokens(folder: str | Path, split: str = "train") -> TokenShards:
+    """Open a split of a folder that `graft data prepare` wrote. Raises FileNotFoundError when it isn't a finished one."""
+    folder = Path(folder)
+    if not (folder / "meta.json").exists():
+        raise FileNotFoundError(f"{folder} holds no meta.json; make it with graft data prepare PATH --out {folder}")
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    if split not in meta["splits"]:
+        raise ValueError(f"unknown split {split!r}; {folder} has {', '.join(meta['splits'])}")
+    return TokenShards(folder, split, meta)
+
+
+@dataclass
+class _Stream:
+    """All tokens in one file on disk, and where each document ends in tokens and bytes."""
+
+    file: Path
+    dtype: np.dtype[Any]
+    token_ends: np.ndarray  # (n_documents,) int64
+    n_bytes: np.ndarray  # (n_documents,) int64, of text
+
+
+def prepare(
+    paths: Iterable[str | Path],
+    tokenizer: "Tokenizer",
+    out: str | Path,
+    *,
+    val_fraction: float = 0.01,  # of the tokens
+    seed: int = 0,  # which documents validate
+    workers: int | None = None,  # processes that encode; None: by the size of the files
+    field: str = "text",  # of JSON and parquet rows
+    errors: Errors = "strict",
+    shard_tokens: int = SHARD_TOKENS,
+    force: bool = False,  # replace a finished folder
+    progress: Progress | None = None,  # called with (stage, done, total)
+) -> dict[str, Any]:
+    """Encode files to `train-00000.bin`.., `val-00000.bin`.. and meta.json in `out`; returns the meta.
+
+    EOS follows each document. Whole documents validate, drawn by seed; when no set of documents comes near
+    val_fraction (one long text), the end of the last document does. Memory does not grow with the files' size, but for
+    16 bytes a document. Raises ValueError for a tokenizer without EOS and for an `out` that is finished already.
+    """
+    out = Path(out)
+    if not 0 <= val_fraction < 1:
+        raise ValueError(f"val_fraction={val_fraction} is out of range; give at least 0 and less than 1")
+    if tokenizer.definition.eos is None:
+        raise ValueError("the tokenizer has no end-of-text token; train it with special_tokens=['<|endoftext|>']")
+    if (out / "meta.json").exists() and not force:
+        raise ValueError(f"{out} holds finished token shards; give another folder or pass --force")
+    files = list_files(paths)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "meta.json").unlink(missing_ok=True)
+    for old in [*out.glob("train-*.bin"), *out.glob("val-*.bin")]:
+        old.unlink()
+    everything = out / "all-tokens.tmp"
+    try:
+        stream = _encode_all(files, tokenizer, everything, workers, field, errors, progress)
+        ranges = _choose(stream, val_fraction, seed, tokenizer)
+        splits = {split: _write_split(stream, out, split, *ranges[split], shard_tokens) for split in SPLITS}
+    finally:
+        everything.unlink(missing_ok=True)
+    meta = {
+        "format": 1,
+        "dtype": stream.dtype.name,
+        "vocab_size": tokenizer.vocab_size,
+        "eos_token_id": tokenizer.eos_token_id,
+        "tokenizer": tokenizer.fingerprint(),
+        "val_fraction": val_fraction,
+        "seed": seed,
+        "sources": [str(file) for file in files],
+        "splits": splits,
+    }
+    from ..checkpoint import write_json
+
+    write_json(out / "meta.json", meta)
+    return meta
+
+
+def _encode_all(
+    files: list[Path],
+    tokenizer: "Tokenizer",
+    target: Path,
+    workers: int | None,
+    field: str,
+    errors: Errors,
+    progress: Progress | None,
+) -> _Stream:
+    """Encode every document into one file."""
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    total = sum(file.stat().st_size for file in files)
+    eos, eos_id = tokenizer.definition.eos, tokenizer.eos_token_id
+    assert eos is not None
+    assert eos_id is not None
+    token_ends: list[int] = []
+    n_bytes: list[int] = []
+    n_tokens = open_bytes = 0
+    pieces = read_documents(
+        files,
+        separators=[eos],
+        field=field,
+        errors=errors,
+        on_read=None if progress is None else lambda done: progress("encoding", done, total),
+    )
+    with target.open("wb") as file:
+        for piece in pieces:
+            ids = tokenizer.encode(piece.data.decode())
+            if piece.ends:
+                ids = np.append(ids, eos_id)
+            ids.astype(dtype).tofile(file)
+            n_tokens += len(ids)
+            open_bytes += len(piece.data)
+            if piece.ends:
+                token_ends.append(n_tokens)
+                n_bytes.append(open_bytes)
+                open_bytes = 0
+    if not token_ends:
+        raise ValueError("the files hold no document; give files with text")
+    return _Stream(target, dtype, np.array(token_ends, np.int64), np.array(n_bytes, np.int64))
+
+
+Ranges = tuple[np.ndarray, int, int]  # (n, 2) token ranges in the stream; bytes of text; documents
+
+
+def _choose(stream: _Stream, val_fraction: float, seed: int, tokenizer: "Tokenizer") -> dict[str, Ranges]:
+    """Which stretches of the stream train and which validate."""
+    ends = stream.token_ends
+    starts = np.concatenate([[0], ends[:-1]])
+    n_tokens = int(ends[-1])
+    budget = round(val_fraction * n_tokens)
+    chosen = np.zeros(len(ends), bool)
+    taken = 0
+    for index in np.random.default_rng(seed).permutation(len(ends)):
+        if taken + ends[index] - starts[index] <= budget:
+            chosen[index] = True
+            taken += int(ends[index] - starts[index])
+            if taken >= 0.95 * budget:
+                break
+    if budget == 0 or taken >= budget // 2:
+        both = np.stack([starts, ends], axis=1)
+        return {
+            split: (_joined(both[rows]), int(stream.n_bytes[rows].sum()), int(rows.sum()))
+            for split, rows in (("train", ~chosen), ("val", chosen))
+        }
+    cut = n_tokens - budget
+    last = np.fromfile(stream.file, stream.dtype, count=budget, offset=cut * stream.dtype.itemsize)
+    inside = last[last != tokenizer.eos_token_id]
+    val_bytes = len(tokenizer.decode_bytes(inside))
+    n_val = int((ends > cut).sum())
+    return {
+        "train": (np.array([[0, cut]]), int(stream.n_bytes.sum()) - val_bytes, len(ends) - n_val + 1),
+        "val": (np.array([[cut, n_tokens]]), val_bytes, n_val),
+    }
+
+
+def _joined(ranges: np.ndarray) -> np.ndarray:
+    """Neighbouring ranges as one, so that a split of a million documents is copied in few steps."""
+    if len(ranges) == 0:
+        return ranges
+    breaks = np.flatnonzero(ranges[1:, 0] != ranges[:-1, 1])
+    first = np.concatenate([[0], breaks + 1])
+    last = np.concatenate([breaks, [len(ranges) - 1]])
+    return np.stack([ranges[first, 0], ranges[last, 1]], axis=1)
+
+
+def _write_split(
+    stream: _Stream, out: Path, split: str, ranges: np.ndarray, n_bytes: int, n_documents: int, shard_tokens: int
+) -> dict[str, Any]:
+    """Copy ranges of the stream into shards."""
+    tokens = np.memmap(stream.file, stream.dtype, mode="r")
+    pending = [(int(start), int(stop)) for start, stop in ranges]
+    names: list[str] = []
+    n_tokens = sum(stop - start for start, stop in pending)
+    while pending:
+        name = f"{split}-{len(names):05d}.bin"
+        room = shard_tokens
+        with (out / name).open("wb") as file:
+            while pending and room:
+                start, stop = pending.pop(0)
+                middle = min(stop, start + room)
+                tokens[start:middle].tofile(file)
+                room -= middle - start
+                if middle < stop:
+                    pending.insert(0, (middle, stop))
+        names.append(name)
+    return {"files": names, "n_tokens": n_tokens, "n_bytes": n_bytes, "n_documents": n_documents}

@@ -1,0 +1,219 @@
+"""Tokenizer: the class that users meet. Training, encoding, decoding, files; the work is done in the modules beside."""
+
+import codecs
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import regex
+
+from . import files as tokenizer_files
+from .definition import AddedToken, Definition
+from .encode import Encoder
+
+Allowed = Literal["all"] | Iterable[str]
+
+
+class Tokenizer:
+    """Byte-level BPE: any text becomes ids and comes back unchanged.
+
+    `encode` never adds BOS or EOS, and never yields a special token's id unless `allowed_special` names the token.
+    """
+
+    def __init__(self, definition: Definition):
+        self.definition = definition
+        self.special_tokens: dict[str, int] = {token.content: token.id for token in definition.added}
+        self.vocab: dict[int, bytes] = definition.vocab | {t.id: t.content.encode() for t in definition.added}
+        self.merges: list[tuple[bytes, bytes]] = definition.merges
+        self.vocab_size = max(self.vocab) + 1
+        self.bos_token_id = self._id_of(definition.bos)
+        self.eos_token_id = self._id_of(definition.eos)
+        self.pad_token_id = self._id_of(definition.pad)
+        self.add_bos = definition.add_bos
+        self._encoder = Encoder(definition)
+        self._fingerprint: str | None = None
+
+    def _id_of(self, name: str | None) -> int | None:
+        return None if name is None else self.special_tokens[name]
+
+    def __repr__(self) -> str:
+        return f"Tokenizer(vocab_size={self.vocab_size}, special_tokens={list(self.special_tokens)})"
+
+    # ------------------------------------------------------------------------------------------------ make and keep
+
+    @classmethod
+    def train(
+        cls,
+        files: Iterable[str | Path],  # text, JSONL or parquet files, or folders of them; each also gzipped
+        *,
+        vocab_size: int,  # the bytes and the special tokens included
+        pattern: str = "gpt2",  # gpt2, gpt4, llama3, qwen2, or a regular expression of the regex package
+        special_tokens: Sequence[str] = ("<|endoftext|>",),  # never split, never merged across; they get the last ids
+        workers: int | None = None,  # processes that count words; None: by the size of the files
+        progress: Callable[[str, int, int], None] | None = None,  # called with (stage, done, total)
+        errors: Literal["strict", "replace"] = "strict",  # for bytes that are not UTF-8
+    ) -> "Tokenizer":
+        """Learn merges from files. The result does not depend on `workers`.
+
+        Most frequent pair first; among equals the lexicographically greater pair of byte strings. Raises ValueError when
+        the vocabulary is too small, or larger than the text can fill (the message says what was reached).
+        """
+        from .training import train_definition
+
+        return cls(
+            train_definition(
+                files,
+                vocab_size=vocab_size,
+                pattern=pattern,
+                special_tokens=special_tokens,
+                workers=workers,
+                progress=progress,
+                errors=errors,
+            )
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """Open a folder with a byte-level BPE tokenizer.json, or with GPT-2's vocab.json and merges.txt."""
+        return cls(tokenizer_files.read(Path(path)))
+
+    def save(self, path: str | Path) -> None:
+        """Write a folder that graft, transformers' AutoTokenizer and the tokenizers library read alike."""
+        tokenizer_files.write(self.definition, Path(path))
+
+    @property
+    def chat_template(self) -> str | None:
+        """The jinja source that turns messages into text; saved with the tokenizer."""
+        return self.definition.chat_template
+
+    @chat_template.setter
+    def chat_template(self, template: str | None) -> None:
+        self.definition = replace(self.definition, chat_template=template)
+
+    def fingerprint(self) -> str:
+        """32 hex digits that change when any text could get other ids; token shards carry it."""
+        if self._fingerprint is None:
+            self._fingerprint = self.definition.fingerprint()
+        return self._fingerprint
+
+    # ----------------------------------------------------------------------------------------------------- encoding
+
+    def encode(self, text: str, *, allowed_special: Allowed = frozenset()) -> np.ndarray:
+        """The ids of a text, int32. Special tokens in the text are plain text unless `allowed_special` names them."""
+        return self._encode_many([text], allowed_special)[0]
+
+    def encode_batch(self, texts: Sequence[str], *, allowed_special: Allowed = frozenset()) -> list[np.ndarray]:
+        """The ids of each text."""
+        return self._encode_many(texts, allowed_special)
+
+    def _encode_many(self, texts: Sequence[str], allowed_special: Allowed) -> list[np.ndarray]:
+        allowed = self._allowed(allowed_special)
+        for text in texts:
+            if not isinstance(text, str):
+                raise TypeError(f"text is {type(text).__name__}, not str; decode bytes first")
+        if not allowed:
+            ids, ends = self._encoder.encode([self._plain(text) for text in texts])
+            return np.split(ids, ends[:-1]) if len(texts) else []
+        return [self._encode_with_special(text, allowed) for text in texts]
+
+    def _allowed(self, allowed_special: Allowed) -> list[AddedToken]:
+        if allowed_special == "all":
+            return list(self.definition.added)
+        if isinstance(allowed_special, str):
+            raise ValueError(
+                f"allowed_special is the string {allowed_special!r}; give a set of special tokens or 'all'"
+            )
+        wanted = set(allowed_special)
+        unknown = wanted - self.special_tokens.keys()
+        if unknown:
+            raise ValueError(f"allowed_special names {sorted(unknown)}; this tokenizer has {list(self.special_tokens)}")
+        return [token for token in self.definition.added if token.content in wanted]
+
+    def _plain(self, text: str) -> str:
+        """Plain text as the splitter sees it: lone surrogates replaced, normalized, with the space in front."""
+        form = self.definition.normalizer
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            if form is not None:
+                text = unicodedata.normalize(form, text)  # pyright: ignore[reportArgumentType]
+        if self.definition.prefix_space and text and not text.startswith(" "):
+            text = " " + text
+        return text
+
+    def _encode_with_special(self, text: str, allowed: list[AddedToken]) -> np.ndarray:
+        """Cut the text at the allowed special tokens, encode what lies between, and put the tokens' ids in."""
+        plain: list[str] = []
+        special: list[int] = []
+        done = 0
+        for match in _matcher(allowed).finditer(text):
+            plain.append(text[done : match.start()])
+            special.append(self.special_tokens[match.group("token")])
+            done = match.end()
+        plain.append(text[done:])
+        ids, ends = self._encoder.encode([self._plain(part) for part in plain])
+        return np.insert(ids, ends[:-1], np.array(special, np.int32))
+
+    # ----------------------------------------------------------------------------------------------------- decoding
+
+    def decode(self, ids: Iterable[int] | np.ndarray, *, errors: Literal["strict", "replace"] = "replace") -> str:
+        """The text of ids. Bytes that are not UTF-8 become U+FFFD, or with errors="strict" raise UnicodeDecodeError."""
+        return self.decode_bytes(ids).decode("utf-8", errors)
+
+    def decode_bytes(self, ids: Iterable[int] | np.ndarray) -> bytes:
+        """The bytes of ids. Raises ValueError for an id that the vocabulary doesn't have."""
+        try:
+            return b"".join([self.vocab[index] for index in _as_ids(ids).tolist()])
+        except KeyError as error:
+            raise ValueError(f"id {error.args[0]} is not in the vocabulary (0 to {self.vocab_size - 1})") from None
+
+    def token_bytes(self, index: int) -> bytes:
+        """The bytes of one token."""
+        return self.decode_bytes([index])
+
+    def stream_decoder(self) -> "StreamDecoder":
+        """A decoder that takes one id at a time and never emits half a character."""
+        return StreamDecoder(self)
+
+
+class StreamDecoder:
+    """Ids one by one to text: bytes of an unfinished character wait for the ids that complete it."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, index: int) -> str:
+        """The text that became complete with this id; may be empty."""
+        return self._decoder.decode(self._tokenizer.token_bytes(index))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for an unfinished character, else nothing. The decoder starts afresh."""
+        rest = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return rest
+
+
+def _as_ids(ids: Iterable[int] | np.ndarray) -> np.ndarray:
+    array = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids))
+    if array.size == 0:
+        return np.zeros(0, np.int64)
+    if array.dtype.kind not in "iu" or array.ndim != 1:
+        raise ValueError(f"ids are {array.dtype} of shape {array.shape}; give a flat sequence of whole numbers")
+    return array.astype(np.int64, copy=False)
+
+
+def _matcher(tokens: Sequence[AddedToken]) -> regex.Pattern[str]:
+    """A pattern that finds the tokens, the longest first, with the white space or word edges that each asks for."""
+    parts = []
+    for token in sorted(tokens, key=lambda token: len(token.content), reverse=True):
+        part = f"(?P<token>{regex.escape(token.content)})"
+        if token.single_word:
+            part = rf"(?<!\w){part}(?!\w)"
+        parts.append(("\\s*" if token.lstrip else "") + part + ("\\s*" if token.rstrip else ""))
+    return regex.compile("|".join(parts))
