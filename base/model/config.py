@@ -1,0 +1,155 @@
+"""The sizes and switches of a decoder, and the presets that graft names."""
+
+from dataclasses import dataclass, replace
+
+ROPE_TYPES = ("default", "linear", "llama3")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How RoPE's frequencies are stretched beyond the pretrained length (Llama 3.1's report, section 3.4, for `llama3`)."""
+
+    rope_type: str = "default"  # default: none; linear: positions / factor; llama3: low frequencies / factor
+    factor: float = 1.0
+    low_freq_factor: float = 1.0  # llama3: wavelengths above original / low are divided by factor
+    high_freq_factor: float = 4.0  # llama3: wavelengths below original / high are kept
+    original_max_seq_len: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in ROPE_TYPES:
+            raise ValueError(f"rope_type {self.rope_type!r} is not supported; known are {', '.join(ROPE_TYPES)}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Llama-style decoder: pre-norm RMSNorm, RoPE, grouped-query attention, SwiGLU.
+
+    Raises ValueError when the sizes don't fit each other.
+    """
+
+    vocab_size: int  # V, rows of the embedding
+    d_model: int = 256  # D
+    n_layers: int = 6
+    n_heads: int = 8  # H, query heads
+    n_kv_heads: int = 4  # K, key and value heads; H / K queries share one
+    d_head: int = 32  # Dh; H * Dh need not equal D
+    d_ff: int = 704  # F, width of the gated feed-forward layer
+    max_seq_len: int = 512  # longest sequence in tokens
+    rope_theta: float = 10_000.0  # base of RoPE's wavelengths
+    rope_scaling: RopeScaling = RopeScaling()
+    norm_eps: float = 1e-6
+    qk_norm: bool = True  # RMSNorm over each query's and key's Dh values, as in Qwen3
+    tie_embeddings: bool = True  # lm_head shares embed_tokens' weight
+    attention_bias: bool = False  # q, k, v projections have a bias (Qwen2)
+    attention_out_bias: bool = False  # o_proj has a bias (Llama with attention_bias)
+    mlp_bias: bool = False  # gate, up and down projections have a bias
+    sliding_window: int | None = None  # a query sees its last w keys (Mistral); None: all
+    init_std: float = 0.02  # standard deviation of the initial weights
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None  # generation stops at any of them
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_head", "d_ff", "max_seq_len"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a whole number >= 1")
+        if self.n_heads % self.n_kv_heads:
+            fits = [k for k in range(1, self.n_heads + 1) if self.n_heads % k == 0]
+            raise ValueError(
+                f"n_heads={self.n_heads} is not divisible by n_kv_heads={self.n_kv_heads}; use one of {fits}"
+            )
+        if self.d_head % 2:
+            raise ValueError(f"d_head={self.d_head} is odd; RoPE rotates pairs, use an even d_head")
+
+    @property
+    def n_params(self) -> int:
+        """Parameters, the tied embedding counted once."""
+        q, kv = self.n_heads * self.d_head, self.n_kv_heads * self.d_head
+        attention = self.d_model * (2 * q + 2 * kv)
+        attention += (q + 2 * kv) * self.attention_bias + self.d_model * self.attention_out_bias
+        feed_forward = 3 * self.d_model * self.d_ff + (2 * self.d_ff + self.d_model) * self.mlp_bias
+        norms = 2 * self.d_model + 2 * self.d_head * self.qk_norm
+        embeddings = self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
+        return embeddings + self.n_layers * (attention + feed_forward + norms) + self.d_model
+
+
+def with_sizes(config: ModelConfig, **sizes: object) -> ModelConfig:
+    """Replace sizes; what follows from a replaced one follows it, unless it is given too: d_head = d_model / n_heads,
+    n_kv_heads by the same sharing, d_ff = 8/3 d_model.
+
+    Raises ValueError when d_model is not divisible by n_heads and no d_head is given.
+    """
+    if "d_head" not in sizes and ("d_model" in sizes or "n_heads" in sizes):
+        d_model, n_heads = sizes.get("d_model", config.d_model), sizes.get("n_heads", config.n_heads)
+        if not (isinstance(d_model, int) and isinstance(n_heads, int) and d_model > 0 and n_heads > 0):
+            raise ValueError(f"d_model={d_model!r} and n_heads={n_heads!r} must be whole numbers >= 1")
+        if d_model % n_heads:
+            below, above = d_model // n_heads * n_heads, -(-d_model // n_heads) * n_heads
+            choice = f"{below} or {above}" if below else str(above)
+            raise ValueError(f"d_model={d_model} is not divisible by n_heads={n_heads}; use d_model {choice}")
+        sizes["d_head"] = d_model // n_heads
+    if "n_heads" in sizes and "n_kv_heads" not in sizes:
+        # Keep the sharing ratio where it divides, else give each query head its own keys.
+        n_heads = sizes["n_heads"]
+        assert isinstance(n_heads, int)
+        share = config.n_heads // config.n_kv_heads
+        sizes["n_kv_heads"] = n_heads // share if n_heads % share == 0 else n_heads
+    if "d_model" in sizes and "d_ff" not in sizes:
+        sizes["d_ff"] = gated_width(sizes["d_model"])  # pyright: ignore[reportArgumentType]
+    return replace(config, **sizes)  # pyright: ignore[reportArgumentType]
+
+
+def gated_width(d_model: int) -> int:
+    """8/3 D up to a multiple of 64: three matrices of it cost what two of 4 D did (arXiv:2002.05202, section 2)."""
+    return -(-8 * d_model // (3 * 64)) * 64
+
+
+def _small(n_layers: int, d_model: int, n_heads: int, n_kv_heads: int, max_seq_len: int) -> ModelConfig:
+    d_head, d_ff = d_model // n_heads, gated_width(d_model)
+    return ModelConfig(1, d_model, n_layers, n_heads, n_kv_heads, d_head, d_ff, max_seq_len)
+
+
+def _llama(n_layers: int, d_model: int, n_heads: int, d_ff: int, **other: object) -> ModelConfig:
+    base = ModelConfig(
+        32_000, d_model, n_layers, n_heads, n_heads, d_model // n_heads, d_ff, 2048, qk_norm=False, tie_embeddings=False
+    )
+    return replace(base, **other)  # pyright: ignore[reportArgumentType]
+
+
+def _qwen3(n_layers: int, d_model: int, n_heads: int, d_ff: int, *, tied: bool) -> ModelConfig:
+    return ModelConfig(
+        151_936, d_model, n_layers, n_heads, 8, 128, d_ff, 40_960, rope_theta=1e6, tie_embeddings=tied
+    )  # fmt: skip
+
+
+# The small ones are trained from scratch, so their vocab_size comes from the tokenizer.
+# The large ones are the published shapes: for planning memory and time, or random weights on a GPU.
+PRESETS: dict[str, ModelConfig] = {
+    "nano": _small(4, 128, 4, 2, 256),
+    "micro": _small(6, 256, 8, 4, 512),
+    "mini": _small(8, 512, 8, 4, 1024),
+    "small": _small(12, 768, 12, 4, 1024),
+    "medium": _small(24, 1024, 16, 8, 2048),
+    "llama-7b": _llama(32, 4096, 32, 11_008),
+    "llama-13b": _llama(40, 5120, 40, 13_824),
+    "llama-33b": _llama(60, 6656, 52, 17_920),
+    "llama-65b": _llama(80, 8192, 64, 22_016),
+    "llama-2-70b": _llama(80, 8192, 64, 28_672, n_kv_heads=8, max_seq_len=4096, norm_eps=1e-5),
+    "llama-3-8b": _llama(
+        32, 4096, 32, 14_336, n_kv_heads=8, vocab_size=128_256, max_seq_len=8192, rope_theta=5e5, norm_eps=1e-5
+    ),
+    "qwen3-0.6b": _qwen3(28, 1024, 16, 3072, tied=True),
+    "qwen3-1.7b": _qwen3(28, 2048, 16, 6144, tied=True),
+    "qwen3-4b": _qwen3(36, 2560, 32, 9728, tied=True),
+    "qwen3-8b": _qwen3(36, 4096, 32, 12_288, tied=False),
+    "qwen3-14b": _qwen3(40, 5120, 40, 17_408, tied=False),
+    "qwen3-32b": _qwen3(64, 5120, 64, 25_600, tied=False),
+}
+
+
+def preset(name: str) -> ModelConfig:
+    """A preset by name; raises ValueError that lists the known ones."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; known are {', '.join(PRESETS)}")
+    return PRESETS[name]

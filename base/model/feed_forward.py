@@ -1,0 +1,19 @@
+"""The gated feed-forward layer, SwiGLU (Shazeer 2020, arXiv:2002.05202, eq. 6)."""
+
+from torch import Tensor, nn
+
+from ...kernels.swiglu import swiglu
+from .config import ModelConfig
+
+
+class FeedForward(nn.Module):
+    """down_proj(silu(gate_proj(x)) * up_proj(x)). (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))

@@ -1,0 +1,216 @@
+"""Parity: a folder written here opens in transformers with the same logits, and one written there opens here."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from graft.base.model.config import PRESETS, ModelConfig, RopeScaling, preset, with_sizes
+from graft.base.model.huggingface import (
+    config_from_dict,
+    config_to_dict,
+    fingerprint,
+    load_config,
+    load_full_precision,
+    save_model,
+)
+from graft.base.model.transformer import Transformer, initialize_
+
+TINY = ModelConfig(97, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_head=16, d_ff=56, max_seq_len=64)
+KINDS = {
+    "qwen3 tied": TINY,
+    "qwen3 untied": replace(TINY, tie_embeddings=False),
+    "llama": replace(TINY, qk_norm=False, tie_embeddings=False, d_head=8),
+    "llama tied": replace(TINY, qk_norm=False),
+    "llama biases": replace(TINY, qk_norm=False, attention_bias=True, attention_out_bias=True, mlp_bias=True),
+    "llama3 rope": replace(
+        TINY, qk_norm=False, rope_theta=5e5, rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, original_max_seq_len=32)
+    ),
+    "linear rope": replace(TINY, qk_norm=False, rope_scaling=RopeScaling("linear", 2.0)),
+    "qwen2": replace(TINY, qk_norm=False, attention_bias=True, d_head=8),
+    "mistral window": replace(TINY, qk_norm=False, sliding_window=7, tie_embeddings=False),
+}
+
+
+def random_model(config: ModelConfig) -> Transformer:
+    """Weights far from the initial ones, so that every norm, bias and head counts."""
+    model = Transformer(config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.empty(parameter.shape).normal_(0, 0.3, generator=generator))
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_opens_our_folder(kind: str, tmp_path: Path) -> None:
+    model = random_model(KINDS[kind])
+    save_model(model, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, attn_implementation="eager"
+    )
+    ids = torch.randint(0, 97, (2, 41), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours, reference = model(ids), theirs(ids).logits
+    # float32 sums in another order: a few ulps of the largest logit
+    torch.testing.assert_close(ours, reference, atol=2e-5 * reference.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["qwen3 tied", "llama", "qwen2", "llama3 rope"])
+def test_our_loader_opens_theirs(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config_to_dict(KINDS[kind], dtype=torch.float32)))
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    torch.manual_seed(1)
+    theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20kB")
+    assert (tmp_path / "theirs/model.safetensors.index.json").exists()
+    model = load_full_precision(tmp_path / "theirs")
+    assert model.config == load_config(tmp_path / "theirs")
+    ids = torch.randint(0, 97, (2, 23))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), theirs(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_state_dict_is_the_file(tmp_path: Path) -> None:
+    """Law: the keys on disk are the module paths; a tied head is not stored twice."""
+    model = random_model(TINY)
+    save_model(model, tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert set(stored) == set(model.state_dict()) - {"lm_head.weight"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_config_round_trip_and_parameter_count(kind: str) -> None:
+    """Law: config -> dict -> config is the identity; n_params counts what torch counts."""
+    config = KINDS[kind]
+    assert config_from_dict(config_to_dict(config, dtype=torch.float32)) == config
+    assert config.n_params == sum(p.numel() for p in Transformer(config).parameters())
+
+
+def test_published_sizes() -> None:
+    """Known answers: parameter counts of published models (model cards), in billions."""
+    known = {"llama-7b": 6.738, "llama-65b": 65.286, "llama-2-70b": 68.977, "llama-3-8b": 8.030, "qwen3-8b": 8.191}
+    for name, billions in known.items():
+        assert preset(name).n_params / 1e9 == pytest.approx(billions, abs=0.001)
+    assert PRESETS["qwen3-0.6b"].n_params / 1e6 == pytest.approx(596.05, abs=0.01)
+
+
+def test_init_depends_on_the_seed_only() -> None:
+    """Law: same seed, same weights, whatever the global generator did; residual projections are narrower."""
+    one, two, other = Transformer(TINY), Transformer(TINY), Transformer(TINY)
+    initialize_(one, seed=1)
+    torch.rand(5)
+    initialize_(two, seed=1)
+    initialize_(other, seed=2)
+    assert torch.equal(one.lm_head.weight, two.lm_head.weight)
+    assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
+    layer = one.model.layers[0]
+    assert layer.mlp.down_proj.weight.std() < 0.7 * layer.mlp.up_proj.weight.std()
+    assert fingerprint(one) == fingerprint(two) != fingerprint(other)
+
+
+def test_causality() -> None:
+    """Law: changing token t changes no logit before t."""
+    model = random_model(TINY)
+    ids = torch.randint(0, 97, (1, 20), generator=torch.Generator().manual_seed(5))
+    changed = ids.clone()
+    changed[0, 11] = (changed[0, 11] + 1) % 97
+    with torch.no_grad():
+        before, after = model(ids), model(changed)
+    assert torch.equal(before[:, :11], after[:, :11])
+    assert not torch.allclose(before[:, 11:], after[:, 11:])
+
+
+def test_packed_documents_do_not_see_each_other() -> None:
+    """Law: two documents packed in one row give what each gives alone."""
+    model = random_model(TINY)
+    ids = torch.randint(0, 97, (1, 30), generator=torch.Generator().manual_seed(6))
+    positions = torch.cat([torch.arange(12), torch.arange(18)])[None]
+    with torch.no_grad():
+        packed = model(ids, positions=positions, cu_seqlens=torch.tensor([0, 12, 30], dtype=torch.int32))
+        alone = torch.cat([model(ids[:, :12]), model(ids[:, 12:])], 1)
+    torch.testing.assert_close(packed, alone, atol=2e-5 * alone.abs().max().item(), rtol=0)
+
+
+def test_checkpointing_changes_no_gradient() -> None:
+    """Law: recomputed activations give the same gradients."""
+    gradients = []
+    for checkpointing in (False, True):
+        model = random_model(TINY).train()
+        model.checkpointing = checkpointing
+        model(torch.arange(20)[None]).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"d_model": 100, "n_heads": 12}, "d_model=100 is not divisible by n_heads=12; use d_model 96 or 108"),
+        ({"n_heads": 8, "n_kv_heads": 3}, "n_heads=8 is not divisible by n_kv_heads=3"),
+        ({"d_head": 7}, "d_head=7 is odd"),
+        ({"n_layers": 0}, "n_layers=0 must be a whole number >= 1"),
+    ],
+)
+def test_sizes_that_do_not_fit(sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        with_sizes(TINY, **sizes)
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(ValueError, match="unknown preset 'llama-8t'"):
+        preset("llama-8t")
+    with pytest.raises(ValueError, match="architecture 'GPT2LMHeadModel' is not known; graft reads LlamaForCausalLM"):
+        config_from_dict({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"})
+    with pytest.raises(ValueError, match="lacks intermediate_size"):
+        config_from_dict(
+            {"model_type": "llama", "vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        )
+    with pytest.raises(ValueError, match="rope_type 'yarn' is not supported"):
+        config_from_dict(config_to_dict(TINY, dtype=torch.float32) | {"rope_parameters": {"rope_type": "yarn"}})
+    with pytest.raises(ValueError, match="hidden_act 'gelu' is not covered"):
+        config_from_dict(config_to_dict(TINY, dtype=torch.float32) | {"hidden_act": "gelu"})
+
+
+def test_broken_folders(tmp_path: Path) -> None:
+    """Each broken model folder is one clear error, never a half-loaded model."""
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        load_full_precision(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(NotADirectoryError, match="file is a file"):
+        load_full_precision(tmp_path / "file")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        load_full_precision(folder)
+    save_model(random_model(TINY), folder)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="truncated or no safetensors file"):
+        load_full_precision(folder)
+    (folder / "model.safetensors").write_bytes(b"\x80\x04pickle")
+    with pytest.raises(ValueError, match="truncated or no safetensors file"):
+        load_full_precision(folder)
+    (folder / "model.safetensors").write_bytes(whole)
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop("model.norm.weight")
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"lacks the weights model\.norm\.weight"):
+        load_full_precision(folder)
+    save_file(tensors | {"model.norm.weight": torch.ones(3)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"weight model\.norm\.weight has shape \(3,\)"):
+        load_full_precision(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json line 1: not JSON"):
+        load_full_precision(folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"x")
+    save_model(random_model(TINY), tmp_path / "other")
+    (folder / "config.json").write_text((tmp_path / "other/config.json").read_text())
+    with pytest.raises(FileNotFoundError, match="graft never loads pickle"):
+        load_full_precision(folder)
