@@ -1,0 +1,104 @@
+"""Files are whole or absent."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from graft.base.checkpoint import (
+    beside,
+    folder_beside,
+    iterate_tensors,
+    load_tensors,
+    random_state,
+    read_json,
+    save_tensors,
+    set_random_state,
+    write_file,
+    write_json,
+)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    """Law: an exception while writing changes nothing and leaves no rubbish."""
+    write_file(tmp_path / "a", "old")
+    with pytest.raises(RuntimeError), beside(tmp_path / "a") as temporary:  # noqa: PT012
+        temporary.write_text("half")
+        raise RuntimeError("power cut")
+    with pytest.raises(RuntimeError), folder_beside(tmp_path / "folder") as temporary:  # noqa: PT012
+        (temporary / "x").write_text("half")
+        raise RuntimeError("power cut")
+    assert (tmp_path / "a").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_folder_appears_whole_and_is_never_replaced(tmp_path: Path) -> None:
+    with folder_beside(tmp_path / "f") as temporary:
+        (temporary / "x").write_text("1")
+        assert not (tmp_path / "f").exists()
+    assert (tmp_path / "f/x").read_text() == "1"
+    with pytest.raises(FileExistsError, match="f exists already"), folder_beside(tmp_path / "f"):
+        pass
+
+
+FULL_DISK = """
+import resource, sys, torch
+from pathlib import Path
+from graft.base.checkpoint import save_tensors, write_json
+folder = Path(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+for write in (
+    lambda: save_tensors(folder / "w.safetensors", {"w": torch.ones(100_000)}),
+    lambda: write_json(folder / "w.json", {"x": "y" * 10_000}),
+):
+    try:
+        write()
+    except OSError as error:
+        print("OSError", error)
+"""
+
+
+def test_a_full_disk_is_an_oserror_and_the_old_file_stays(tmp_path: Path) -> None:
+    """Law: with a file size limit in place of a full disk, both writers raise OSError and keep what was there."""
+    save_tensors(tmp_path / "w.safetensors", {"w": torch.zeros(2)})
+    write_json(tmp_path / "w.json", {"x": 1})
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.count("OSError") == 2, done.stdout + done.stderr
+    assert torch.equal(load_tensors(tmp_path / "w.safetensors")["w"], torch.zeros(2))
+    assert read_json(tmp_path / "w.json") == {"x": 1}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["w.json", "w.safetensors"]
+
+
+def test_reading_what_is_not_there_or_broken(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="a.safetensors does not exist"):
+        load_tensors(tmp_path / "a.safetensors")
+    save_tensors(tmp_path / "a.safetensors", {"w": torch.ones(100)})
+    whole = (tmp_path / "a.safetensors").read_bytes()
+    (tmp_path / "a.safetensors").write_bytes(whole[:-7])
+    with pytest.raises(ValueError, match="truncated or no safetensors file"):
+        list(iterate_tensors(tmp_path / "a.safetensors"))
+    with pytest.raises(FileNotFoundError, match=r"x\.json does not exist"):
+        read_json(tmp_path / "x.json")
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        read_json(tmp_path)
+    (tmp_path / "x.json").write_text('{"a": 1,\n oops}')
+    with pytest.raises(ValueError, match=r"x\.json line 2: not JSON"):
+        read_json(tmp_path / "x.json")
+    (tmp_path / "x.json").write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(ValueError, match="not UTF-8 at byte 7"):
+        read_json(tmp_path / "x.json")
+    (tmp_path / "x.json").write_text(json.dumps([1]))
+    with pytest.raises(ValueError, match="holds a list"):
+        read_json(tmp_path / "x.json")
+
+
+def test_random_state_round_trip() -> None:
+    """Law: after putting the state back the same numbers come."""
+    torch.manual_seed(7)
+    state = random_state()
+    first = torch.rand(3)
+    set_random_state(state)
+    assert torch.equal(torch.rand(3), first)
