@@ -1,0 +1,92 @@
+"""AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2) over named parameters."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from ...kernels.adamw import adamw_update_
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Weight decay acts on matrices; norms and biases are vectors and are left alone."""
+    del name
+    return parameter.ndim >= 2
+
+
+class AdamW:
+    """Decoupled weight decay Adam. Moments are float32 whatever the parameter's dtype.
+
+    Takes (name, parameter) pairs; the names key the state on disk. Parameters without a gradient at a step are left
+    as they are, as in torch.optim.AdamW.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, Tensor]],
+        *,
+        learning_rate: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        decay: Callable[[str, Tensor], bool] = decays,
+    ) -> None:
+        if learning_rate < 0:
+            raise ValueError(f"learning_rate={learning_rate} is negative; use a value >= 0")
+        if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1):
+            raise ValueError(f"betas={betas} must both lie in [0, 1)")
+        self.named = list(parameters)
+        if not self.named:
+            raise ValueError("no parameter to train: all are frozen; attach an adapter or unfreeze the model")
+        self.learning_rate, self.betas, self.eps, self.weight_decay = learning_rate, betas, eps, weight_decay
+        self.n_steps = 0
+        self.decayed = [decay(name, parameter) for name, parameter in self.named]
+        self.exp_avgs = [torch.zeros_like(p, dtype=torch.float32) for _, p in self.named]
+        self.exp_avg_sqs = [torch.zeros_like(p, dtype=torch.float32) for _, p in self.named]
+
+    @torch.no_grad()
+    def step(self, learning_rate: float | None = None) -> None:
+        """One update in place from the parameters' .grad, at this learning rate."""
+        self.n_steps += 1
+        for decayed in (True, False):
+            chosen = [i for i, (_, p) in enumerate(self.named) if p.grad is not None and self.decayed[i] == decayed]
+            if not chosen:
+                continue
+            adamw_update_(
+                [self.named[i][1] for i in chosen],
+                [g for i in chosen if (g := self.named[i][1].grad) is not None],
+                [self.exp_avgs[i] for i in chosen],
+                [self.exp_avg_sqs[i] for i in chosen],
+                step=self.n_steps,
+                lr=self.learning_rate if learning_rate is None else learning_rate,
+                beta1=self.betas[0],
+                beta2=self.betas[1],
+                eps=self.eps,
+                weight_decay=self.weight_decay if decayed else 0.0,
+            )
+
+    def zero_grad(self) -> None:
+        """Drop the gradients, so that their memory is free until the next backward pass."""
+        for _, parameter in self.named:
+            parameter.grad = None
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Everything that resume needs, by name."""
+        state = {"n_steps": torch.tensor(self.n_steps)}
+        for i, (name, _) in enumerate(self.named):
+            state[f"{name}.exp_avg"], state[f"{name}.exp_avg_sq"] = self.exp_avgs[i], self.exp_avg_sqs[i]
+        return state
+
+    def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state_tensors` gave. Raises ValueError when a parameter is missing or has another shape."""
+        self.n_steps = int(state["n_steps"])
+        for i, (name, parameter) in enumerate(self.named):
+            for kind, target in (("exp_avg", self.exp_avgs[i]), ("exp_avg_sq", self.exp_avg_sqs[i])):
+                saved = state.get(f"{name}.{kind}")
+                if saved is None or saved.shape != parameter.shape:
+                    found = "nothing" if saved is None else tuple(saved.shape)
+                    raise ValueError(
+                        f"optimizer state {name}.{kind}: {found} saved, {tuple(parameter.shape)} due; "
+                        "resume with the config that the run was started with"
+                    )
+                target.copy_(saved)

@@ -1,0 +1,21 @@
+"""Gradient clipping by the global norm (Pascanu et al. 2013, arXiv:1211.5063, algorithm 1)."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def clip_gradients_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale all gradients in place so that their joint 2-norm is at most max_norm (0: never); returns the norm before.
+
+    The norm is a float32 scalar tensor, so no device is waited for.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    if max_norm > 0:
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, factor)
+    return norm
