@@ -1,0 +1,128 @@
+"""What a run leaves behind: run.json (config, seed, versions), metrics.jsonl (a line a step), summary.json."""
+
+import dataclasses
+import json
+import platform
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TextIO
+
+from .checkpoint import read_json, write_file, write_json
+
+RUN_FILE, METRICS_FILE, SUMMARY_FILE = "run.json", "metrics.jsonl", "summary.json"
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide a run's numbers."""
+    found = {"python": platform.python_version()}
+    for name in ("graftlm", "torch", "triton", "numpy", "safetensors"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, paths and tuples as JSON knows them."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+class RunFolder:
+    """A run's output folder. Opening it refuses to overwrite a run unless told to resume or to start over."""
+
+    def __init__(self, folder: Path | str, *, stage: str, resume: bool = False, force: bool = False) -> None:
+        self.folder, self.stage = Path(folder), stage
+        if self.folder.exists() and not self.folder.is_dir():
+            raise NotADirectoryError(f"{folder} is a file; an output folder is due")
+        state = read_json(self.folder / RUN_FILE) if (self.folder / RUN_FILE).exists() else None
+        if self.folder.exists():
+            self._sweep()
+        if state is None and not force and self.folder.exists() and any(self.folder.iterdir()):
+            raise FileExistsError(f"{folder} is not empty and holds no graft run; choose another folder or --force")
+        if state is not None and state.get("stage") != stage and not force:
+            raise FileExistsError(
+                f"{folder} holds a {state.get('stage')} run, this is {stage}; choose another folder or --force"
+            )
+        # An empty folder is a run killed before its first file: resuming it is starting it.
+        if resume and state is None and not self.folder.exists():
+            raise FileNotFoundError(f"{folder} holds no run to resume; leave --resume out to start one")
+        if state is not None and not resume and not force:
+            done = "a finished run" if state.get("status") == "finished" else "an unfinished run"
+            raise FileExistsError(f"{folder} holds {done}; use --resume to go on, or --force to start over")
+        self.previous = state if resume else None
+        if force and not resume and self.folder.exists():
+            self._forget()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._metrics: TextIO | None = None
+
+    def _sweep(self) -> None:
+        """Remove half-written files of a process that was killed; see checkpoint.beside."""
+        for leftover in [*self.folder.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")]:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+    def _forget(self) -> None:
+        """Remove what a former run of ours wrote; files that are not ours stay."""
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        for name in (RUN_FILE, METRICS_FILE, SUMMARY_FILE):
+            (self.folder / name).unlink(missing_ok=True)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def start(self, config: dict[str, Any], *, seed: int) -> None:
+        """Write run.json with the resolved config."""
+        self._state = {
+            "stage": self.stage,
+            "status": "running",
+            "seed": seed,
+            "command": sys.argv,
+            "versions": versions(),
+            "config": plain(config),
+        }
+        write_json(self.folder / RUN_FILE, self._state)
+
+    def open_metrics(self, *, after_step: int) -> None:
+        """Open metrics.jsonl to append; lines past `after_step` (from before a crash) are dropped first."""
+        path = self.folder / METRICS_FILE
+        kept = [line for line in read_metrics(path) if line["step"] <= after_step] if path.exists() else []
+        write_file(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._metrics = path.open("a", encoding="utf-8")
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Append one line and hand it to the system, so that a killed process loses none."""
+        assert self._metrics is not None, "open_metrics comes first"
+        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.flush()
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write summary.json and mark the run as finished."""
+        self.close()
+        write_json(self.folder / SUMMARY_FILE, plain(summary))
+        write_json(self.folder / RUN_FILE, self._state | {"status": "finished"})
+
+    def close(self) -> None:
+        """Close metrics.jsonl."""
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line that a crash cut short is left out."""
+    lines = []
+    for text in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
