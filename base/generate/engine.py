@@ -1,0 +1,84 @@
+"""The decoding loop: read all prompts at once, then one token a row a step from the cache."""
+
+from collections.abc import Callable, Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from ..model.transformer import Transformer
+from .kv_cache import KVCache
+from .sampling import sample
+
+
+@torch.inference_mode()
+def generate_ids(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Collection[int] = (),
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    on_token: Callable[[int, int], None] | None = None,  # called with (row, id) as each token comes
+) -> list[list[int]]:
+    """The new ids of each prompt, without the stop token that ended it.
+
+    Rows of different lengths are padded on the right, where causality hides the padding. Raises ValueError for an empty
+    prompt or one that leaves no room for the new tokens in max_seq_len.
+    """
+    if not prompts:
+        return []
+    _check_lengths(model, prompts, max_new_tokens)
+    device = model.model.embed_tokens.weight.device
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64, device=device)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = torch.as_tensor(list(prompt), dtype=torch.int64)
+    generators = [torch.Generator(device).manual_seed(seed + row) for row in range(len(prompts))]
+    dtype = model.model.embed_tokens.weight.dtype
+    cache = KVCache(model.config, len(prompts), ids.shape[1] + max_new_tokens, dtype=dtype, device=device)
+    was_training = model.training
+    model.eval()
+    produced: list[list[int]] = [[] for _ in prompts]
+    done = [False] * len(prompts)
+    logits = _read(model, ids, lengths, cache)
+    for step in range(max_new_tokens):
+        chosen = sample(logits, generators, temperature=temperature, top_k=top_k, top_p=top_p)  # (B,)
+        for row, token in enumerate(chosen.tolist()):
+            if done[row]:
+                continue
+            if token in stop_ids:
+                done[row] = True
+                continue
+            produced[row].append(token)
+            if on_token is not None:
+                on_token(row, token)
+        if all(done) or step + 1 == max_new_tokens:
+            break
+        logits = _read(model, chosen[:, None], torch.ones_like(lengths), cache)
+    model.train(was_training)
+    return produced
+
+
+def _read(model: Transformer, ids: Tensor, counts: Tensor, cache: KVCache) -> Tensor:
+    """Run (B, T) ids of which each row's first `counts` are real; returns the logits after the last real one, (B, V)."""
+    hidden = model.hidden_states(ids, cache=cache)  # (B, T, D)
+    cache.advance(counts)
+    last = hidden[torch.arange(ids.shape[0], device=ids.device), counts - 1]  # (B, D)
+    return model.lm_head(last[:, None])[:, 0]  # three axes: an adapter bank tells rows by the first
+
+
+def _check_lengths(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be >= 1")
+    limit = model.config.max_seq_len
+    for row, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"prompt {row} has no token; start from the tokenizer's bos or eos token")
+        if len(prompt) + max_new_tokens > limit:
+            raise ValueError(
+                f"prompt {row} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} that is more than the "
+                f"model's max_seq_len={limit}; shorten one of them"
+            )
