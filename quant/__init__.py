@@ -10,12 +10,33 @@ _HOME = {
     "quantize_4bit": "blockwise",
     "NF4Linear": "linear",
     "quantize_linears_": "linear",
+    "nf4_to_tensors": "files",
+    "nf4_from_tensors": "files",
+    "quantized_names": "files",
+    "quantization_config": "files",
+    "read_quantization_config": "files",
+    "WeightStream": "streaming",
 }
-__all__ = ["NF4Linear", "QuantState", "dequantize_nf4", "quantize_4bit", "quantize_linears_", "quantize_nf4"]
+__all__ = [
+    "NF4Linear",
+    "QuantState",
+    "WeightStream",
+    "dequantize_nf4",
+    "nf4_from_tensors",
+    "nf4_to_tensors",
+    "quantization_config",
+    "quantize_4bit",
+    "quantize_linears_",
+    "quantize_nf4",
+    "quantized_names",
+    "read_quantization_config",
+]
 
 if TYPE_CHECKING:
     from .blockwise import QuantState, dequantize_nf4, quantize_4bit, quantize_nf4
+    from .files import nf4_from_tensors, nf4_to_tensors, quantization_config, quantized_names, read_quantization_config
     from .linear import NF4Linear, quantize_linears_
+    from .streaming import WeightStream
 
 
 def __getattr__(name: str) -> object:

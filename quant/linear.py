@@ -1,6 +1,7 @@
 """NF4Linear: a frozen linear layer that keeps its weight in 4 bits, and the walk that puts it into a model."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,8 @@ from ..kernels.nf4 import NESTED_BLOCK_SIZE, autocast_is_on, linear_4bit
 from .blockwise import QuantState, dequantize_nf4, quantize_4bit
 from .codebooks import codebook, dynamic8
 from .double import DoubleQuantized
+from .files import PARTS, nf4_from_tensors, nf4_to_tensors
+from .files import missing_keys as keys_missing
 
 
 class NF4Linear(nn.Module):
@@ -147,6 +150,44 @@ class NF4Linear(nn.Module):
         levels = ", double_quant" if self.double_quant else ""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{sizes}, {self.quant_type}, block_size={self.block_size}{levels}"
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        """State dicts hold bitsandbytes' keys, so that a saved model is a file that it reads."""
+        destination.update(nf4_to_tensors(f"{prefix}weight", self))
+        if self.bias is not None:
+            destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Take bitsandbytes' keys, or a weight in full precision, which is quantized; a placeholder takes their device."""
+        del local_metadata, strict
+        name = f"{prefix}weight"
+        device = None if self.packed.is_meta else self.packed.device
+        own = {key: tensor for key, tensor in state_dict.items() if key == name or key.startswith(f"{name}.")}
+        expected = [name, *(f"{name}.{part}" for part in PARTS), f"{prefix}bias"]
+        unexpected_keys += [key for key in state_dict if key.startswith(prefix) and key not in expected]
+        try:
+            if name in own and own[name].is_floating_point():
+                self.set_weight_(own[name].to(device))
+            elif lacking := keys_missing(name, own):
+                missing_keys += lacking
+            else:
+                self.set_packed_(*nf4_from_tensors(name, {key: tensor.to(device) for key, tensor in own.items()}))
+        except ValueError as error:
+            error_msgs.append(f"{name}: {error}")
+        if self.bias is not None:
+            if f"{prefix}bias" in state_dict:
+                self.bias = nn.Parameter(state_dict[f"{prefix}bias"].to(device, self.bias.dtype), requires_grad=False)
+            else:
+                missing_keys.append(f"{prefix}bias")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Linear":
         """Move the quantization state, never cast it: absmax in bfloat16 would be another weight."""
