@@ -44,13 +44,14 @@ def choose_backend(
         raise ValueError(f"unknown backend {backend!r}; choose auto, reference, torch or triton")
     if backend in ("reference", "torch"):
         return backend
+    if backend == "auto" and any(tensor.device.type != "cuda" for tensor in tensors):
+        return "torch"  # decided without asking Triton, whose settings torch.compile can't trace
     problem = triton_problem(tensors, dtypes) or unsupported
     if backend == "triton":
         if problem:
             raise ValueError(f"{kernel}: backend 'triton' can't run here: {problem}")
         return "triton"
-    on_gpu = all(tensor.device.type == "cuda" for tensor in tensors)
-    return "triton" if on_gpu and problem is None else "torch"
+    return "triton" if problem is None else "torch"
 
 
 def name_of(dtype: torch.dtype) -> str:
