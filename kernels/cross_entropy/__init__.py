@@ -6,8 +6,8 @@ from torch import Tensor
 
 from ..checks import check_floats, check_integers, check_shape, readable
 from ..dispatch import Backend, choose_backend
+from .function import linear_cross_entropy_chunked
 from .reference import linear_cross_entropy_reference
-from .torch_cross_entropy import linear_cross_entropy_torch
 
 
 def linear_cross_entropy(
@@ -27,7 +27,7 @@ def linear_cross_entropy(
     F.cross_entropy's mean is NaN), so that an empty micro-batch does no harm: count the labels to notice it. Matrix products
     run in hidden's dtype (under autocast, in autocast's), the softmax in float32; the result is float32, or float64 for
     float64. Not twice differentiable. On the CPU a target outside [0, V) raises ValueError; on a GPU, where looking would
-    wait for it, its loss is NaN.
+    wait for it, its loss is NaN under Triton.
     """
     check_floats("linear_cross_entropy", hidden=hidden, weight=weight)
     check_integers("linear_cross_entropy", "targets", targets, hidden.device)
@@ -46,9 +46,12 @@ def linear_cross_entropy(
                 f"linear_cross_entropy: target {int(wrong[0])} is outside the vocabulary of {weight.shape[0]}; "
                 f"use ids below it, or ignore_index={ignore_index} for no loss"
             )
+    options = {"ignore_index": ignore_index, "z_loss": z_loss, "reduction": reduction}
     chosen = choose_backend("linear_cross_entropy", backend, [hidden, weight])
-    if chosen == "triton":
-        from .triton_cross_entropy import linear_cross_entropy_triton as run
-    else:
-        run = linear_cross_entropy_reference if chosen == "reference" else linear_cross_entropy_torch
-    return run(hidden, weight, targets, ignore_index=ignore_index, z_loss=z_loss, reduction=reduction)
+    if chosen == "reference":
+        return linear_cross_entropy_reference(hidden, weight, targets, **options)
+    if chosen == "torch":
+        return linear_cross_entropy_chunked(hidden, weight, targets, **options)
+    from .triton_cross_entropy import chunked_pass_triton
+
+    return linear_cross_entropy_chunked(hidden, weight, targets, **options, chunks=chunked_pass_triton)

@@ -8,11 +8,8 @@ and is multiplied into the gradients of hidden and weight at once, so the backwa
 as autograd does, and no logits kept. Ignored tokens are left out of every product. bench.py prints memory and time.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..checks import accumulator, readable
 
@@ -37,8 +34,9 @@ def chunked_pass(
     z_loss: float,
     need_hidden: bool,
     need_weight: bool,
+    weight_dtype: torch.dtype,  # what the caller's weight has; the sum here is float32 at least whatever it is
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Each token's loss (N,), 0 where ignored, and the gradients wanted: hidden's, and weight's in the accumulator's dtype."""
+    """Each token's loss (N,), 0 where ignored, and the gradients wanted."""
     N, V = hidden.shape[0], weight.shape[0]
     wide = accumulator(hidden.dtype)
     losses = hidden.new_zeros(N, dtype=wide)
@@ -72,90 +70,3 @@ def chunked_pass(
         elif d_weight is not None:
             d_weight += p.T @ h
     return losses, d_hidden, d_weight
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """Gradients are computed with the loss and handed over, scaled in place, by the first backward pass.
-
-    A second backward pass, and reduction "none" whose gradient has a factor per token, computes them anew.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        ignore_index: int,
-        z_loss: float,
-        reduction: str,
-        dtype: torch.dtype,  # of the matrix products
-        record: bool,  # whether gradients are recorded: forward() itself always runs without
-    ) -> Tensor:
-        n_labels = (targets != ignore_index).sum().clamp(min=1)
-        wide = accumulator(dtype)
-        unit = torch.ones(1, dtype=wide, device=hidden.device)
-        row_scale = unit / n_labels if reduction == "mean" else unit
-        now = record and reduction != "none"
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        ctx.args = (ignore_index, z_loss, reduction, dtype)
-        ctx.save_for_backward(hidden, weight, targets)
-        losses, d_hidden, d_weight = chunked_pass(
-            hidden.to(dtype),
-            weight.to(dtype),
-            targets,
-            row_scale,
-            ignore_index=ignore_index,
-            z_loss=z_loss,
-            need_hidden=now and needs_hidden,
-            need_weight=now and needs_weight,
-        )
-        ctx.ready = (d_hidden, d_weight) if now else None
-        if reduction == "none":
-            return losses
-        return losses.sum() * row_scale.squeeze(0)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden, weight, targets = ctx.saved_tensors
-        ignore_index, z_loss, reduction, dtype = ctx.args
-        ready, ctx.ready = ctx.ready, None
-        if ready is not None:
-            d_hidden, d_weight = (None if g is None else g.mul_(grad) for g in ready)
-        else:
-            if reduction == "mean":
-                grad = grad / (targets != ignore_index).sum().clamp(min=1)
-            needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-            _, d_hidden, d_weight = chunked_pass(
-                hidden.to(dtype),
-                weight.to(dtype),
-                targets,
-                grad.reshape(-1),
-                ignore_index=ignore_index,
-                z_loss=z_loss,
-                need_hidden=needs_hidden,
-                need_weight=needs_weight,
-            )
-        d_hidden = None if d_hidden is None else d_hidden.to(hidden.dtype)
-        d_weight = None if d_weight is None else d_weight.to(weight.dtype)
-        return d_hidden, d_weight, None, None, None, None, None, None
-
-
-def linear_cross_entropy_torch(
-    hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
-    targets: Tensor,  # (N,)
-    *,
-    ignore_index: int = -100,
-    z_loss: float = 0.0,
-    reduction: str = "mean",
-) -> Tensor:
-    """The same function as `linear_cross_entropy_reference`."""
-    device = hidden.device.type
-    autocast = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
-    with torch.autocast(device, enabled=False):
-        return LinearCrossEntropy.apply(
-            hidden, weight, targets.long(), ignore_index, z_loss, reduction, dtype, torch.is_grad_enabled()
-        )

@@ -9,6 +9,8 @@ from ..dispatch import Backend, choose_backend
 from .reference import rms_norm_reference
 from .torch_rms_norm import rms_norm_torch
 
+MAX_D = 16384  # the Triton kernels hold a whole row in a program's registers; a longer one spills
+
 
 @overload
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float, residual: None = None, backend: Backend = "auto") -> Tensor: ...
@@ -38,7 +40,8 @@ def rms_norm(
     if eps < 0:
         raise ValueError(f"rms_norm: eps must be >= 0, got {eps}; 1e-6 and 1e-5 are usual")
     tensors = [x, weight] if residual is None else [x, weight, residual]
-    chosen = choose_backend("rms_norm", backend, tensors)
+    unsupported = f"its rows are at most {MAX_D} long, got {x.shape[-1]}" if x.shape[-1] > MAX_D else None
+    chosen = choose_backend("rms_norm", backend, tensors, unsupported=unsupported)
     if chosen == "reference":
         return rms_norm_reference(x, weight, eps=eps, residual=residual)
     if chosen == "torch":
