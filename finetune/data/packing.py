@@ -1,0 +1,160 @@
+"""Encoded records -> batches: several documents in one row without seeing each other, or one a row with padding.
+
+A record of n tokens takes n - 1 positions: its last token is only ever a target.
+
+    ids        the fox ran <eos> | a cat <eos>
+    inputs     the fox ran         a cat
+    targets    fox ran <eos>       cat <eos>      -100 where the target is not a label
+    positions    0   1   2           0   1
+    cu_seqlens   0                   3        5   where each document begins, and the end
+"""
+
+import heapq
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...base.loss import IGNORE
+from .chat import Encoded
+
+
+def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices of `lengths` in bins of at most `max_tokens`: best fit decreasing, so within 11/9 of the fewest bins + 1.
+
+    Deterministic: longest first, equals by index, each into the fullest bin that still holds it. Inside a bin indices
+    ascend. Raises ValueError when one length alone is over max_tokens.
+    """
+    if len(lengths) and max(lengths) > max_tokens:
+        longest = int(np.argmax(lengths))
+        raise ValueError(
+            f"item {longest} has {lengths[longest]} tokens, a row holds max_tokens={max_tokens}; raise max_tokens or "
+            f"cut records with max_seq_len"
+        )
+    bins: list[list[int]] = []
+    by_room: dict[int, list[int]] = {}  # free tokens -> a heap of the bins that have just so many
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        room = min((free for free, heap in by_room.items() if heap and free >= lengths[index]), default=None)
+        if room is None:
+            bins.append([])
+            where, room = len(bins) - 1, max_tokens
+        else:
+            where = heapq.heappop(by_room[room])
+        bins[where].append(index)
+        heapq.heappush(by_room.setdefault(room - lengths[index], []), where)
+    return [sorted(members) for members in bins]
+
+
+def collate_packed(encoded: Sequence[Encoded], *, multiple_of: int = 1, pad_id: int = 0) -> dict[str, Tensor]:
+    """One row of several documents: ids, targets, positions (1, T) int64 and cu_seqlens (n_docs + 1,) int32.
+
+    Positions restart at 0 in each document. T is rounded up to `multiple_of` with a last document of padding that
+    carries no label, so that compiled code and kernels meet few shapes.
+    """
+    rows = [_inputs_and_targets(record) for record in encoded]
+    n_tokens = sum(len(ids) for ids, _ in rows)
+    if n_tokens % multiple_of:
+        n_pad = -n_tokens % multiple_of
+        rows.append((np.full(n_pad, pad_id), np.full(n_pad, IGNORE)))
+    lengths = [len(ids) for ids, _ in rows]
+    return {
+        "ids": torch.from_numpy(np.concatenate([ids for ids, _ in rows]).astype(np.int64))[None],
+        "targets": torch.from_numpy(np.concatenate([targets for _, targets in rows]).astype(np.int64))[None],
+        "positions": torch.cat([torch.arange(length) for length in lengths])[None],
+        "cu_seqlens": torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
+    }
+
+
+def collate_padded(encoded: Sequence[Encoded], *, multiple_of: int = 1, pad_id: int = 0) -> dict[str, Tensor]:
+    """One document a row: ids and targets (B, T) int64, padded on the right to the longest, rounded up to `multiple_of`.
+
+    Padding has no label and, as attention is causal, no earlier token sees it: no mask is needed.
+    """
+    rows = [_inputs_and_targets(record) for record in encoded]
+    longest = max(len(ids) for ids, _ in rows)
+    width = longest + -longest % multiple_of
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
+    targets = torch.full((len(rows), width), IGNORE, dtype=torch.int64)
+    for i, (row_ids, row_targets) in enumerate(rows):
+        ids[i, : len(row_ids)] = torch.from_numpy(row_ids)
+        targets[i, : len(row_targets)] = torch.from_numpy(row_targets)
+    return {"ids": ids, "targets": targets}
+
+
+def _inputs_and_targets(record: Encoded) -> tuple[np.ndarray, np.ndarray]:
+    ids = record.ids.astype(np.int64)
+    return ids[:-1], np.where(record.loss_mask[1:], ids[1:], IGNORE)
+
+
+class SFTBatches:
+    """Batches of whole records, as a pure function of (seed, step): resuming needs no saved data position.
+
+    Each epoch is a seeded permutation of all records; batches of `batch_size` records follow each other through the
+    epochs without a gap, so no batch is short. A batch comes in micro-batches of at most `max_tokens` positions: packed
+    rows, or padded rows of records of like length. Raises ValueError when there is no record, or one is too long.
+    """
+
+    def __init__(
+        self,
+        encoded: Sequence[Encoded],
+        *,
+        batch_size: int,  # records an optimizer step
+        max_tokens: int,  # positions a micro-batch, padding included
+        packed: bool = True,  # False for kernels that know no document borders
+        multiple_of: int = 1,  # micro-batch lengths are rounded up to a multiple
+        pad_id: int = 0,
+        seed: int = 0,
+    ):
+        if not encoded:
+            raise ValueError("no records to train on; give at least one")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be >= 1")
+        if max_tokens % multiple_of:
+            raise ValueError(f"max_tokens={max_tokens} is not a multiple of multiple_of={multiple_of}")
+        self.encoded, self.batch_size, self.max_tokens, self.seed = list(encoded), batch_size, max_tokens, seed
+        self.packed, self.multiple_of, self.pad_id = packed, multiple_of, pad_id
+        self._lengths = [len(record.ids) - 1 for record in self.encoded]
+        pack(self._lengths, max_tokens)  # raises for a record that fits no micro-batch
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Optimizer steps in which every record is seen once."""
+        return len(self.encoded) / self.batch_size
+
+    def records_at(self, step: int) -> list[int]:
+        """Indices of the step's records, (batch_size,)."""
+        first = step * self.batch_size
+        return [self._record_at(position) for position in range(first, first + self.batch_size)]
+
+    def _record_at(self, position: int) -> int:
+        epoch, index = divmod(position, len(self.encoded))
+        return int(_permutation(self.seed, epoch, len(self.encoded))[index])
+
+    def batch_at(self, step: int) -> list[dict[str, Tensor]]:
+        """The step's micro-batches."""
+        chosen = self.records_at(step)
+        lengths = [self._lengths[i] for i in chosen]
+        groups = pack(lengths, self.max_tokens) if self.packed else self._padded_groups(lengths)
+        collate = collate_packed if self.packed else collate_padded
+        return [
+            collate([self.encoded[chosen[i]] for i in group], multiple_of=self.multiple_of, pad_id=self.pad_id)
+            for group in groups
+        ]
+
+    def _padded_groups(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Records of like length together, so that rows x longest stays within max_tokens."""
+        groups: list[list[int]] = []
+        width = 0  # of the group's rows: its first record is its longest
+        for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+            if not groups or (len(groups[-1]) + 1) * width > self.max_tokens:
+                groups.append([])
+                width = lengths[i] + -lengths[i] % self.multiple_of
+            groups[-1].append(i)
+        return groups
+
+
+@lru_cache(maxsize=4)  # a step touches at most a few epochs, one after the other
+def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(n)

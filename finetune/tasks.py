@@ -1,0 +1,208 @@
+"""Three small tasks that the project writes itself: spam detection, sentiment, translation (English to German).
+
+Each is a seeded grammar whose answer depends on how words combine, so that counting words is not enough:
+
+    spam         the same risky and harmless requests stand in both classes; what decides is which one is negated
+    sentiment    negation flips an adjective; of two clauses joined by but or although, the main one decides
+    translation  German wants the verb second, gender and case on every article, and `kein` for a negated `a`
+
+Held out are pairs of words on a lattice (a quarter of all pairs, spread evenly): an evaluation sentence is made of held
+out pairs alone, a training sentence of none, so every word of the evaluation is known and every combination is new.
+"""
+
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..base.checkpoint import write_file
+from .data.records import Record
+
+Pair = tuple[str, str]  # two slots' fillers that stand together in a sentence
+
+
+@dataclass(frozen=True)
+class Sentence:
+    source: str
+    answer: str
+    pairs: tuple[tuple[int, int], ...]  # indices of the fillers that stand together, on the lattice of all pairs
+
+
+@dataclass(frozen=True)
+class Task:
+    """A grammar: `sample(rng, form, label)` draws one sentence of a form (and of a label, where the task has labels)."""
+
+    prompt: str  # with {source}
+    n_forms: int
+    labels: tuple[str, ...]  # empty: the answer is free text
+    sample: Callable[[random.Random, int, str | None], Sentence]
+
+
+def held_out(pair: tuple[int, int]) -> bool:
+    """A quarter of the lattice, in diagonals: every row and every column keeps three quarters of its pairs."""
+    return (pair[0] + pair[1]) % 4 == 0
+
+
+# --- spam ----------------------------------------------------------------------------------------------------------
+
+NAMES = ("anna", "ben", "carla", "dan", "eva", "finn")
+NEWS = (
+    "you won a free phone", "your account is locked", "your parcel is late", "we have a new offer",
+    "a free trip is yours", "dinner is at eight", "the train is late", "we are home now",
+    "the game is over", "the party is off",
+)  # fmt: skip
+RISKY = (
+    "click the link", "send your password", "claim the prize", "pay the fee",
+    "share the code", "enter your pin", "open the file", "confirm the account",
+)  # fmt: skip
+HARMLESS = (
+    "bring some bread", "water the plants", "call your mother", "feed the cat",
+    "take the bus", "lock the door", "wash the car", "book a table",
+)  # fmt: skip
+ASK = ("please {do}.", "{do} now.", "now please {do}.", "just {do}.")
+ASK_AND_FORBID = (
+    "do not {skip}, {do}.", "never {skip}, just {do}.", "{do}, do not {skip}.", "{do} now, never {skip}.",
+)  # fmt: skip
+
+
+def _spam(rng: random.Random, form: int, label: str | None) -> Sentence:
+    news, wanted, forbidden = rng.randrange(len(NEWS)), rng.randrange(len(RISKY)), rng.randrange(len(RISKY))
+    do, skip = (RISKY, HARMLESS) if label == "spam" else (HARMLESS, RISKY)
+    requests = ASK if form == 0 else ASK_AND_FORBID
+    request = rng.choice(requests).format(do=do[wanted], skip=skip[forbidden])
+    source = f"hi {rng.choice(NAMES)}, {NEWS[news]}. {request}"
+    return Sentence(source, label or "", ((news, wanted),) if form == 0 else ((news, wanted), (wanted, forbidden)))
+
+
+# --- sentiment -----------------------------------------------------------------------------------------------------
+
+THINGS = ("film", "book", "song", "meal", "hotel", "game", "play", "story", "trip", "show")
+GOOD = ("superb", "lovely", "great", "clever", "charming", "funny", "fresh", "bright")
+BAD = ("dull", "awful", "boring", "poor", "weak", "bland", "clumsy", "dreary")
+OPENERS = ("", "i think ", "we found that ", "to me ", "they say ", "in short, ")
+ADVERBS = ("", "very ", "really ", "quite ", "so ")
+NEGATORS = ("not ", "never ", "hardly ", "not at all ")
+CONTRASTS = (
+    "the {n} was {weak}, but the {m} was {main}.", "although the {n} was {weak}, the {m} was {main}.",
+    "the {m} was {main}, although the {n} was {weak}.", "the {m} was {main}, even if the {n} was {weak}.",
+)  # fmt: skip
+
+
+def _sentiment(rng: random.Random, form: int, label: str | None) -> Sentence:
+    adjectives, others = (GOOD, BAD) if label == "positive" else (BAD, GOOD)
+    thing, a, opener = rng.randrange(len(THINGS)), rng.randrange(len(GOOD)), rng.choice(OPENERS)
+    noun = THINGS[thing]
+    if form == 0:
+        return Sentence(f"{opener}the {noun} was {rng.choice(ADVERBS)}{adjectives[a]}.", label or "", ((thing, a),))
+    if form == 1:
+        negator = rng.randrange(len(NEGATORS))
+        text = f"{opener}the {noun} was {NEGATORS[negator]}{others[a]}."
+        return Sentence(text, label or "", ((thing, a), (negator, a)))
+    other, b = (thing + rng.randrange(1, len(THINGS))) % len(THINGS), rng.randrange(len(BAD))
+    text = rng.choice(CONTRASTS).format(n=THINGS[other], weak=others[b], m=noun, main=adjectives[a])
+    return Sentence(opener + text, label or "", ((thing, a), (other, b)))
+
+
+# --- translation ---------------------------------------------------------------------------------------------------
+
+PRONOUNS = {"i": ("ich", "e"), "we": ("wir", "en"), "she": ("sie", "t"), "he": ("er", "t")}  # verb ending
+PEOPLE = {"man": ("Mann", "m"), "friend": ("Freund", "m"), "woman": ("Frau", "f"), "child": ("Kind", "n")}
+OBJECTS = {
+    "dog": ("Hund", "m"), "ball": ("Ball", "m"), "letter": ("Brief", "m"), "ring": ("Ring", "m"),
+    "cat": ("Katze", "f"), "lamp": ("Lampe", "f"), "map": ("Karte", "f"), "rose": ("Rose", "f"),
+    "book": ("Buch", "n"), "house": ("Haus", "n"), "bread": ("Brot", "n"), "picture": ("Bild", "n"),
+}  # fmt: skip
+VERBS = {
+    "buy": "kauf", "seek": "such", "love": "lieb", "bring": "bring", "need": "brauch", "know": "kenn", "paint": "mal",
+    "show": "zeig",
+}  # fmt: skip
+ADVERBIALS = {"today": "heute", "now": "jetzt", "often": "oft", "here": "hier"}
+ARTICLES = {  # determiner -> (nominative, accusative) by gender
+    "the": {"m": ("der", "den"), "f": ("die", "die"), "n": ("das", "das")},
+    "a": {"m": ("ein", "einen"), "f": ("eine", "eine"), "n": ("ein", "ein")},
+    "my": {"m": ("mein", "meinen"), "f": ("meine", "meine"), "n": ("mein", "mein")},
+}
+
+
+def _translation(rng: random.Random, form: int, label: str | None) -> Sentence:
+    """Forms: plain statement, statement after an adverb, negation, question."""
+    subjects = (*PRONOUNS, *PEOPLE)
+    s, v, o = rng.randrange(len(subjects)), rng.randrange(len(VERBS)), rng.randrange(len(OBJECTS))
+    verb, (noun, german_noun) = tuple(VERBS)[v], list(OBJECTS.items())[o]
+    determiner = rng.choice(tuple(ARTICLES))
+    article = ARTICLES[determiner][german_noun[1]][1]
+    if subjects[s] in PRONOUNS:
+        english_subject, (german_subject, ending) = subjects[s], PRONOUNS[subjects[s]]
+    else:
+        owner, (german, gender) = rng.choice(tuple(ARTICLES)), PEOPLE[subjects[s]]
+        english_subject, ending = f"{owner} {subjects[s]}", "t"
+        german_subject = f"{ARTICLES[owner][gender][0]} {german}"
+    third = ending == "t"
+    german_verb, said = VERBS[verb] + ending, f"{verb}s" if third else verb
+    auxiliary = "does" if third else "do"
+    english_object, german_object = f"{determiner} {noun}", f"{article} {german_noun[0]}"
+    adverb, german_adverb = rng.choice(tuple(ADVERBIALS.items()))
+    if form == 0:
+        english, target = (
+            f"{english_subject} {said} {english_object}.",
+            f"{german_subject} {german_verb} {german_object}.",
+        )
+    elif form == 1:
+        english = f"{adverb} {english_subject} {said} {english_object}."
+        target = f"{german_adverb} {german_verb} {german_subject} {german_object}."
+    elif form == 2:
+        english = f"{english_subject} {auxiliary} not {verb} {english_object}."
+        negated = f"k{german_object}" if determiner == "a" else f"{german_object} nicht"
+        target = f"{german_subject} {german_verb} {negated}."
+    else:
+        english = f"{auxiliary} {english_subject} {verb} {english_object}?"
+        target = f"{german_verb} {german_subject} {german_object}?"
+    return Sentence(english, target, ((s, o), (v, o)))
+
+
+# --- splits --------------------------------------------------------------------------------------------------------
+
+TASKS = {
+    "spam": Task("Message: {source}\nLabel:", 2, ("spam", "ham"), _spam),
+    "sentiment": Task("Review: {source}\nSentiment:", 3, ("positive", "negative"), _sentiment),
+    "translation": Task("English: {source}\nGerman:", 4, (), _translation),
+}
+
+
+def make_task(name: str, seed: int, n_train: int, n_eval: int) -> tuple[list[Record], list[Record]]:
+    """(training records, evaluation records) of one task: distinct prompts, labels and forms in equal parts.
+
+    The completion opens with a space and is scored by exact match. The same arguments give the same records; whatever
+    the seeds, no training record of one is an evaluation record of another. Raises ValueError when the grammar has
+    fewer distinct sentences than asked for.
+    """
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}; choose {', '.join(TASKS)}")
+    rng = random.Random(f"{name} {seed}")
+    return _draw(name, "train", n_train, rng), _draw(name, "eval", n_eval, rng)
+
+
+def _draw(name: str, split: str, n: int, rng: random.Random) -> list[Record]:
+    task, seen, records = TASKS[name], set(), []
+    labels: Sequence[str | None] = task.labels or (None,)
+    for i in range(n):
+        form, label = (i // len(labels)) % task.n_forms, labels[i % len(labels)]
+        for _ in range(10_000):
+            sentence = task.sample(rng, form, label)
+            if sentence.source not in seen and all(held_out(pair) == (split == "eval") for pair in sentence.pairs):
+                break
+        else:
+            raise ValueError(f"the {name} grammar has only about {i} distinct {split} sentences, {n} were asked for")
+        seen.add(sentence.source)
+        prompt = task.prompt.format(source=sentence.source)
+        records.append(Record("", prompt=prompt, completion=f" {sentence.answer}"))
+    rng.shuffle(records)
+    return [Record(f"{name} {split} {i}", prompt=r.prompt, completion=r.completion) for i, r in enumerate(records, 1)]
+
+
+def write_task(folder: str | Path, name: str, *, seed: int = 0, n_train: int = 2000, n_eval: int = 200) -> None:
+    """Write `train.jsonl` and `eval.jsonl` (prompt, completion) of one task into a folder."""
+    for split, records in zip(("train", "eval"), make_task(name, seed, n_train, n_eval), strict=True):
+        lines = (json.dumps({"prompt": r.prompt, "completion": r.completion}, ensure_ascii=False) for r in records)
+        write_file(Path(folder) / f"{split}.jsonl", "".join(f"{line}\n" for line in lines))
