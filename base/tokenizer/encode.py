@@ -1,35 +1,362 @@
-"""Words to ids by merge rank, and back."""
+"""Words to ids by merge rank, with a cache of words; and ids to bytes.
+
+Encoding is exact: in each word the pair of lowest rank is merged first, the leftmost of equals, until no pair is left.
+A word that was met before costs one look into the cache, a hash table (words.py) whose slots hold up to three ids.
+"""
 
 from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
 from . import reference
 from .definition import Definition
+from .jit import PADDING, aligned_zeros, compiled, eight_view, padded
+from .pair_index import new_index, pair_slot
+from .patterns import WHOLE, kind_of
+from .scan import unicode_classes, word_end
+from .words import SLOT, count_words, find, put_key
+
+SLOTS = 1 << 18  # of the cache: 8 MB, of which a text touches what it needs
+LONGEST = 128  # bytes of a cached word; longer ones are rare and go through a heap
+_NONE = np.int32(2**31 - 1)
+_32 = np.uint64(32)
+
+
+class Ranks(NamedTuple):
+    """The vocabulary as the merge loop needs it."""
+
+    byte_id: np.ndarray  # int32 (256,)
+    pair_rank: np.ndarray  # uint64, pair_index: two ids -> the rank of their merge
+    merged_id: np.ndarray  # int32, the id that the merge of each rank makes
+    whole: np.ndarray  # uint64, words.py: each token -> its id plus one, when whole words need no merges; else empty
+    whole_long: np.ndarray  # uint8
+    whole_eight: np.ndarray  # uint64
+
+
+class Cache(NamedTuple):
+    """Words met before."""
+
+    slots: np.ndarray  # uint64, words.py: value = the first two ids, n = the third id and above it how many there are
+    long_bytes: np.ndarray  # uint8
+    long_eight: np.ndarray  # uint64
+    ids: np.ndarray  # int32, of words of more than three ids; the value says where
+    used: np.ndarray  # int64: slots, bytes, ids
+
+
+@compiled
+def rank_of(ranks, left, right):
+    """The rank of a pair's merge, _NONE when it has none."""
+    at = pair_slot(ranks.pair_rank, left, right)
+    return np.int32(ranks.pair_rank[at + 1]) if ranks.pair_rank[at] else _NONE
+
+
+@compiled
+def merge_short(ranks, text, at, size, ids, rank):
+    """Encode a short word into `ids`; returns how many. `rank[i]` is that of the pair that starts at i."""
+    n = size
+    for place in range(n):
+        ids[place] = ranks.byte_id[text[at + place]]
+    for place in range(n - 1):
+        rank[place] = rank_of(ranks, ids[place], ids[place + 1])
+    while n > 1:
+        best = 0
+        for place in range(1, n - 1):
+            if rank[place] < rank[best]:
+                best = place
+        if rank[best] == _NONE:
+            break
+        ids[best] = ranks.merged_id[rank[best]]
+        n -= 1
+        for place in range(best + 1, n):
+            ids[place] = ids[place + 1]
+            rank[place] = rank[place + 1]
+        if best + 1 < n:
+            rank[best] = rank_of(ranks, ids[best], ids[best + 1])
+        if best > 0:
+            rank[best - 1] = rank_of(ranks, ids[best - 1], ids[best])
+    return n
+
+
+@compiled
+def sink(heap, n, at):
+    """Let the entry at a place of a heap of n, least first, sink to where it belongs."""
+    value = heap[at]
+    while 2 * at + 1 < n:
+        child = 2 * at + 1
+        if child + 1 < n and heap[child + 1] < heap[child]:
+            child += 1
+        if heap[child] >= value:
+            break
+        heap[at] = heap[child]
+        at = child
+    heap[at] = value
+
+
+@compiled
+def rise(heap, at):
+    """Let the entry at a place of the heap rise to where it belongs."""
+    value = heap[at]
+    while at > 0 and heap[(at - 1) >> 1] > value:
+        heap[at] = heap[(at - 1) >> 1]
+        at = (at - 1) >> 1
+    heap[at] = value
+
+
+@compiled
+def merge_long(ranks, text, at, size, out):
+    """Encode a word of any length in n log n steps; returns how many ids were written to `out`.
+
+    Tokens are known by their first place. The heap holds rank and place of each pair as one number; an entry that no
+    longer tells the truth is passed over.
+    """
+    ids = np.empty(size, np.int32)
+    before = np.empty(size, np.int32)
+    behind = np.empty(size, np.int32)
+    heap = np.empty(3 * size, np.int64)
+    n = 0
+    for place in range(size):
+        ids[place] = ranks.byte_id[text[at + place]]
+        before[place], behind[place] = place - 1, place + 1
+    for place in range(size - 1):
+        rank = rank_of(ranks, ids[place], ids[place + 1])
+        if rank != _NONE:
+            heap[n] = np.int64(rank) << 32 | place
+            n += 1
+    for place in range(n // 2 - 1, -1, -1):
+        sink(heap, n, place)
+    while n > 0:
+        place = heap[0] & 0xFFFFFFFF
+        rank = np.int32(heap[0] >> 32)
+        second = behind[place]
+        if ids[place] < 0 or second >= size or rank_of(ranks, ids[place], ids[second]) != rank:
+            n -= 1
+            heap[0] = heap[n]
+            sink(heap, n, 0)
+            continue
+        ids[place] = ranks.merged_id[rank]
+        ids[second] = -1
+        third = behind[second]
+        behind[place] = third
+        if third < size:
+            before[third] = place
+        n -= 1
+        heap[0] = heap[n]
+        sink(heap, n, 0)
+        for side in range(2):
+            start = np.int64(before[place]) if side == 0 else place
+            if start < 0 or behind[start] >= size:
+                continue
+            rank = rank_of(ranks, ids[start], ids[behind[start]])
+            if rank != _NONE:
+                heap[n] = np.int64(rank) << 32 | start
+                rise(heap, n)
+                n += 1
+    n_out = 0
+    place = 0
+    while place < size:
+        out[n_out] = ids[place]
+        n_out += 1
+        place = behind[place]
+    return n_out
+
+
+@compiled
+def encode_word(ranks, text, eight, at, size, out, rank):
+    """Encode one word into `out`; returns how many ids it has."""
+    if len(ranks.whole):
+        base = find(ranks.whole, len(ranks.whole) // SLOT - 1, ranks.whole_eight, eight, at, size)
+        if ranks.whole[base + 3]:
+            out[0] = np.int32(ranks.whole[base + 2]) - 1
+            return 1
+    if size <= LONGEST:
+        return merge_short(ranks, text, at, size, out, rank)
+    return merge_long(ranks, text, at, size, out)
+
+
+@compiled
+def remember(cache, base, text, eight, at, size, ids, n):
+    """Put a word and its n ids into the cache's empty slot; a cache that is full is emptied instead."""
+    slots, long_bytes, _, more, used = cache
+    full = 2 * used[0] > len(slots) // SLOT
+    if full or used[1] + size + 8 + PADDING > len(long_bytes) or used[2] + n > len(more):
+        slots[:] = np.uint64(0)
+        used[:] = 0
+        return
+    used[0] += 1
+    used[1] = put_key(slots, base, long_bytes, used[1], text, eight, at, size)
+    if n > 3:
+        for place in range(n):
+            more[used[2] + place] = ids[place]
+        slots[base + 2] = np.uint64(used[2])
+        slots[base + 3] = np.uint64(n) << _32
+        used[2] += n
+        return
+    second = np.uint64(ids[1]) if n > 1 else np.uint64(0)
+    third = np.uint64(ids[2]) if n > 2 else np.uint64(0)
+    slots[base + 2] = np.uint64(ids[0]) | second << _32
+    slots[base + 3] = third | np.uint64(n) << _32
+
+
+@compiled
+def encode_text(text, eight, ends, kind, classes, ranks, cache, out, out_ends):
+    """Encode stretches of text that lie end to end; `out_ends` tells where each one's ids end. Returns their number."""
+    slots, _, long_eight, more, _ = cache
+    mask = len(slots) // SLOT - 1
+    rank = np.empty(LONGEST, np.int32)
+    n_out = 0
+    at = 0
+    for stretch in range(len(ends)):
+        end = ends[stretch]
+        while at < end:
+            stop = word_end(kind, text, eight, classes, at, end)
+            size = stop - at
+            if size > LONGEST:
+                n_out += encode_word(ranks, text, eight, at, size, out[n_out:], rank)
+                at = stop
+                continue
+            base = find(slots, mask, long_eight, eight, at, size)
+            two, one = slots[base + 2], slots[base + 3]
+            n = np.int64(one >> _32)
+            if n == 0:
+                n = encode_word(ranks, text, eight, at, size, out[n_out:], rank)
+                remember(cache, base, text, eight, at, size, out[n_out:], n)
+            elif n <= 3:
+                out[n_out] = np.int32(two)
+                out[n_out + 1] = np.int32(two >> _32)
+                out[n_out + 2] = np.int32(one)
+            else:
+                first = np.int64(two)
+                for place in range(n):
+                    out[n_out + place] = more[first + place]
+            n_out += n
+            at = stop
+        out_ends[stretch] = n_out
+    return n_out
+
+
+@compiled
+def decoded_size(ids, sizes):
+    """How many bytes the ids have; -1 - i when id number i is not in the vocabulary."""
+    total = 0
+    for place in range(len(ids)):
+        index = ids[place]
+        if index < 0 or index >= len(sizes) or sizes[index] < 0:
+            return -1 - place
+        total += sizes[index]
+    return total
+
+
+@compiled
+def decode_ids(ids, sizes, starts, spelling, spelling_eight, out, out_eight):
+    """Write the tokens' bytes: sixteen at once, of which the next token overwrites what was too much."""
+    at = 0
+    for place in range(len(ids)):
+        index = ids[place]
+        start = starts[index]
+        size = sizes[index]
+        out_eight[at] = spelling_eight[start]
+        out_eight[at + 8] = spelling_eight[start + 8]
+        for more in range(16, size):
+            out[at + more] = spelling[start + more]
+        at += size
 
 
 class Encoder:
+    """Plain text to ids. Not for two threads at once, but that Python's global lock holds them apart."""
+
     def __init__(self, definition: Definition):
-        self.definition = definition
-        self.id_of = {token: index for index, token in definition.vocab.items()}
-        self.ranks = {pair: rank for rank, pair in enumerate(definition.merges)}
-        self.cache: dict[str, list[int]] = {}
+        self._definition = definition
+        self._kind = kind_of(definition.splits[0]) if len(definition.splits) == 1 else WHOLE
+        self._by_pattern = self._kind == WHOLE and len(definition.splits) > 0
+        self._cache: Cache | None = None
+
+    @cached_property
+    def _ranks(self) -> Ranks:
+        vocab, merges = self._definition.vocab, self._definition.merges
+        id_of = {token: index for index, token in vocab.items()}
+        byte_id = np.array([id_of[bytes([byte])] for byte in range(256)], np.int32)
+        left = np.array([id_of[pair[0]] for pair in merges], np.int32)
+        right = np.array([id_of[pair[1]] for pair in merges], np.int32)
+        merged_id = np.array([id_of[pair[0] + pair[1]] for pair in merges], np.int32)
+        index = new_index(left, right, len(merges))
+        whole, whole_long = self._whole_words() if self._definition.ignore_merges else (aligned_zeros(0), padded(b"")[0])
+        return Ranks(byte_id, index, merged_id, whole, whole_long, eight_view(whole_long))
+
+    def _whole_words(self) -> tuple[np.ndarray, np.ndarray]:
+        """The vocabulary as a table of words whose value is the id plus one."""
+        tokens = list(self._definition.vocab.values())
+        ids = np.array(list(self._definition.vocab), np.int64)
+        sizes = np.array([len(token) for token in tokens], np.int64)
+        ends = np.cumsum(sizes)
+        slots = aligned_zeros(SLOT << (4 * len(tokens)).bit_length())
+        long_bytes = np.zeros(int((sizes + 8).sum()) + 2 * PADDING, np.uint8)
+        text, eight = padded(b"".join(tokens))
+        state = np.zeros(4, np.int64)
+        done = count_words(
+            text, eight, ends - sizes, ends, ids + 1, WHOLE, unicode_classes(), slots, long_bytes, eight_view(long_bytes), state
+        )
+        assert done, "the table was made large enough"
+        return slots, long_bytes
+
+    def _words(self) -> Cache:
+        if self._cache is None:
+            long_bytes = np.zeros(4 << 20, np.uint8)
+            used = np.zeros(3, np.int64)
+            slots = aligned_zeros(SLOT * SLOTS)
+            self._cache = Cache(slots, long_bytes, eight_view(long_bytes), np.zeros(1 << 20, np.int32), used)
+        return self._cache
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Plain texts -> all their ids in a row (int32), and where each text's ids end (int64)."""
-        ids: list[int] = []
-        ends = []
+        """The texts' ids in a row (int32), and where each text's ids end (int64)."""
+        if self._by_pattern:
+            return self._encode_by_pattern(texts)
+        parts = [text.encode() for text in texts]
+        ends = np.cumsum(np.fromiter(map(len, parts), np.int64, len(parts)))
+        return self.encode_bytes(parts[0] if len(parts) == 1 else b"".join(parts), ends, self._kind)
+
+    def encode_bytes(self, data: bytes, ends: np.ndarray, kind: int) -> tuple[np.ndarray, np.ndarray]:
+        """Encode stretches of UTF-8 that lie end to end."""
+        text, eight = padded(data)
+        out = np.empty(len(data) + 4, np.int32)
+        out_ends = np.empty(len(ends), np.int64)
+        n = encode_text(text, eight, ends, kind, unicode_classes(), self._ranks, self._words(), out, out_ends)
+        return out[:n].copy(), out_ends
+
+    def _encode_by_pattern(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The general path: the regex package cuts, the kernel gets the words one by one."""
+        words: list[bytes] = []
+        n_words: list[int] = []
         for text in texts:
             pieces = [text]
-            for pattern in self.definition.splits:
+            for pattern in self._definition.splits:
                 pieces = [word for piece in pieces for word in reference.split_words(piece, pattern)]
-            for word in pieces:
-                if word not in self.cache:
-                    raw = word.encode()
-                    if self.definition.ignore_merges and raw in self.id_of:
-                        self.cache[word] = [self.id_of[raw]]
-                    else:
-                        self.cache[word] = [self.id_of[s] for s in reference.encode_word(raw, self.ranks)]
-                ids += self.cache[word]
-            ends.append(len(ids))
-        return np.array(ids, np.int32), np.array(ends, np.int64)
+            words += [piece.encode() for piece in pieces]
+            n_words.append(len(words))
+        ends = np.cumsum(np.fromiter(map(len, words), np.int64, len(words)))
+        ids, word_ends = self.encode_bytes(b"".join(words), ends, WHOLE)
+        return ids, np.concatenate([[0], word_ends])[n_words]
+
+
+class Decoder:
+    """Ids to bytes."""
+
+    def __init__(self, vocab: dict[int, bytes]):
+        self._n = max(vocab) + 1
+        tokens = [vocab.get(index, b"") for index in range(self._n)]
+        sizes = np.array([len(token) for token in tokens], np.int32)
+        self._starts = np.cumsum(sizes, dtype=np.int64) - sizes
+        self._spelling, self._eight = padded(b"".join(tokens) + bytes(PADDING))
+        absent = [index for index in range(self._n) if index not in vocab]
+        sizes[absent] = -1
+        self._sizes = sizes
+
+    def decode(self, ids: np.ndarray) -> bytes:
+        """The tokens' bytes in a row. Raises ValueError for an id that the vocabulary doesn't have."""
+        size = int(decoded_size(ids, self._sizes))
+        if size < 0:
+            raise ValueError(f"id {ids[-1 - size]} is not in the vocabulary (0 to {self._n - 1})")
+        out = np.empty(size + 2 * PADDING, np.uint8)
+        decode_ids(ids, self._sizes, self._starts, self._spelling, self._eight, out, eight_view(out))
+        return out[:size].tobytes()

@@ -12,7 +12,7 @@ import regex
 
 from . import files as tokenizer_files
 from .definition import AddedToken, Definition
-from .encode import Encoder
+from .encode import Decoder, Encoder
 
 Allowed = Literal["all"] | Iterable[str]
 
@@ -34,6 +34,7 @@ class Tokenizer:
         self.pad_token_id = self._id_of(definition.pad)
         self.add_bos = definition.add_bos
         self._encoder = Encoder(definition)
+        self._decoder = Decoder(self.vocab)
         self._fingerprint: str | None = None
 
     def _id_of(self, name: str | None) -> int | None:
@@ -167,14 +168,13 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int] | np.ndarray) -> bytes:
         """The bytes of ids. Raises ValueError for an id that the vocabulary doesn't have."""
-        try:
-            return b"".join([self.vocab[index] for index in _as_ids(ids).tolist()])
-        except KeyError as error:
-            raise ValueError(f"id {error.args[0]} is not in the vocabulary (0 to {self.vocab_size - 1})") from None
+        return self._decoder.decode(_as_ids(ids))
 
     def token_bytes(self, index: int) -> bytes:
         """The bytes of one token."""
-        return self.decode_bytes([index])
+        if index not in self.vocab:
+            raise ValueError(f"id {index} is not in the vocabulary (0 to {self.vocab_size - 1})")
+        return self.vocab[index]
 
     def stream_decoder(self) -> "StreamDecoder":
         """A decoder that takes one id at a time and never emits half a character."""

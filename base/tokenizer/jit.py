@@ -1,0 +1,61 @@
+"""How the hot loops are compiled: Numba, on first use, kept on disk, said aloud once."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+from numba.core import event
+
+_log = logging.getLogger(__name__)
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """numba.njit with the on-disk cache; without a writable cache folder the loops are compiled in each process."""
+    try:
+        return numba.njit(cache=True)(function)
+    except RuntimeError:  # numba found no folder that it may write
+        return numba.njit(function)
+
+
+class _Announcer(event.Listener):
+    """Says once that compilation has begun. Numba sends no event when it finds the code on disk."""
+
+    said = False
+
+    def on_start(self, event: event.Event) -> None:
+        function = event.data["dispatcher"].py_func
+        if not self.said and function.__module__.startswith(__package__ or "?"):
+            self.said = True
+            _log.warning("graft: compiling the tokenizer's loops, once per machine, about ten seconds ...")
+
+    def on_end(self, event: event.Event) -> None:
+        pass
+
+
+event.register("numba:compile", _Announcer())
+
+PADDING = 16  # bytes after a text, so that eight bytes can be read at its last place
+
+
+def padded(data: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """A text as bytes, and the same memory as `eight`: eight[p] is the bytes p to p+7 as one little-endian number.
+
+    `eight` is a uint64 array whose stride is one byte; one load replaces eight, and comparing or hashing a word takes
+    one or two of them.
+    """
+    text = np.frombuffer(data + bytes(PADDING), np.uint8)
+    return text, eight_view(text)
+
+
+def eight_view(text: np.ndarray) -> np.ndarray:
+    """The overlapping 8-byte numbers of a padded array."""
+    return np.ndarray((len(text) - 8,), np.uint64, text, 0, (1,))
+
+
+def aligned_zeros(n: int) -> np.ndarray:
+    """n uint64 zeros that start on a 64-byte cache line."""
+    raw = np.zeros(n + 8, np.uint64)
+    skip = (-raw.ctypes.data % 64) // 8
+    return raw[skip : skip + n]

@@ -1,0 +1,199 @@
+"""A hash table whose keys are words: open addressing, four 64-bit numbers a slot.
+
+    slot:  key   key   value   n
+A word of at most 15 bytes lies in the two keys itself, its length in the top byte; of a longer one the first key is a
+hash and the second says where in `long_bytes` its bytes are. `n` is zero in an empty slot. Here the value is a count
+and n the word's size; in encode.py both hold ids.
+"""
+
+import numpy as np
+
+from .jit import PADDING, aligned_zeros, compiled, eight_view, padded
+from .patterns import WHOLE
+from .scan import unicode_classes, word_end
+
+SLOT = 4
+INLINE = 15  # bytes of a word that fit into the two keys
+_LOW_MASK = np.array([(1 << 8 * min(n, 8)) - 1 for n in range(INLINE + 1)], np.uint64)
+_HIGH_MASK = np.array([(1 << 8 * max(n - 8, 0)) - 1 for n in range(INLINE + 1)], np.uint64)
+_LONG = np.uint64(0xFF << 56)
+_MIX = np.uint64(0x9E3779B97F4A7C15)
+_MIX_2 = np.uint64(0xD6E8FEB86659FD93)
+_32 = np.uint64(32)
+_56 = np.uint64(56)
+
+
+@compiled
+def hash_long(eight, start, size):
+    """A 64-bit hash of more than 8 bytes."""
+    value = np.uint64(size) * _MIX
+    at = start
+    stop = start + size - 8
+    while at < stop:
+        value = (value ^ eight[at]) * _MIX_2
+        value ^= value >> _32
+        at += 8
+    value = (value ^ eight[stop]) * _MIX  # the last eight bytes, which may overlap
+    return value ^ (value >> _32)
+
+
+@compiled
+def same_bytes(eight_a, a, eight_b, b, size):
+    """Whether two stretches of more than 8 bytes are equal."""
+    for step in range(0, size - 8, 8):
+        if eight_a[a + step] != eight_b[b + step]:
+            return False
+    return eight_a[a + size - 8] == eight_b[b + size - 8]
+
+
+@compiled
+def find(slots, mask, long_eight, eight, start, size):
+    """Where the word's slot begins: its own, or the empty one where it belongs."""
+    if size <= INLINE:
+        low = eight[start] & _LOW_MASK[size]
+        high = (eight[start + 8] & _HIGH_MASK[size]) | (np.uint64(size) << _56)
+        mixed = (low ^ (high * _MIX_2)) * _MIX
+        at = np.int64(mixed >> _32) & mask
+        while True:
+            base = at * SLOT
+            if (slots[base] == low and slots[base + 1] == high) or slots[base + 3] == np.uint64(0):
+                return base
+            at = (at + 1) & mask
+    mixed = hash_long(eight, start, size)
+    at = np.int64(mixed >> _32) & mask
+    while True:
+        base = at * SLOT
+        if slots[base + 3] == np.uint64(0):
+            return base
+        if slots[base] == mixed and slots[base + 1] >= _LONG:
+            place = np.int64(slots[base + 1] - _LONG)
+            if long_eight[place] == np.uint64(size) and same_bytes(long_eight, place + 8, eight, start, size):
+                return base
+        at = (at + 1) & mask
+
+
+@compiled
+def put_key(slots, base, long_bytes, long_used, text, eight, start, size):
+    """Write a new word's keys into its slot; returns how much of `long_bytes` is used then.
+
+    A long word lies there behind its length, which takes eight bytes.
+    """
+    if size <= INLINE:
+        slots[base] = eight[start] & _LOW_MASK[size]
+        slots[base + 1] = (eight[start + 8] & _HIGH_MASK[size]) | (np.uint64(size) << _56)
+        return long_used
+    slots[base] = hash_long(eight, start, size)
+    slots[base + 1] = _LONG + np.uint64(long_used)
+    for place in range(8):
+        long_bytes[long_used + place] = (size >> (8 * place)) & 0xFF
+    long_used += 8
+    for place in range(size):
+        long_bytes[long_used + place] = text[start + place]
+    return long_used + size
+
+
+@compiled
+def count_words(
+    text, eight, starts, ends, weights, kind, classes, slots, long_bytes, long_eight, state
+):  # fmt: skip
+    """Count the words of stretches of text into the table; true when all is done, false when the table must grow first.
+
+    state: the stretch and the place where to go on, slots used, bytes of `long_bytes` used. With no `weights` each word
+    counts once.
+    """
+    mask = len(slots) // SLOT - 1
+    stretch, at, used, long_used = state[0], state[1], state[2], state[3]
+    done = True
+    while stretch < len(ends):
+        at = max(at, starts[stretch])
+        end = ends[stretch]
+        weight = np.uint64(weights[stretch]) if len(weights) else np.uint64(1)
+        while at < end:
+            stop = word_end(kind, text, eight, classes, at, end)
+            base = find(slots, mask, long_eight, eight, at, stop - at)
+            if slots[base + 3] == np.uint64(0):
+                if 2 * used > mask or long_used + stop - at + 8 + PADDING > len(long_bytes):
+                    done = False
+                    break
+                long_used = put_key(slots, base, long_bytes, long_used, text, eight, at, stop - at)
+                slots[base + 3] = np.uint64(stop - at)
+                used += 1
+            slots[base + 2] += weight
+            at = stop
+        if not done:
+            break
+        stretch += 1
+    state[0], state[1], state[2], state[3] = stretch, at, used, long_used
+    return done
+
+
+@compiled
+def dump_words(slots, long_bytes, flat, sizes, counts):
+    """Write out the table's words end to end, their sizes and their counts."""
+    word = at = 0
+    for base in range(0, len(slots), SLOT):
+        size = np.int64(slots[base + 3])
+        if size == 0:
+            continue
+        if size <= INLINE:
+            for place in range(size):
+                key = slots[base] if place < 8 else slots[base + 1]
+                flat[at + place] = (key >> np.uint64(8 * (place & 7))) & np.uint64(0xFF)
+        else:
+            first = np.int64(slots[base + 1] - _LONG) + 8
+            flat[at : at + size] = long_bytes[first : first + size]
+        sizes[word] = size
+        counts[word] = np.int64(slots[base + 2])
+        at += size
+        word += 1
+
+
+Words = tuple[np.ndarray, np.ndarray, np.ndarray]  # bytes end to end; sizes (n,) int64; counts (n,) int64
+
+
+class WordCounter:
+    """Counts words; its memory grows with the number of different words, not with the text."""
+
+    def __init__(self) -> None:
+        self._slots = aligned_zeros(SLOT << 16)
+        self._long = np.zeros(1 << 20, np.uint8)
+        self._state = np.zeros(4, np.int64)
+
+    def add_text(self, data: bytes, starts: np.ndarray, ends: np.ndarray, kind: int) -> None:
+        """Count the words of data[starts[i]:ends[i]] (UTF-8)."""
+        self._count(data, starts, ends, np.zeros(0, np.int64), kind)
+
+    def add_words(self, words: Words) -> None:
+        """Add another counter's words."""
+        flat, sizes, counts = words
+        ends = np.cumsum(sizes)
+        self._count(flat.tobytes(), ends - sizes, ends, counts, WHOLE)
+
+    def _count(self, data: bytes, starts: np.ndarray, ends: np.ndarray, weights: np.ndarray, kind: int) -> None:
+        text, eight = padded(data)
+        classes = unicode_classes()
+        self._state[:2] = 0
+        while not count_words(
+            text, eight, starts, ends, weights, kind, classes, self._slots, self._long, eight_view(self._long), self._state
+        ):
+            self._grow(len(data))
+
+    def _grow(self, n_bytes: int) -> None:
+        """Twice the slots, and room for any one long word of the text at hand."""
+        words = self.words()
+        place = self._state[:2].copy()
+        larger = WordCounter()
+        larger._slots = aligned_zeros(2 * len(self._slots))
+        larger._long = np.zeros(2 * len(self._long) + n_bytes, np.uint8)
+        larger.add_words(words)
+        self._slots, self._long, self._state = larger._slots, larger._long, larger._state
+        self._state[:2] = place
+
+    def words(self) -> Words:
+        """All words, in no meaningful order."""
+        used = int(self._state[2])
+        sizes = self._slots[3::SLOT]
+        flat = np.empty(int(sizes.sum()), np.uint8)
+        out = np.empty(used, np.int64), np.empty(used, np.int64)
+        dump_words(self._slots, self._long, flat, *out)
+        return flat, *out
