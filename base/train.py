@@ -132,7 +132,7 @@ def train(
     began = time.perf_counter()
     with stop_on_signal() as stop:
         for step in range(start, config.steps):
-            line = _one_step(model, optimizer, batch_at(step), config, scaler, step, loss, count, device)
+            line = one_step(model, optimizer, batch_at(step), config, scaler, step, loss, count, device)
             result.steps, result.loss = step + 1, line["loss"]
             result.n_tokens += line["n_tokens"]
             last = step + 1 == config.steps
@@ -158,7 +158,7 @@ def train(
     return result
 
 
-def _one_step(
+def one_step(
     model: nn.Module,
     optimizer: Optimizer,
     micro_batches: Sequence[Batch],
