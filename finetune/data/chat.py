@@ -108,9 +108,9 @@ class ChatTemplate:
         self.has_generation_tags = re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer) -> "ChatTemplate":
-        """The tokenizer's own template; without one, CHATML where the tokenizer has its tokens, else PLAIN."""
-        source = tokenizer.chat_template
+    def of(cls, tokenizer: Tokenizer, source: str | None = None) -> "ChatTemplate":
+        """`source` (an adapter's), else the tokenizer's own; without one, CHATML where it has the tokens, else PLAIN."""
+        source = source or tokenizer.chat_template
         if source is None:
             source = CHATML if {"<|im_start|>", "<|im_end|>"} <= tokenizer.special_tokens.keys() else PLAIN
         return cls(source, _spelling(tokenizer, tokenizer.bos_token_id), _spelling(tokenizer, tokenizer.eos_token_id))

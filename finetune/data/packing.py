@@ -22,7 +22,8 @@ from .chat import Encoded
 
 
 def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices of `lengths` in bins of at most `max_tokens`: best fit decreasing, so within 11/9 of the fewest bins + 1.
+    """Indices of `lengths` in bins of at most `max_tokens`: best fit decreasing (Johnson et al. 1974: 11/9 of the
+    fewest bins, plus 4 at most).
 
     Deterministic: longest first, equals by index, each into the fullest bin that still holds it. Inside a bin indices
     ascend. Raises ValueError when one length alone is over max_tokens.
