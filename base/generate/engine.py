@@ -43,7 +43,7 @@ def generate_ids(
     model.eval()
     produced: list[list[int]] = [[] for _ in prompts]
     done = [False] * len(prompts)
-    logits = _read(model, ids, lengths, cache)
+    logits = read_tokens(model, ids, lengths, cache)
     for step in range(max_new_tokens):
         chosen = sample(logits, generators, temperature=temperature, top_k=top_k, top_p=top_p)  # (B,)
         for row, token in enumerate(chosen.tolist()):
@@ -57,12 +57,12 @@ def generate_ids(
                 on_token(row, token)
         if all(done) or step + 1 == max_new_tokens:
             break
-        logits = _read(model, chosen[:, None], torch.ones_like(lengths), cache)
+        logits = read_tokens(model, chosen[:, None], torch.ones_like(lengths), cache)
     model.train(was_training)
     return produced
 
 
-def _read(model: Transformer, ids: Tensor, counts: Tensor, cache: KVCache) -> Tensor:
+def read_tokens(model: Transformer, ids: Tensor, counts: Tensor, cache: KVCache) -> Tensor:
     """Run (B, T) ids of which each row's first `counts` are real; returns the logits after the last real one, (B, V)."""
     hidden = model.hidden_states(ids, cache=cache)  # (B, T, D)
     cache.advance(counts)
