@@ -12,7 +12,7 @@ out pairs alone, a training sentence of none, so every word of the evaluation is
 
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,6 +117,7 @@ VERBS = {
     "buy": "kauf", "seek": "such", "love": "lieb", "bring": "bring", "need": "brauch", "know": "kenn", "paint": "mal",
     "show": "zeig",
 }  # fmt: skip
+FORMS = ("statement", "adverb first", "negation", "question")
 ADVERBIALS = {"today": "heute", "now": "jetzt", "often": "oft", "here": "hier"}
 ARTICLES = {  # determiner -> (nominative, accusative) by gender
     "the": {"m": ("der", "den"), "f": ("die", "die"), "n": ("das", "das")},
@@ -126,39 +127,43 @@ ARTICLES = {  # determiner -> (nominative, accusative) by gender
 
 
 def _translation(rng: random.Random, form: int, label: str | None) -> Sentence:
-    """Forms: plain statement, statement after an adverb, negation, question."""
     subjects = (*PRONOUNS, *PEOPLE)
     s, v, o = rng.randrange(len(subjects)), rng.randrange(len(VERBS)), rng.randrange(len(OBJECTS))
-    verb, (noun, german_noun) = tuple(VERBS)[v], list(OBJECTS.items())[o]
-    determiner = rng.choice(tuple(ARTICLES))
-    article = ARTICLES[determiner][german_noun[1]][1]
-    if subjects[s] in PRONOUNS:
-        english_subject, (german_subject, ending) = subjects[s], PRONOUNS[subjects[s]]
+    owner, determiner, adverb = rng.choice(tuple(ARTICLES)), rng.choice(tuple(ARTICLES)), rng.choice(tuple(ADVERBIALS))
+    subject = subjects[s] if subjects[s] in PRONOUNS else f"{owner} {subjects[s]}"
+    english, german = translate(FORMS[form], subject, tuple(VERBS)[v], f"{determiner} {tuple(OBJECTS)[o]}", adverb)
+    return Sentence(english, german, ((s, o), (v, o)))
+
+
+def translate(form: str, subject: str, verb: str, thing: str, adverb: str = "") -> tuple[str, str]:
+    """(English, German) of one sentence: "today", "the man", "buy", "a book" -> "heute kauft der Mann ein Buch."
+
+    form: statement, adverb first, negation or question.
+    """
+    if subject in PRONOUNS:
+        german_subject, ending = PRONOUNS[subject]
     else:
-        owner, (german, gender) = rng.choice(tuple(ARTICLES)), PEOPLE[subjects[s]]
-        english_subject, ending = f"{owner} {subjects[s]}", "t"
-        german_subject = f"{ARTICLES[owner][gender][0]} {german}"
-    third = ending == "t"
-    german_verb, said = VERBS[verb] + ending, f"{verb}s" if third else verb
-    auxiliary = "does" if third else "do"
-    english_object, german_object = f"{determiner} {noun}", f"{article} {german_noun[0]}"
-    adverb, german_adverb = rng.choice(tuple(ADVERBIALS.items()))
-    if form == 0:
-        english, target = (
-            f"{english_subject} {said} {english_object}.",
-            f"{german_subject} {german_verb} {german_object}.",
+        german_subject, ending = _noun_phrase(subject, PEOPLE, accusative=False), "t"
+    german_thing = _noun_phrase(thing, OBJECTS, accusative=True)
+    german_verb, third = VERBS[verb] + ending, ending == "t"
+    said, do = (f"{verb}s", "does") if third else (verb, "do")
+    if form == "statement":
+        return f"{subject} {said} {thing}.", f"{german_subject} {german_verb} {german_thing}."
+    if form == "adverb first":
+        return (
+            f"{adverb} {subject} {said} {thing}.",
+            f"{ADVERBIALS[adverb]} {german_verb} {german_subject} {german_thing}.",
         )
-    elif form == 1:
-        english = f"{adverb} {english_subject} {said} {english_object}."
-        target = f"{german_adverb} {german_verb} {german_subject} {german_object}."
-    elif form == 2:
-        english = f"{english_subject} {auxiliary} not {verb} {english_object}."
-        negated = f"k{german_object}" if determiner == "a" else f"{german_object} nicht"
-        target = f"{german_subject} {german_verb} {negated}."
-    else:
-        english = f"{auxiliary} {english_subject} {verb} {english_object}?"
-        target = f"{german_verb} {german_subject} {german_object}?"
-    return Sentence(english, target, ((s, o), (v, o)))
+    if form == "negation":
+        negated = f"k{german_thing}" if thing.startswith("a ") else f"{german_thing} nicht"
+        return f"{subject} {do} not {verb} {thing}.", f"{german_subject} {german_verb} {negated}."
+    return f"{do} {subject} {verb} {thing}?", f"{german_verb} {german_subject} {german_thing}?"
+
+
+def _noun_phrase(english: str, nouns: dict[str, tuple[str, str]], *, accusative: bool) -> str:
+    determiner, noun = english.split()
+    german, gender = nouns[noun]
+    return f"{ARTICLES[determiner][gender][accusative]} {german}"
 
 
 # --- splits --------------------------------------------------------------------------------------------------------
@@ -166,7 +171,7 @@ def _translation(rng: random.Random, form: int, label: str | None) -> Sentence:
 TASKS = {
     "spam": Task("Message: {source}\nLabel:", 2, ("spam", "ham"), _spam),
     "sentiment": Task("Review: {source}\nSentiment:", 3, ("positive", "negative"), _sentiment),
-    "translation": Task("English: {source}\nGerman:", 4, (), _translation),
+    "translation": Task("English: {source}\nGerman:", len(FORMS), (), _translation),
 }
 
 
