@@ -12,13 +12,13 @@ import numpy as np
 
 from . import reference
 from .definition import Definition
-from .jit import PADDING, aligned_zeros, compiled, eight_view, padded
+from .jit import PADDING, aligned_zeros, compiled, eight_view, inlined, padded
 from .pair_index import new_index, pair_slot
 from .patterns import WHOLE, kind_of
-from .scan import unicode_classes, word_end
+from .scan import cut_words, new_buffers, unicode_classes
 from .words import SLOT, count_words, find, put_key
 
-SLOTS = 1 << 18  # of the cache: 8 MB, of which a text touches what it needs
+FIRST_SLOTS, LAST_SLOTS = 1 << 15, 1 << 19  # of the cache, 32 bytes each; when half are used it gives way to a larger one
 LONGEST = 128  # bytes of a cached word; longer ones are rare and go through a heap
 _NONE = np.int32(2**31 - 1)
 _32 = np.uint64(32)
@@ -45,7 +45,7 @@ class Cache(NamedTuple):
     used: np.ndarray  # int64: slots, bytes, ids
 
 
-@compiled
+@inlined
 def rank_of(ranks, left, right):
     """The rank of a pair's merge, _NONE when it has none."""
     at = pair_slot(ranks.pair_rank, left, right)
@@ -79,7 +79,7 @@ def merge_short(ranks, text, at, size, ids, rank):
     return n
 
 
-@compiled
+@inlined
 def sink(heap, n, at):
     """Let the entry at a place of a heap of n, least first, sink to where it belongs."""
     value = heap[at]
@@ -94,7 +94,7 @@ def sink(heap, n, at):
     heap[at] = value
 
 
-@compiled
+@inlined
 def rise(heap, at):
     """Let the entry at a place of the heap rise to where it belongs."""
     value = heap[at]
@@ -177,13 +177,10 @@ def encode_word(ranks, text, eight, at, size, out, rank):
 
 @compiled
 def remember(cache, base, text, eight, at, size, ids, n):
-    """Put a word and its n ids into the cache's empty slot; a cache that is full is emptied instead."""
+    """Put a word and its n ids into the cache's empty slot; false when there is no room."""
     slots, long_bytes, _, more, used = cache
-    full = 2 * used[0] > len(slots) // SLOT
-    if full or used[1] + size + 8 + PADDING > len(long_bytes) or used[2] + n > len(more):
-        slots[:] = np.uint64(0)
-        used[:] = 0
-        return
+    if 2 * used[0] > len(slots) // SLOT or used[1] + size + 8 + PADDING > len(long_bytes) or used[2] + n > len(more):
+        return False
     used[0] += 1
     used[1] = put_key(slots, base, long_bytes, used[1], text, eight, at, size)
     if n > 3:
@@ -192,48 +189,57 @@ def remember(cache, base, text, eight, at, size, ids, n):
         slots[base + 2] = np.uint64(used[2])
         slots[base + 3] = np.uint64(n) << _32
         used[2] += n
-        return
+        return True
     second = np.uint64(ids[1]) if n > 1 else np.uint64(0)
     third = np.uint64(ids[2]) if n > 2 else np.uint64(0)
     slots[base + 2] = np.uint64(ids[0]) | second << _32
     slots[base + 3] = third | np.uint64(n) << _32
+    return True
 
 
 @compiled
-def encode_text(text, eight, ends, kind, classes, ranks, cache, out, out_ends):
-    """Encode stretches of text that lie end to end; `out_ends` tells where each one's ids end. Returns their number."""
+def encode_text(text, eight, ends, kind, classes, ranks, cache, out, out_ends, state):
+    """Encode stretches of text that lie end to end; `out_ends` tells where each one's ids end.
+
+    state: the stretch and the place where to go on, ids written. Returns false when the cache is full: call again with
+    another one.
+    """
     slots, _, long_eight, more, _ = cache
     mask = len(slots) // SLOT - 1
+    buffers = new_buffers()
     rank = np.empty(LONGEST, np.int32)
-    n_out = 0
-    at = 0
-    for stretch in range(len(ends)):
+    stretch, following, n_out = state[0], state[1], state[2]
+    while stretch < len(ends):
         end = ends[stretch]
-        while at < end:
-            stop = word_end(kind, text, eight, classes, at, end)
-            size = stop - at
-            if size > LONGEST:
-                n_out += encode_word(ranks, text, eight, at, size, out[n_out:], rank)
-                at = stop
-                continue
-            base = find(slots, mask, long_eight, eight, at, size)
-            two, one = slots[base + 2], slots[base + 3]
-            n = np.int64(one >> _32)
-            if n == 0:
-                n = encode_word(ranks, text, eight, at, size, out[n_out:], rank)
-                remember(cache, base, text, eight, at, size, out[n_out:], n)
-            elif n <= 3:
-                out[n_out] = np.int32(two)
-                out[n_out + 1] = np.int32(two >> _32)
-                out[n_out + 2] = np.int32(one)
-            else:
-                first = np.int64(two)
-                for place in range(n):
-                    out[n_out + place] = more[first + place]
-            n_out += n
-            at = stop
+        while following < end:
+            n_words, following = cut_words(kind, text, eight, classes, following, end, buffers)
+            for word in range(n_words):
+                at = buffers.places[word]
+                size = buffers.places[word + 1] - at
+                if size > LONGEST:
+                    n_out += encode_word(ranks, text, eight, at, size, out[n_out:], rank)
+                    continue
+                base = find(slots, mask, long_eight, eight, at, size)
+                two, one = slots[base + 2], slots[base + 3]
+                n = np.int64(one >> _32)
+                if n == 0:
+                    n = encode_word(ranks, text, eight, at, size, out[n_out:], rank)
+                    if not remember(cache, base, text, eight, at, size, out[n_out:], n):
+                        state[0], state[1], state[2] = stretch, at, n_out
+                        return False
+                elif n <= 3:
+                    out[n_out] = np.int32(two)
+                    out[n_out + 1] = np.int32(two >> _32)
+                    out[n_out + 2] = np.int32(one)
+                else:
+                    first = np.int64(two)
+                    for place in range(n):
+                        out[n_out + place] = more[first + place]
+                n_out += n
         out_ends[stretch] = n_out
-    return n_out
+        stretch += 1
+    state[2] = n_out
+    return True
 
 
 @compiled
@@ -300,12 +306,12 @@ class Encoder:
         assert done, "the table was made large enough"
         return slots, long_bytes
 
-    def _words(self) -> Cache:
-        if self._cache is None:
-            long_bytes = np.zeros(4 << 20, np.uint8)
-            used = np.zeros(3, np.int64)
-            slots = aligned_zeros(SLOT * SLOTS)
-            self._cache = Cache(slots, long_bytes, eight_view(long_bytes), np.zeros(1 << 20, np.int32), used)
+    def _renew_cache(self) -> Cache:
+        """An empty cache: the first, or one of four times the size, up to 16 MB and half of that for long words."""
+        n_slots = min(4 * len(self._cache.slots) // SLOT, LAST_SLOTS) if self._cache else FIRST_SLOTS
+        long_bytes = np.zeros(16 * n_slots, np.uint8)
+        ids, used = np.zeros(4 * n_slots, np.int32), np.zeros(3, np.int64)
+        self._cache = Cache(aligned_zeros(SLOT * n_slots), long_bytes, eight_view(long_bytes), ids, used)
         return self._cache
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -321,8 +327,11 @@ class Encoder:
         text, eight = padded(data)
         out = np.empty(len(data) + 4, np.int32)
         out_ends = np.empty(len(ends), np.int64)
-        n = encode_text(text, eight, ends, kind, unicode_classes(), self._ranks, self._words(), out, out_ends)
-        return out[:n].copy(), out_ends
+        state = np.zeros(3, np.int64)
+        cache = self._cache or self._renew_cache()
+        while not encode_text(text, eight, ends, kind, unicode_classes(), self._ranks, cache, out, out_ends, state):
+            cache = self._renew_cache()
+        return out[: int(state[2])].copy(), out_ends
 
     def _encode_by_pattern(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """The general path: the regex package cuts, the kernel gets the words one by one."""

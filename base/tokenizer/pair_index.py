@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from .jit import compiled
+from .jit import compiled, inlined
 
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 _32 = np.uint64(32)
 _1 = np.uint64(1)
 
 
-@compiled
+@inlined
 def pair_slot(index, left, right):
     """Where the pair lies, or the empty place where it belongs; an empty place holds 0."""
     key = (np.uint64(left) << _32 | np.uint64(right)) + _1

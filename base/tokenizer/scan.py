@@ -1,24 +1,24 @@
 """Text to words without a regular expression engine: UTF-8 bytes and a table of Unicode classes.
 
-`word_end` finds where the word that starts at a place ends, for the four patterns of patterns.py; the tests compare it
-with `regex` on every code point. Each function reads a padded text (jit.py) up to `end`, which is a character's edge.
+`cut_words` finds where the words of patterns.py begin; the tests compare it with `regex` on every code point. For GPT-2's
+pattern whether a word begins at a character depends on its neighbours alone, so the loops look at each byte by itself,
+without branches, and the compiler turns them into vector instructions. The other patterns count digits and look for
+the last line break of a run, so they go word by word.
 """
 
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 
-from .jit import compiled
+from .jit import compiled, inlined
 from .patterns import KIND_GPT2, KIND_GPT4, KIND_QWEN2, WHOLE
 
-OTHER, LETTER, NUMBER, SPACE, NEWLINE = 0, 1, 2, 3, 4
-_BLANK, _QUOTE = ord(" "), ord("'")
-_ONES = np.uint64(0x0101010101010101)
+OTHER, LETTER, NUMBER, BLANK, SPACE, NEWLINE = range(6)  # BLANK is U+0020, SPACE other white space, NEWLINE CR and LF
+_LAST_SPACE = 6  # a white space character of several bytes that something visible follows
+BLOCK = 4096  # bytes looked at in one go
+_QUOTE = ord("'")
 _HIGH = np.uint64(0x8080808080808080)
-_LOW7 = np.uint64(0x7F7F7F7F7F7F7F7F)
-_CASE = np.uint64(0x2020202020202020)
-_FROM_A = np.uint64(0x1F1F1F1F1F1F1F1F)  # carries into the high bit from "a" on
-_PAST_Z = np.uint64(0x0505050505050505)  # carries into the high bit after "z"
 
 
 @cache
@@ -28,13 +28,13 @@ def unicode_classes() -> np.ndarray:
 
     text = np.arange(0x110000, dtype="<u4").tobytes().decode("utf-32-le", "surrogatepass")
     classes = np.zeros(0x110000, np.uint8)
-    for match in regex.finditer(r"(\p{L}+)|(\p{N}+)|([\r\n]+)|\s+?", text):
-        kind = {1: LETTER, 2: NUMBER, 3: NEWLINE}.get(match.lastindex, SPACE)
+    for match in regex.finditer(r"(\p{L}+)|(\p{N}+)|([\r\n]+)|( )|\s+?", text):
+        kind = {1: LETTER, 2: NUMBER, 3: NEWLINE, 4: BLANK}.get(match.lastindex, SPACE)
         classes[match.start() : match.end()] = kind
     return classes
 
 
-@compiled
+@inlined
 def char_size(first):
     """How many bytes a UTF-8 character has, from its first one."""
     if first < 0x80:
@@ -44,7 +44,7 @@ def char_size(first):
     return 3 if first < 0xF0 else 4
 
 
-@compiled
+@inlined
 def class_at(text, classes, at):
     """The class of the character that starts at a place."""
     first = np.int64(text[at])
@@ -59,7 +59,139 @@ def class_at(text, classes, at):
     return classes[(first & 0x07) << 18 | second << 12 | third << 6 | (np.int64(text[at + 3]) & 0x3F)]
 
 
-@compiled
+@inlined
+def skip_class(text, classes, at, end, kind):
+    """The end of a run of characters of one class."""
+    while at < end and class_at(text, classes, at) == kind:
+        at += char_size(text[at])
+    return at
+
+
+@inlined
+def space_end(text, classes, at, end, kind):
+    r"""The end of a word of white space: `\s+(?!\S)|\s+`, and before it, in all patterns but GPT-2's, `\s*[\r\n]+`.
+
+    A run that meets a visible character leaves its last character to the next word.
+    """
+    last = at
+    after_newline = 0
+    stop = at
+    while stop < end:
+        this = class_at(text, classes, stop)
+        if this < BLANK:
+            break
+        last = stop
+        stop += char_size(text[stop])
+        if this == NEWLINE:
+            after_newline = stop
+    if kind != KIND_GPT2 and after_newline and not (kind == KIND_GPT4 and stop == end):
+        return after_newline
+    return stop if stop == end or last == at else last
+
+
+# ------------------------------------------------------------------------------------------------- GPT-2, by neighbours
+
+
+@inlined
+def classify(text, eight, classes, at, stop, end, kinds):
+    """kinds[1 + i] is the class of the character that text[at + i] belongs to, for the bytes up to `stop`."""
+    for place in range(stop - at):
+        byte = text[at + place]
+        letter = np.uint8((byte | 0x20) - 97) < 26
+        number = np.uint8(byte - 48) < 10
+        space = np.uint8(byte - 9) < 5
+        kinds[1 + place] = letter * LETTER + number * NUMBER + (byte == 32) * BLANK + space * SPACE
+    kinds[0] = OTHER
+    place = at
+    while place < stop:
+        if not eight[place] & _HIGH:
+            place += 8
+        elif text[place] < 0x80:
+            place += 1
+        else:
+            kind = class_at(text, classes, place)
+            size = char_size(text[place])
+            for more in range(size):
+                kinds[1 + place - at + more] = kind
+            if kind == SPACE and place + size < end and class_at(text, classes, place + size) < BLANK:
+                kinds[1 + place - at] = _LAST_SPACE
+            place += size
+    kinds[1 + stop - at] = class_at(text, classes, stop) if stop < end else SPACE
+
+
+@inlined
+def mark_starts(text, at, n, kinds, starts):
+    """starts[i] is 1 where a word begins at text[at + i], contractions apart.
+
+    A visible character begins a word unless it goes on with the class before it or a blank stands before it. White
+    space begins one after something visible, and when something visible follows.
+    """
+    for place in range(n):
+        before, this, after = kinds[place], kinds[place + 1], kinds[place + 2]
+        goes_on = (before == this) | (before == BLANK)
+        inside = (before >= BLANK) & (after >= BLANK)
+        start = ((this < BLANK) & (not goes_on)) | ((this >= BLANK) & (not inside)) | (this == _LAST_SPACE)
+        starts[place] = start & ((text[at + place] & 0xC0) != 0x80)
+    starts[0] = 1
+
+
+@inlined
+def mark_contractions(text, at, n, at_end, starts, lengths):
+    """Join 's 't 'm 'd 'll 've 're, where a word begins at the quote, and begin a word behind them.
+
+    lengths[3 + i] is the size of the contraction at text[at + i], and 0 where there is none.
+    """
+    for place in range(n):
+        one, two = text[at + place + 1], text[at + place + 2]
+        quote = (text[at + place] == _QUOTE) & (starts[place] != 0)
+        short = (one == ord("s")) | (one == ord("t")) | (one == ord("m")) | (one == ord("d"))
+        long = ((one == ord("l")) & (two == ord("l"))) | ((two == ord("e")) & ((one == ord("v")) | (one == ord("r"))))
+        lengths[place + 3] = quote * (short * 2 + long * 3)
+    if at_end:  # what follows is another text
+        lengths[n + 2] = 0
+        lengths[n + 1] = 2 if lengths[n + 1] == 2 else 0
+    for place in range(n):
+        joined = lengths[place + 2] != 0
+        behind = (lengths[place + 1] == 2) | (lengths[place] == 3)
+        starts[place] = ((starts[place] != 0) & (not joined)) | behind
+
+
+@inlined
+def cut_gpt2(text, eight, classes, at, end, buffers):
+    """See cut_words."""
+    kinds, starts, lengths, places = buffers
+    stop = min(end, at + BLOCK)
+    while stop < end and text[stop] & 0xC0 == 0x80:
+        stop -= 1
+    n = stop - at
+    classify(text, eight, classes, at, stop, end, kinds)
+    mark_starts(text, at, n, kinds, starts)
+    mark_contractions(text, at, n, stop == end, starts, lengths)
+    count = 0
+    for place in range(n if stop == end else n - 3):  # the last ones may still be part of a contraction
+        places[count] = at + place
+        count += starts[place]
+    if stop == end:
+        return count, end
+    if count > 1:
+        return count - 1, places[count - 1]
+    first = at + 1 if text[at] == 32 else at  # a word of more than a block: one run of one class
+    kind = class_at(text, classes, first)
+    if kind >= BLANK:
+        return 1, space_end(text, classes, at, end, KIND_GPT2)
+    return 1, skip_class(text, classes, first, end, kind)
+
+
+# ------------------------------------------------------------------------------------------- the others, word by word
+
+_ONES = np.uint64(0x0101010101010101)
+_LOW7 = np.uint64(0x7F7F7F7F7F7F7F7F)
+_CASE = np.uint64(0x2020202020202020)
+_FROM_A = np.uint64(0x1F1F1F1F1F1F1F1F)  # carries into the high bit from "a" on
+_PAST_Z = np.uint64(0x0505050505050505)  # carries into the high bit after "z"
+
+
+@inlined
 def skip_letters(text, eight, classes, at, end):
     """The end of a run of letters.
 
@@ -84,83 +216,30 @@ def skip_letters(text, eight, classes, at, end):
     return min(at, end)
 
 
-@compiled
-def skip_class(text, classes, at, end, kind):
-    """The end of a run of characters of one class."""
-    while at < end and class_at(text, classes, at) == kind:
-        at += char_size(text[at])
-    return at
-
-
-@compiled
-def contraction(text, at, end, any_case):
-    """How many bytes of 's 't 'm 'd 'll 've 're start at a quote; 0 for none. The long s counts as an s of any case."""
+@inlined
+def contraction(text, at, end):
+    """How many bytes of 's 't 'm 'd 'll 've 're in any case start at a quote; 0 for none. The long s counts as an s."""
     if at + 1 >= end:
         return 0
     one = text[at + 1]
-    if any_case:
-        if one == 0xC5 and at + 2 < end and text[at + 2] == 0xBF:
-            return 3
-        if one < 0x80:
-            one |= 0x20
+    if one == 0xC5 and at + 2 < end and text[at + 2] == 0xBF:
+        return 3
+    one |= 0x20
     if one == ord("s") or one == ord("t") or one == ord("m") or one == ord("d"):
         return 2
     if at + 2 >= end:
         return 0
-    two = text[at + 2]
-    if any_case and two < 0x80:
-        two |= 0x20
+    two = text[at + 2] | 0x20
     ll = one == ord("l") and two == ord("l")
     return 3 if ll or (two == ord("e") and (one == ord("v") or one == ord("r"))) else 0
 
 
-@compiled
-def space_end(text, classes, at, end, kind):
-    r"""The end of a word of white space: `\s+(?!\S)|\s+`, and before it, in all patterns but GPT-2's, `\s*[\r\n]+`.
-
-    A run that meets a visible character leaves its last character to the next word.
-    """
-    last = at
-    after_newline = 0
-    stop = at
-    while stop < end:
-        this = class_at(text, classes, stop)
-        if this < SPACE:
-            break
-        last = stop
-        stop += char_size(text[stop])
-        if this == NEWLINE:
-            after_newline = stop
-    if kind != KIND_GPT2 and after_newline and not (kind == KIND_GPT4 and stop == end):
-        return after_newline
-    return stop if stop == end or last == at else last
-
-
-@compiled
-def gpt2_end(text, eight, classes, at, end):
-    """The end of the word that starts at a place, for patterns.GPT2."""
-    start = at
-    first = text[at]
-    if first == _BLANK and at + 1 < end:
-        at += 1
-    elif first == _QUOTE:
-        size = contraction(text, at, end, False)
-        if size:
-            return at + size
-    kind = class_at(text, classes, at)
-    if kind == LETTER:
-        return skip_letters(text, eight, classes, at, end)
-    if kind >= SPACE:
-        return space_end(text, classes, start, end, KIND_GPT2)
-    return skip_class(text, classes, at, end, kind)
-
-
-@compiled
-def llama_end(text, eight, classes, at, end, kind):
+@inlined
+def word_end(text, eight, classes, at, end, kind):
     """The end of the word that starts at a place, for LLAMA3, QWEN2 and GPT4."""
     first = text[at]
     if first == _QUOTE:
-        size = contraction(text, at, end, True)
+        size = contraction(text, at, end)
         if size:
             return at + size
     this = class_at(text, classes, at)
@@ -176,17 +255,63 @@ def llama_end(text, eight, classes, at, end, kind):
     following = class_at(text, classes, after) if after < end else NEWLINE
     if following == LETTER and this != NEWLINE:
         return skip_letters(text, eight, classes, after, end)
-    if this == OTHER or (first == _BLANK and following == OTHER):
+    if this == OTHER or (this == BLANK and following == OTHER):
         stop = skip_class(text, classes, after, end, OTHER)
         return skip_class(text, classes, stop, end, NEWLINE)
     return space_end(text, classes, at, end, kind)
 
 
-@compiled
-def word_end(kind, text, eight, classes, at, end):
-    """The end of the word that starts at a place; with kind WHOLE the text is one word."""
+# -------------------------------------------------------------------------------------------------------- any pattern
+
+
+class Buffers(NamedTuple):
+    """Room for one block."""
+
+    kinds: np.ndarray  # uint8
+    starts: np.ndarray  # uint8
+    lengths: np.ndarray  # uint8
+    places: np.ndarray  # int64, where the words begin
+
+
+@inlined
+def new_buffers():
+    """Buffers for cut_words."""
+    return Buffers(
+        np.empty(BLOCK + 16, np.uint8),
+        np.empty(BLOCK + 16, np.uint8),
+        np.zeros(BLOCK + 16, np.uint8),
+        np.empty(BLOCK + 16, np.int64),
+    )
+
+
+@inlined
+def cut_words(kind, text, eight, classes, at, end, buffers):
+    """Cut some words off a text: word i of the n is places[i] to places[i + 1]. Returns n and where to go on.
+
+    `at` is where a word begins, `end` a character's edge and the end of the text. With kind WHOLE the text is a word.
+    """
+    n = 0
     if kind == KIND_GPT2:
-        return gpt2_end(text, eight, classes, at, end)
-    if kind == WHOLE:
-        return end
-    return llama_end(text, eight, classes, at, end, kind)
+        n, at = cut_gpt2(text, eight, classes, at, end, buffers)
+    elif kind == WHOLE:
+        buffers.places[0] = at
+        n, at = 1, end
+    else:
+        while at < end and n < BLOCK:
+            buffers.places[n] = at
+            at = word_end(text, eight, classes, at, end, kind)
+            n += 1
+    buffers.places[n] = at
+    return n, at
+
+
+@compiled
+def word_starts(kind, text, eight, classes, end, out):
+    """Write down where every word of a text begins; returns how many there are. For tests and for looking at words."""
+    buffers = new_buffers()
+    n_out = at = 0
+    while at < end:
+        n, at = cut_words(kind, text, eight, classes, at, end, buffers)
+        out[n_out : n_out + n] = buffers.places[:n]
+        n_out += n
+    return n_out

@@ -8,9 +8,9 @@ and n the word's size; in encode.py both hold ids.
 
 import numpy as np
 
-from .jit import PADDING, aligned_zeros, compiled, eight_view, padded
+from .jit import PADDING, aligned_zeros, compiled, eight_view, inlined, padded
 from .patterns import WHOLE
-from .scan import unicode_classes, word_end
+from .scan import cut_words, new_buffers, unicode_classes
 
 SLOT = 4
 INLINE = 15  # bytes of a word that fit into the two keys
@@ -23,7 +23,7 @@ _32 = np.uint64(32)
 _56 = np.uint64(56)
 
 
-@compiled
+@inlined
 def hash_long(eight, start, size):
     """A 64-bit hash of more than 8 bytes."""
     value = np.uint64(size) * _MIX
@@ -37,7 +37,7 @@ def hash_long(eight, start, size):
     return value ^ (value >> _32)
 
 
-@compiled
+@inlined
 def same_bytes(eight_a, a, eight_b, b, size):
     """Whether two stretches of more than 8 bytes are equal."""
     for step in range(0, size - 8, 8):
@@ -46,7 +46,7 @@ def same_bytes(eight_a, a, eight_b, b, size):
     return eight_a[a + size - 8] == eight_b[b + size - 8]
 
 
-@compiled
+@inlined
 def find(slots, mask, long_eight, eight, start, size):
     """Where the word's slot begins: its own, or the empty one where it belongs."""
     if size <= INLINE:
@@ -102,29 +102,30 @@ def count_words(
     counts once.
     """
     mask = len(slots) // SLOT - 1
+    buffers = new_buffers()
     stretch, at, used, long_used = state[0], state[1], state[2], state[3]
-    done = True
     while stretch < len(ends):
-        at = max(at, starts[stretch])
+        following = max(at, starts[stretch])
         end = ends[stretch]
         weight = np.uint64(weights[stretch]) if len(weights) else np.uint64(1)
-        while at < end:
-            stop = word_end(kind, text, eight, classes, at, end)
-            base = find(slots, mask, long_eight, eight, at, stop - at)
-            if slots[base + 3] == np.uint64(0):
-                if 2 * used > mask or long_used + stop - at + 8 + PADDING > len(long_bytes):
-                    done = False
-                    break
-                long_used = put_key(slots, base, long_bytes, long_used, text, eight, at, stop - at)
-                slots[base + 3] = np.uint64(stop - at)
-                used += 1
-            slots[base + 2] += weight
-            at = stop
-        if not done:
-            break
+        while following < end:
+            n, following = cut_words(kind, text, eight, classes, following, end, buffers)
+            for word in range(n):
+                at = buffers.places[word]
+                size = buffers.places[word + 1] - at
+                base = find(slots, mask, long_eight, eight, at, size)
+                if slots[base + 3] == np.uint64(0):
+                    if 2 * used > mask or long_used + size + 8 + PADDING > len(long_bytes):
+                        state[0], state[1], state[2], state[3] = stretch, at, used, long_used
+                        return False
+                    long_used = put_key(slots, base, long_bytes, long_used, text, eight, at, size)
+                    slots[base + 3] = np.uint64(size)
+                    used += 1
+                slots[base + 2] += weight
+        at = end
         stretch += 1
     state[0], state[1], state[2], state[3] = stretch, at, used, long_used
-    return done
+    return True
 
 
 @compiled
