@@ -65,10 +65,13 @@ def quantize_4bit(
     return packed, QuantState(tuple(weight.shape), weight.dtype, quant_type, block_size, values, scales)
 
 
-def dequantize_nf4(packed: Tensor, state: QuantState, *, dtype: torch.dtype | None = None) -> Tensor:
+def dequantize_nf4(
+    packed: Tensor, state: QuantState, *, dtype: torch.dtype | None = None, out: Tensor | None = None
+) -> Tensor:
     """The weight again, in its own dtype or the one asked for: codebook[code] * absmax in float32, then one rounding.
 
-    Raises ValueError when packed does not have the bytes that the state's shape needs.
+    `out` is memory to use again, contiguous and of the state's shape; its dtype is the result's. Raises ValueError when
+    packed does not have the bytes that the state's shape needs, and when `out` does not fit.
     """
     n_bytes = (torch.Size(state.shape).numel() + 1) // 2
     if packed.dtype != torch.uint8 or packed.numel() != n_bytes:
@@ -77,6 +80,16 @@ def dequantize_nf4(packed: Tensor, state: QuantState, *, dtype: torch.dtype | No
             "was it packed with another state?"
         )
     absmax, nested = split_scales(state.scales)
+    if out is not None:
+        if tuple(out.shape) != state.shape or not out.is_contiguous() or (dtype or out.dtype) != out.dtype:
+            raise ValueError(
+                f"out is {tuple(out.shape)} {name_of(out.dtype)} with strides {out.stride()}; "
+                f"a contiguous {state.shape} tensor is due"
+            )
+        if out.device.type == "cpu" and out.dtype in FLOATS:
+            nf4.dequantize_4bit_(out, packed, absmax, nested, state.codebook, state.block_size)
+            return out
+        return out.copy_(dequantize_nf4(packed, state, dtype=out.dtype))
     shape = list(state.shape)
     return nf4.dequantize_4bit(packed, absmax, nested, state.codebook, state.block_size, shape, dtype or state.dtype)
 

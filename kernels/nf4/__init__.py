@@ -1,12 +1,13 @@
 """nf4: blockwise 4-bit weights, packed, unpacked and multiplied with."""
 
 from .linear import autocast_is_on, linear_4bit
-from .ops import NESTED_BLOCK_SIZE, dequantize_4bit, dequantize_absmax, quantize_4bit, quantize_absmax
+from .ops import NESTED_BLOCK_SIZE, dequantize_4bit, dequantize_4bit_, dequantize_absmax, quantize_4bit, quantize_absmax
 
 __all__ = [
     "NESTED_BLOCK_SIZE",
     "autocast_is_on",
     "dequantize_4bit",
+    "dequantize_4bit_",
     "dequantize_absmax",
     "linear_4bit",
     "quantize_4bit",

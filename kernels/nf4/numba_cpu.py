@@ -1,0 +1,213 @@
+"""The blockwise formats on the CPU, compiled by Numba: one pass over memory, no temporaries of the weight's size.
+
+Equal to reference.py to the bit. Imported when the first CPU tensor is quantized (Numba's import takes 0.3 s), compiled on
+first use, cached beside this file. `python bench/quant.py` measures it beside bitsandbytes.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from . import reference
+from .numba_lookup import is_supported, lookup16_
+
+SMALLEST_SCALE = np.float32(reference.SMALLEST_SCALE)
+NOT_FINITE = np.uint32(0x7F800000)  # float32 bits from here on are infinity and NaN
+MAGNITUDE = np.uint32(0x7FFFFFFF)
+ONE, HALF = np.float32(1), np.float32(0.5)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def quantize_4bit(weight: Tensor, codebook: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:
+    """reference.quantize_4bit."""
+    flat = weight.detach().reshape(-1)
+    flat = flat.float() if flat.dtype == torch.float16 else flat
+    packed = torch.empty((flat.numel() + 1) // 2, 1, dtype=torch.uint8)
+    absmax = torch.empty(-(-flat.numel() // block_size), dtype=torch.float32)
+    midpoints, order = borders(codebook.numpy().tobytes())
+    run = _quantize_bfloat16 if flat.dtype == torch.bfloat16 else _quantize_float32
+    if not run(bits(flat), midpoints, order, block_size, packed.view(-1).numpy(), absmax.numpy()):
+        raise ValueError(reference.not_finite(weight))
+    return packed, absmax
+
+
+def dequantize_4bit_(
+    out: Tensor,  # contiguous, of one of DTYPES; is overwritten
+    packed: Tensor,
+    absmax: Tensor,
+    nested: Sequence[Tensor],
+    codebook: Tensor,
+    *,
+    block_size: int,
+) -> None:
+    """reference.dequantize_4bit into `out`, with reference.dequantize_absmax before it when there is a second level."""
+    flat, codes, n = out.view(-1), packed.view(-1), out.numel()
+    if nested:
+        absmax = dequantize_absmax(absmax, *nested)
+    n_full = n // block_size * block_size
+    if is_supported():
+        _dequantize_fast(codes.numpy(), absmax.numpy(), codebook.numpy(), block_size, bits(flat[:n_full]))
+    elif out.dtype == torch.float32:
+        _dequantize(codes.numpy(), absmax.numpy(), codebook.numpy(), block_size, flat[:n_full].numpy())
+    else:
+        full = torch.empty(n_full)
+        _dequantize(codes.numpy(), absmax.numpy(), codebook.numpy(), block_size, full.numpy())
+        flat[:n_full] = full
+    if n_full < n:
+        rest, shape = codes[n_full // 2 :], (n - n_full,)
+        flat[n_full:] = reference.dequantize_4bit(
+            rest, absmax[-1:], codebook, block_size=block_size, shape=shape, dtype=out.dtype
+        )
+
+
+def quantize_absmax(shifted: Tensor, codebook: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:
+    """reference.quantize_8bit_by_table."""
+    codes = torch.empty_like(shifted, dtype=torch.uint8)
+    scale = torch.empty(-(-shifted.numel() // block_size), dtype=torch.float32)
+    _quantize_by_table(shifted.numpy(), table(codebook.numpy().tobytes()), block_size, codes.numpy(), scale.numpy())
+    return codes, scale
+
+
+def dequantize_absmax(absmax_q: Tensor, absmax_scale: Tensor, absmax_mean: Tensor, nested_codebook: Tensor) -> Tensor:
+    """reference.dequantize_absmax at bitsandbytes' block of 256."""
+    out = torch.empty(absmax_q.shape, dtype=torch.float32)
+    mean = absmax_mean.view(1).numpy()
+    _dequantize_absmax(absmax_q.numpy(), absmax_scale.numpy(), mean, nested_codebook.numpy(), out.numpy())
+    return out
+
+
+def bits(flat: Tensor) -> np.ndarray:
+    """The tensor's memory as numpy sees it: 16-bit floats as integers, unsigned for bfloat16 and signed for float16."""
+    if flat.dtype == torch.float32:
+        return flat.numpy()
+    return flat.view(torch.uint16 if flat.dtype == torch.bfloat16 else torch.int16).numpy()
+
+
+@cache
+def borders(codebook: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """reference.midpoints_and_order of a codebook's bytes."""
+    midpoints, order = reference.midpoints_and_order(torch.frombuffer(bytearray(codebook), dtype=torch.float32))
+    return midpoints.numpy(), order.numpy().astype(np.uint8)
+
+
+@cache
+def table(codebook: bytes) -> np.ndarray:
+    """reference.lookup_table of a codebook's bytes."""
+    return reference.lookup_table(torch.frombuffer(bytearray(codebook), dtype=torch.float32)).numpy()
+
+
+@njit(cache=True, nogil=True)
+def _largest(values):
+    """The bits of the largest magnitude: as integers magnitudes keep their order, and without NaN's rules that vectorizes."""
+    magnitudes = values.view(np.uint32)
+    largest = np.uint32(0)
+    for i in range(magnitudes.size):
+        largest = max(largest, magnitudes[i] & MAGNITUDE)
+    return largest
+
+
+@njit(cache=True, nogil=True)
+def _pack_block(values, scale, divide, midpoints, order, codes, packed):
+    """Codes of up to a block's values: how many midpoints lie below each. 15 comparisons vectorize; a search does not."""
+    for i in range(values.size):
+        value = values[i] / scale if divide else values[i] * scale
+        code = 0
+        for k in range(15):
+            code += np.int32(value > midpoints[k])
+        codes[i] = code
+    if values.size % 2:
+        codes[values.size] = np.searchsorted(midpoints, np.float32(0))
+    for i in range((values.size + 1) // 2):
+        packed[i] = order[codes[2 * i]] << 4 | order[codes[2 * i + 1]]
+
+
+@njit(cache=True, nogil=True)
+def _quantize_block(values, first, midpoints, order, block_size, codes, packed, absmax):
+    """One block, whole (times the reciprocal) or shorter (divided); False if a value is not finite."""
+    b = first // block_size
+    largest = _largest(values)
+    magnitude = absmax[b : b + 1].view(np.uint32)
+    magnitude[0] = largest
+    out = packed[first // 2 : (first + values.size + 1) // 2]
+    if values.size == block_size:
+        _pack_block(values, ONE / max(absmax[b], SMALLEST_SCALE), False, midpoints, order, codes, out)
+    else:
+        absmax[b] = max(absmax[b], SMALLEST_SCALE)
+        _pack_block(values, absmax[b], True, midpoints, order, codes, out)
+    return largest < NOT_FINITE
+
+
+@njit(cache=True, nogil=True)
+def _quantize_float32(flat, midpoints, order, block_size, packed, absmax):
+    """Blocks of a float32 array."""
+    codes = np.empty(block_size, np.int32)
+    finite = True
+    for first in range(0, flat.size, block_size):
+        values = flat[first : first + block_size]
+        finite &= _quantize_block(values, first, midpoints, order, block_size, codes, packed, absmax)
+    return finite
+
+
+@njit(cache=True, nogil=True)
+def _quantize_bfloat16(flat, midpoints, order, block_size, packed, absmax):
+    """Blocks of a bfloat16 array given as uint16: its bits are float32's upper half."""
+    codes = np.empty(block_size, np.int32)
+    wide = np.empty(block_size, np.uint32)
+    finite = True
+    for first in range(0, flat.size, block_size):
+        n = min(block_size, flat.size - first)
+        for i in range(n):
+            wide[i] = np.uint32(flat[first + i]) << 16
+        values = wide[:n].view(np.float32)
+        finite &= _quantize_block(values, first, midpoints, order, block_size, codes, packed, absmax)
+    return finite
+
+
+@njit(cache=True, nogil=True)
+def _dequantize(packed, absmax, codebook, block_size, out):
+    """Whole blocks to float32 on any processor: 16 products a block, then lookups."""
+    scaled = np.empty(16, np.float32)
+    half = block_size // 2
+    for b in range(out.size // block_size):
+        for k in range(16):
+            scaled[k] = codebook[k] * absmax[b]
+        for i in range(b * half, (b + 1) * half):
+            out[2 * i] = scaled[packed[i] >> 4]
+            out[2 * i + 1] = scaled[packed[i] & 15]
+
+
+@njit(cache=True, nogil=True)
+def _dequantize_fast(packed, absmax, codebook, block_size, out):
+    """Whole blocks, 16 values at a time (blocks are multiples of 32)."""
+    half = block_size // 2
+    for b in range(out.size // block_size):
+        for i in range(b * half, (b + 1) * half, 8):
+            lookup16_(packed, i, codebook, absmax[b], out)  # pyright: ignore[reportCallIssue]
+
+
+@njit(cache=True, nogil=True)
+def _quantize_by_table(values, lookup, block_size, codes, scale):
+    """float64 stands in for the fused multiply-add: the product is exact there, so the sum is rounded once."""
+    for first in range(0, values.size, block_size):
+        block = values[first : first + block_size]
+        magnitude = scale[first // block_size : first // block_size + 1].view(np.uint32)
+        magnitude[0] = _largest(block)
+        absmax = scale[first // block_size]
+        for i in range(block.size):
+            if absmax == 0:
+                codes[first + i] = 0
+                continue
+            scaled = min(max(block[i] * (ONE / absmax), -ONE), ONE)
+            step = np.float32(np.float64((scaled + ONE) * HALF) * 65535.0 + 0.5)
+            codes[first + i] = lookup[np.int32(step) if step == step else 0]
+
+
+@njit(cache=True, nogil=True)
+def _dequantize_absmax(codes, scale, mean, codebook, out):
+    """A product and a sum, each rounded, as the reference does them."""
+    for i in range(codes.size):
+        out[i] = codebook[codes[i]] * scale[i // 256] + mean[0]

@@ -1,0 +1,76 @@
+"""The compiled CPU path equals the reference to the bit, for every format, dtype and awkward size."""
+
+import pytest
+import torch
+
+from graft.kernels import nf4
+from graft.kernels.nf4 import numba_cpu, reference
+from graft.quant.codebooks import codebook, dynamic8
+
+SHAPES = [(64, 64), (5, 33), (1, 7), (123, 41), (300, 2), (100, 513), (1, 1)]
+DYNAMIC = torch.tensor(dynamic8())
+
+
+def weight_of(shape: tuple[int, int], dtype: torch.dtype, kind: str) -> torch.Tensor:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 0.02
+    if kind == "zeros":
+        weight *= 0
+    if kind == "tiny":
+        weight *= 1e-37
+    if kind == "mixed":
+        weight[::2] = 0
+        weight *= torch.logspace(-6, 2, shape[1])
+    return weight.to(dtype)
+
+
+@pytest.mark.parametrize("kind", ["randn", "zeros", "tiny", "mixed"])
+@pytest.mark.parametrize("dtype", numba_cpu.DTYPES)
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
+def test_equals_the_reference(quant_type: str, dtype: torch.dtype, kind: str) -> None:
+    """Parity of both levels, both ways, at block sizes below and above the weight's size."""
+    values = torch.tensor(codebook(quant_type))
+    for shape in SHAPES:
+        for block_size in (32, 64, 256):
+            weight = weight_of(shape, dtype, kind)
+            packed, absmax = numba_cpu.quantize_4bit(weight, values, block_size=block_size)
+            expected = reference.quantize_4bit(weight, values, block_size=block_size)
+            assert torch.equal(packed, expected[0])
+            assert torch.equal(absmax, expected[1])
+            mean = absmax.mean()
+            q, scale = numba_cpu.quantize_absmax(absmax - mean, DYNAMIC, block_size=256)
+            expected = reference.quantize_8bit_by_table(absmax - mean, DYNAMIC, block_size=256)
+            assert torch.equal(q, expected[0])
+            assert torch.equal(scale, expected[1])
+            decoded = reference.dequantize_absmax(q, scale, mean, DYNAMIC, nested_block_size=256)
+            assert torch.equal(numba_cpu.dequantize_absmax(q, scale, mean, DYNAMIC), decoded)
+            for absmax_q, nested, scales in ((absmax, (), absmax), (q, (scale, mean, DYNAMIC), decoded)):
+                truth = reference.dequantize_4bit(
+                    packed, scales, values, block_size=block_size, shape=shape, dtype=dtype
+                )
+                ours = nf4.dequantize_4bit(packed, absmax_q, nested, values, block_size, list(shape), dtype)
+                assert torch.equal(ours, truth)
+
+
+@pytest.mark.parametrize("dtype", numba_cpu.DTYPES)
+def test_equals_the_reference_without_avx512(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parity of the path for other processors."""
+    monkeypatch.setattr(numba_cpu, "is_supported", lambda: False)
+    values = torch.tensor(codebook("nf4"))
+    weight = weight_of((100, 513), dtype, "mixed")
+    packed, absmax = numba_cpu.quantize_4bit(weight, values, block_size=64)
+    out = torch.empty_like(weight)
+    numba_cpu.dequantize_4bit_(out, packed, absmax, (), values, block_size=64)
+    assert torch.equal(
+        out, reference.dequantize_4bit(packed, absmax, values, block_size=64, shape=out.shape, dtype=dtype)
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", numba_cpu.DTYPES)
+def test_refuses_what_is_not_finite(dtype: torch.dtype, value: float) -> None:
+    """Both paths say the same."""
+    weight = torch.zeros(5, 33, dtype=dtype)
+    weight[4, 32] = value
+    for quantize in (numba_cpu.quantize_4bit, reference.quantize_4bit):
+        with pytest.raises(ValueError, match=f"1 of 165 values are not finite, the first is {value} at 164"):
+            quantize(weight, torch.tensor(codebook("nf4")), block_size=64)
