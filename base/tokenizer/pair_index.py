@@ -14,7 +14,8 @@ def pair_slot(index, left, right):
     """Where the pair lies, or the empty place where it belongs; an empty place holds 0."""
     key = (np.uint64(left) << _32 | np.uint64(right)) + _1
     mask = len(index) // 2 - 1
-    at = np.int64((key * _MIX) >> _32) & mask
+    mixed = key * _MIX
+    at = np.int64(mixed ^ (mixed >> _32)) & mask
     while index[2 * at] != key and index[2 * at] != np.uint64(0):
         at = (at + 1) & mask
     return 2 * at

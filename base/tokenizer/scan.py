@@ -92,16 +92,25 @@ def space_end(text, classes, at, end, kind):
 # ------------------------------------------------------------------------------------------------- GPT-2, by neighbours
 
 
+# Slices, not `array[at + place]`: an index that might be negative keeps the compiler from using vectors (30 times slower).
+
+
+@inlined
+def classify_ascii(chunk, kinds):
+    """The class of each byte, right for ASCII; uint8 throughout, so that below zero wraps around to above 200."""
+    for place in range(len(chunk)):
+        byte = chunk[place]
+        letter = np.uint8((byte | np.uint8(32)) - np.uint8(97)) < np.uint8(26)
+        number = np.uint8(byte - np.uint8(48)) < np.uint8(10)
+        space = np.uint8(byte - np.uint8(9)) < np.uint8(5)
+        kinds[place] = letter * LETTER + number * NUMBER + (byte == 32) * BLANK + space * SPACE
+
+
 @inlined
 def classify(text, eight, classes, at, stop, end, kinds):
     """kinds[1 + i] is the class of the character that text[at + i] belongs to, for the bytes up to `stop`."""
-    for place in range(stop - at):
-        byte = text[at + place]
-        letter = np.uint8((byte | 0x20) - 97) < 26
-        number = np.uint8(byte - 48) < 10
-        space = np.uint8(byte - 9) < 5
-        kinds[1 + place] = letter * LETTER + number * NUMBER + (byte == 32) * BLANK + space * SPACE
     kinds[0] = OTHER
+    classify_ascii(text[at:stop], kinds[1:])
     place = at
     while place < stop:
         if not eight[place] & _HIGH:
@@ -120,39 +129,45 @@ def classify(text, eight, classes, at, stop, end, kinds):
 
 
 @inlined
-def mark_starts(text, at, n, kinds, starts):
-    """starts[i] is 1 where a word begins at text[at + i], contractions apart.
+def mark_starts(chunk, kinds, starts):
+    """starts[i] is 1 where a word begins at chunk[i], contractions apart.
 
     A visible character begins a word unless it goes on with the class before it or a blank stands before it. White
     space begins one after something visible, and when something visible follows.
     """
+    n = len(chunk)
+    kinds_before, kinds_here, kinds_after = kinds[:n], kinds[1 : n + 1], kinds[2 : n + 2]
     for place in range(n):
-        before, this, after = kinds[place], kinds[place + 1], kinds[place + 2]
+        before, this, after = kinds_before[place], kinds_here[place], kinds_after[place]
         goes_on = (before == this) | (before == BLANK)
         inside = (before >= BLANK) & (after >= BLANK)
         start = ((this < BLANK) & (not goes_on)) | ((this >= BLANK) & (not inside)) | (this == _LAST_SPACE)
-        starts[place] = start & ((text[at + place] & 0xC0) != 0x80)
+        starts[place] = start & ((chunk[place] & 0xC0) != 0x80)
     starts[0] = 1
 
 
 @inlined
-def mark_contractions(text, at, n, at_end, starts, lengths):
+def mark_contractions(chunk, second, third, at_end, starts, lengths):
     """Join 's 't 'm 'd 'll 've 're, where a word begins at the quote, and begin a word behind them.
 
-    lengths[3 + i] is the size of the contraction at text[at + i], and 0 where there is none.
+    `second` and `third` are the bytes one and two further on. lengths[3 + i] is the size of the contraction at chunk[i],
+    and 0 where there is none.
     """
+    n = len(chunk)
+    here = lengths[3 : n + 3]
     for place in range(n):
-        one, two = text[at + place + 1], text[at + place + 2]
-        quote = (text[at + place] == _QUOTE) & (starts[place] != 0)
+        one, two = second[place], third[place]
+        quote = (chunk[place] == _QUOTE) & (starts[place] != 0)
         short = (one == ord("s")) | (one == ord("t")) | (one == ord("m")) | (one == ord("d"))
         long = ((one == ord("l")) & (two == ord("l"))) | ((two == ord("e")) & ((one == ord("v")) | (one == ord("r"))))
-        lengths[place + 3] = quote * (short * 2 + long * 3)
+        here[place] = quote * (short * 2 + long * 3)
     if at_end:  # what follows is another text
         lengths[n + 2] = 0
         lengths[n + 1] = 2 if lengths[n + 1] == 2 else 0
+    one_back, two_back, three_back = lengths[2 : n + 2], lengths[1 : n + 1], lengths[:n]
     for place in range(n):
-        joined = lengths[place + 2] != 0
-        behind = (lengths[place + 1] == 2) | (lengths[place] == 3)
+        joined = one_back[place] != 0
+        behind = (two_back[place] == 2) | (three_back[place] == 3)
         starts[place] = ((starts[place] != 0) & (not joined)) | behind
 
 
@@ -165,12 +180,13 @@ def cut_gpt2(text, eight, classes, at, end, buffers):
         stop -= 1
     n = stop - at
     classify(text, eight, classes, at, stop, end, kinds)
-    mark_starts(text, at, n, kinds, starts)
-    mark_contractions(text, at, n, stop == end, starts, lengths)
+    chunk = text[at:stop]
+    mark_starts(chunk, kinds, starts)
+    mark_contractions(chunk, text[at + 1 : stop + 1], text[at + 2 : stop + 2], stop == end, starts, lengths)
     count = 0
     for place in range(n if stop == end else n - 3):  # the last ones may still be part of a contraction
         places[count] = at + place
-        count += starts[place]
+        count += np.int64(starts[place])
     if stop == end:
         return count, end
     if count > 1:

@@ -53,14 +53,14 @@ def find(slots, mask, long_eight, eight, start, size):
         low = eight[start] & _LOW_MASK[size]
         high = (eight[start + 8] & _HIGH_MASK[size]) | (np.uint64(size) << _56)
         mixed = (low ^ (high * _MIX_2)) * _MIX
-        at = np.int64(mixed >> _32) & mask
+        at = np.int64(mixed ^ (mixed >> _32)) & mask  # only the upper half depends on every byte
         while True:
             base = at * SLOT
             if (slots[base] == low and slots[base + 1] == high) or slots[base + 3] == np.uint64(0):
                 return base
             at = (at + 1) & mask
     mixed = hash_long(eight, start, size)
-    at = np.int64(mixed >> _32) & mask
+    at = np.int64(mixed) & mask
     while True:
         base = at * SLOT
         if slots[base + 3] == np.uint64(0):
