@@ -15,7 +15,7 @@ _HOME = {
     "save_model": "base.model.huggingface",
     "generate": "finetune.generate",
     "AdapterBank": "finetune.adapters.bank",
-    "estimate_memory": "finetune.memory",
+    "estimate_memory": "finetune.memory.predict",
 }
 __all__ = ["__version__", *_HOME]
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .finetune.adapters.bank import AdapterBank
     from .finetune.generate import generate
     from .finetune.loading import load_model
-    from .finetune.memory import estimate_memory
+    from .finetune.memory.predict import estimate_memory
 
 
 def __getattr__(name: str) -> object:

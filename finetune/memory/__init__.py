@@ -1,0 +1,1 @@
+"""Memory: predicted before the run, measured after it."""

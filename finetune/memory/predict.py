@@ -1,0 +1,271 @@
+"""Memory before the run: the real step on fake tensors, which have shapes and no memory."""
+
+import os
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ...base.device import resolve_device
+from ...base.model.config import ModelConfig
+from ...base.train import TrainConfig
+from ..adapters.lora import LoraConfig
+from .count import LiveBytes, Peak, Place
+from .gpu import CUDA_GRANULE, kernels_as_on_gpu, workspace_bytes
+from .settings import MemorySettings, read_model_config
+from .step import make_optimizer, place_, run_generation, run_training_step, shaped_model
+
+SAMPLES = (3, 4)  # layers of the models that are run in place of a deeper one
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one step. What lives through the run (`steady`), the most at any time, when that is and what it is made of."""
+
+    method: str
+    device: str  # cpu or cuda: which kernels were counted
+    settings: MemorySettings
+    n_params: int  # of the model without adapters
+    n_trained: int
+    weights: int  # as the method keeps them, adapters not included
+    adapters: int
+    gradients: int  # all of them, as after a backward pass
+    optimizer: int  # its state
+    cache: int  # keys and values; 0 unless the method is generate
+    activations: tuple[int, ...]  # kept for the backward pass by each layer, embedding and loss not included
+    loss: int  # the most that the final norm, the logits and the loss add at a time
+    peak_bytes: int
+    peak_at: str  # for example "backward, layer 0"
+    at_peak: dict[str, int] = field(default_factory=dict)  # kind -> bytes, adding up to peak_bytes
+    phases: dict[str, int] = field(default_factory=dict)  # phase -> its own peak
+
+    @property
+    def steady_bytes(self) -> int:
+        """Weights, adapters, gradients and optimizer state: what full fine-tuning counts 16 bytes a parameter for."""
+        return self.weights + self.adapters + self.gradients + self.optimizer
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"steady_bytes": self.steady_bytes}
+
+
+def estimate_memory(
+    config_or_dir: ModelConfig | Path | str,  # sizes, a preset's name, a model folder or a config.json
+    *,
+    method: str = "full",
+    batch_size: int = 1,
+    seq_len: int = 512,
+    dtype: str = "bfloat16",
+    optimizer: str = "adamw",
+    checkpointing: bool = True,
+    micro_batch: int | None = None,
+    rank: int = 16,
+    targets: tuple[str, ...] = MemorySettings.targets,
+    double_quant: bool = True,
+    device: str = "auto",  # whose kernels: cpu, cuda (no GPU is needed to ask), auto for what is here
+) -> MemoryEstimate:
+    """Predict the memory of one step: forward, backward, clipping and update run on fake tensors and every byte is counted.
+
+    Needs no GPU and no memory. Models of more than 4 layers are run with 3 and with 4, and what each layer adds is added for the
+    rest: exact, since all layers are equal. For `cuda` each tensor is rounded up to 512 bytes and cuBLAS's workspace is added, as
+    torch.cuda.max_memory_allocated counts them. Not covered: fragmentation and the CUDA context (about 0.5 GB outside the
+    allocator), memory that a library takes within one operator, and other processes. Raises ValueError for unknown names.
+    """
+    settings = MemorySettings(
+        method, batch_size, micro_batch, seq_len, dtype, optimizer, checkpointing, rank, tuple(targets), double_quant
+    )
+    return estimate(read_model_config(config_or_dir), settings, device=device)
+
+
+def estimate(
+    config: ModelConfig, settings: MemorySettings, *, device: str = "auto", whole: bool = False
+) -> MemoryEstimate:
+    """`estimate_memory` on a settings object; `whole` runs all layers however many there are."""
+    if settings.method == "generate" and settings.seq_len > config.max_seq_len:
+        raise ValueError(f"seq_len={settings.seq_len} is more than the model's max_seq_len={config.max_seq_len}")
+    kind = torch.device(device).type if device != "auto" else resolve_device("auto")
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device {device!r} is not supported; choose auto, cpu or cuda")
+    by_path = any("." in target for target in settings.targets)  # such targets make layers differ
+    few, more = SAMPLES
+    if whole or by_path or config.n_layers <= more:
+        run = _run(config, settings, kind)
+    else:
+        run = _extrapolate(
+            _run(replace(config, n_layers=few), settings, kind),
+            _run(replace(config, n_layers=more), settings, kind),
+            config.n_layers,
+        )
+    return _summarize(run, config, settings, kind)
+
+
+def predict_run(
+    config: ModelConfig,
+    *,
+    method: str,
+    train: TrainConfig,
+    seq_len: int,
+    lora: LoraConfig | None = None,
+    double_quant: bool = True,
+    optimizer: str = "adamw",
+    device: str = "auto",
+) -> int:
+    """Peak bytes of a run before it starts, for the training commands to print: about a second."""
+    lora = lora or LoraConfig()
+    settings = MemorySettings(
+        method=method,
+        batch_size=train.batch_size,
+        micro_batch=min(train.micro_batch, train.batch_size),
+        seq_len=seq_len,
+        dtype=train.dtype,
+        optimizer=optimizer,
+        checkpointing=train.checkpointing,
+        rank=lora.rank,
+        targets=lora.targets,
+        double_quant=double_quant,
+    )
+    return estimate(config, settings, device=device).peak_bytes
+
+
+def fits(device: str, n_bytes: int) -> str | None:
+    """None when the device has that much free, else one line to warn with."""
+    free = free_bytes(device)
+    if n_bytes <= free:
+        return None
+    return (
+        f"predicted peak {n_bytes / 2**30:.2f} GiB is more than the {free / 2**30:.2f} GiB free on {device}; "
+        "lower micro_batch or the sequence length, set checkpointing=true, or use --lora or --qlora"
+    )
+
+
+def free_bytes(device: str) -> int:
+    """What a new run can have: CUDA's free memory, or the RAM that the system calls available."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # no Linux: all pages, used or not
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+# --- running and extrapolating -------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Run:
+    """What one run on fake tensors counted."""
+
+    n_layers: int
+    sizes: Counter[str]  # weights, adapters, gradients, optimizer, cache; n_trained
+    kept: list[int]  # activations by layer, when the backward pass began
+    peaks: dict[Place, Peak]
+
+
+def _run(config: ModelConfig, settings: MemorySettings, device: str) -> _Run:
+    """The step on a fake model. The tensors are the CPU's throughout, since fake CUDA ones need a CUDA build of PyTorch; for
+    a GPU the kernels are chosen as there."""
+    on_gpu = device == "cuda"
+    model = shaped_model(config, settings)
+    counter = LiveBytes(granule=CUDA_GRANULE if on_gpu else 1)
+    with kernels_as_on_gpu() if on_gpu else nullcontext(), FakeTensorMode():
+        place_(model, "cpu", values=False)
+        sizes = count_model(model, counter)
+        if on_gpu:
+            workspace = torch.empty(workspace_bytes(backward=settings.method != "generate"), dtype=torch.uint8)
+            counter.add([workspace], "workspace")
+        with counter:
+            if settings.method == "generate":
+                counter.enter("prompt", "", "temporaries")
+                sizes["cache"] = run_generation(model, settings, "cpu", counter=counter).n_bytes
+            else:
+                optimizer = make_optimizer(model, settings)
+                counter.add(optimizer.state_tensors().values(), "optimizer")
+                sizes["optimizer"] = counter.kinds["optimizer"]
+                run_training_step(model, optimizer, settings, "cpu", counter=counter)
+    kept = [counter.kept[i] for i in range(config.n_layers)]
+    return _Run(config.n_layers, sizes, kept, counter.peaks)
+
+
+def count_model(model: nn.Module, counter: LiveBytes) -> Counter[str]:
+    """Count the model's tensors by kind and say how much of each there is, with the gradients to come."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    adapters = [p for name, p in model.named_parameters() if name.endswith((".lora_a", ".lora_b"))]
+    counter.add(adapters, "adapters")
+    own = {id(tensor) for tensor in adapters}
+    counter.add([t for t in [*model.parameters(), *model.buffers()] if id(t) not in own], "weights")
+    gradients = sum(counter.rounded(p.numel() * p.element_size()) for p in trained)
+    return Counter(
+        weights=counter.kinds["weights"],
+        adapters=counter.kinds["adapters"],
+        gradients=gradients,
+        n_trained=sum(p.numel() for p in trained),
+    )
+
+
+def _extrapolate(few: _Run, more: _Run, n_layers: int) -> _Run:
+    """From runs of 3 and of 4 layers to any number.
+
+    At each place (the first layer's backward pass, say) bytes grow by the same amount with every layer added anywhere else.
+    Between the first two and the last layers they change by the same amount from layer to layer, so the ends hold the peak.
+    """
+    steps = n_layers - more.n_layers
+    peaks = {}
+    for place, peak in more.peaks.items():
+        phase, where = place
+        if isinstance(where, int) and where >= 2:  # the last two are aligned from the end
+            before, after = (phase, where - 1), (phase, where + steps)
+        else:
+            before, after = place, place
+        peaks[after] = _further(few.peaks[before], peak, steps)
+    sizes = Counter({key: n + steps * (n - few.sizes[key]) for key, n in more.sizes.items()})
+    kept = [more.kept[0], *[more.kept[1]] * (n_layers - 3), *more.kept[2:]]
+    return _Run(n_layers, sizes, kept, peaks)
+
+
+def _further(few: Peak, more: Peak, steps: int) -> Peak:
+    kinds = {
+        kind: n + steps * (n - few.kinds[kind]) for kind in {**few.kinds, **more.kinds} if (n := more.kinds[kind]) or 1
+    }
+    return Peak(more.n_bytes + steps * (more.n_bytes - few.n_bytes), Counter(kinds))
+
+
+def _summarize(run: _Run, config: ModelConfig, settings: MemorySettings, device: str) -> MemoryEstimate:
+    place = max(run.peaks, key=lambda at: run.peaks[at].n_bytes)
+    phases: dict[str, int] = {}
+    for (phase, _), peak in run.peaks.items():
+        phases[phase] = max(phases.get(phase, 0), peak.n_bytes)
+    phases.pop("start", None)
+    loss = run.peaks.get(("forward", "loss"), Peak()).kinds["loss"]
+    return MemoryEstimate(
+        method=settings.method,
+        device=device,
+        settings=settings,
+        n_params=config.n_params,
+        n_trained=run.sizes["n_trained"],
+        weights=run.sizes["weights"],
+        adapters=run.sizes["adapters"],
+        gradients=run.sizes["gradients"],
+        optimizer=run.sizes["optimizer"],
+        cache=run.sizes["cache"],
+        activations=tuple(run.kept),
+        loss=loss,
+        peak_bytes=run.peaks[place].n_bytes,
+        peak_at=_say(place),
+        at_peak={kind: n for kind, n in run.peaks[place].kinds.most_common() if n},
+        phases=phases,
+    )
+
+
+def _say(place: Place) -> str:
+    phase, where = place
+    if isinstance(where, int):
+        return f"{phase}, layer {where}"
+    return f"{phase}, {where}" if where else phase

@@ -1,0 +1,68 @@
+"""What decides a step's memory: the model's sizes, the method and the batch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ...base.checkpoint import read_json
+from ...base.model.config import PRESETS, ModelConfig, preset
+from ...base.model.huggingface import DTYPES, config_from_dict, load_config
+from ..adapters.lora import ALL_LINEAR
+
+Method = Literal["full", "lora", "qlora", "generate"]
+METHODS = ("full", "lora", "qlora", "generate")
+OPTIMIZERS = ("adamw", "adamw8bit")
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """One training step, or one prompt and its answer. Raises ValueError for names that don't exist and sizes below 1."""
+
+    method: str = "full"  # full: float32 weights; lora: frozen weights in dtype; qlora: in NF4; generate: in dtype
+    batch_size: int = 1  # sequences an update
+    micro_batch: int | None = None  # sequences at once; None: the whole batch
+    seq_len: int = 512  # tokens a sequence; for generate the prompt and the answer together
+    dtype: str = "bfloat16"  # of the arithmetic, and of frozen weights
+    optimizer: str = "adamw"
+    checkpointing: bool = True  # recompute each layer in the backward pass
+    rank: int = 16  # of the adapters
+    targets: tuple[str, ...] = (ALL_LINEAR,)  # which linears have one
+    double_quant: bool = True
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"unknown method {self.method!r}; choose {', '.join(METHODS)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"unknown dtype {self.dtype!r}; choose {', '.join(DTYPES)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"unknown optimizer {self.optimizer!r}; choose {', '.join(OPTIMIZERS)}")
+        for name in ("batch_size", "micro_batch", "seq_len", "rank"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be >= 1")
+        if self.method == "generate" and self.seq_len < 2:
+            raise ValueError(f"seq_len={self.seq_len} leaves no room for a prompt and a new token; use at least 2")
+
+    @property
+    def rows(self) -> int:
+        """Sequences at once on the device."""
+        return min(self.batch_size, self.micro_batch or self.batch_size)
+
+
+def read_model_config(source: ModelConfig | Path | str) -> ModelConfig:
+    """A ModelConfig, a preset's name, a model folder or a config.json -> ModelConfig.
+
+    Raises ValueError that lists the presets for a name that is neither, or for an architecture that isn't covered.
+    """
+    if isinstance(source, ModelConfig):
+        return source
+    if str(source) in PRESETS:
+        return preset(str(source))
+    path = Path(source)
+    if path.is_file():
+        return config_from_dict(read_json(path), where=str(path))
+    if path.is_dir():
+        return load_config(path)
+    raise ValueError(
+        f"{str(source)!r} is no model folder, no config.json and no preset; presets are {', '.join(PRESETS)}"
+    )

@@ -1,0 +1,189 @@
+"""One real step, watched: the functions that training and generation call, on real tensors or on fake ones."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ...base.generate.engine import read_tokens
+from ...base.generate.kv_cache import KVCache
+from ...base.loss import n_labels, next_token_loss
+from ...base.model.config import ModelConfig
+from ...base.model.huggingface import dtype_named, empty_model
+from ...base.model.transformer import Transformer
+from ...base.optim.adamw import AdamW
+from ...base.precision import LossScaler
+from ...base.train import Optimizer, TrainConfig, one_step
+from ...quant.linear import quantize_linears_
+from ..adapters.lora import LoraConfig, attach_lora
+from ..loading import KEPT
+from .count import LiveBytes
+from .settings import MemorySettings
+
+
+def shaped_model(config: ModelConfig, settings: MemorySettings) -> Transformer:
+    """The model as the method has it, on the meta device: every dtype and shape, no memory."""
+    model = empty_model(config)
+    if settings.method == "full":
+        return model
+    dtype = dtype_named(settings.dtype)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    if settings.method == "qlora":
+        quantize_linears_(model, keep=KEPT, double_quant=settings.double_quant)
+    if settings.method in ("lora", "qlora"):
+        with torch.device("meta"):
+            attach_lora(model, LoraConfig(rank=settings.rank, targets=settings.targets))
+    else:
+        model.requires_grad_(False)
+    return model
+
+
+def place_(model: nn.Module, device: torch.device | str, *, values: bool) -> None:
+    """Give a meta model's tensors memory (fake memory inside a FakeTensorMode), with small random values if asked.
+
+    Memory does not depend on the values; they only have to be such that the step stays finite.
+    """
+    placed: dict[int, Tensor] = {}  # a tensor that two modules share stays shared
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in placed:
+                    fresh = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+                    if values:
+                        _fill_(fresh)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    placed[id(tensor)] = nn.Parameter(fresh, tensor.requires_grad) if is_parameter else fresh
+                tensors[name] = placed[id(tensor)]  # pyright: ignore[reportArgumentType]
+
+
+def _fill_(tensor: Tensor) -> None:
+    if tensor.is_floating_point():
+        tensor.normal_(0.0, 0.02)
+    else:
+        tensor.random_(0, 256)
+
+
+def make_optimizer(model: nn.Module, settings: MemorySettings) -> Optimizer:
+    """The optimizer that the setting names, over what trains."""
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if settings.optimizer == "adamw":
+        return AdamW(trained)
+    from ...quant.adamw8bit import AdamW8bit  # pyright: ignore[reportMissingImports]
+
+    return AdamW8bit(trained)
+
+
+def token_batch(config: ModelConfig, rows: int, seq_len: int) -> dict[str, Tensor]:
+    """A micro-batch in which every position carries loss, on the CPU as the data pipeline leaves it."""
+    ids = torch.zeros(rows, seq_len, dtype=torch.int64)
+    return {"ids": ids, "targets": torch.zeros_like(ids)}
+
+
+def run_training_step(
+    model: Transformer, optimizer: Optimizer, settings: MemorySettings, device: str, *, counter: LiveBytes | None = None
+) -> None:
+    """base/train.py's own step on one batch; the counter, if any, is told where the step stands."""
+    model.train()
+    model.checkpointing = settings.checkpointing
+    rows, n_micro = settings.rows, -(-settings.batch_size // settings.rows)
+    # From the second micro-batch on each is like the one before, so two stand for any number.
+    micro_batches = [token_batch(model.config, rows, settings.seq_len) for _ in range(min(n_micro, 2))]
+    config = TrainConfig(
+        steps=10, batch_size=settings.batch_size, micro_batch=rows, dtype=settings.dtype, warmup_steps=0
+    )
+    scaler = LossScaler(settings.dtype, scale=1.0)
+    if counter is None:
+        one_step(model, optimizer, micro_batches, config, scaler, 0, next_token_loss, n_labels, device)
+        return
+    with watched(model, counter):
+        marked = MarkedOptimizer(optimizer, counter)
+        loss = _marked_loss(counter)
+        one_step(model, marked, micro_batches, config, scaler, 0, loss, n_labels, device)
+
+
+@torch.no_grad()
+def run_generation(
+    model: Transformer, settings: MemorySettings, device: str, *, counter: LiveBytes | None = None
+) -> KVCache:
+    """Read a prompt of seq_len - 1 tokens and choose the next; decoding then needs less at a time. Returns the cache."""
+    model.eval()
+    ids = torch.zeros(settings.batch_size, settings.seq_len - 1, dtype=torch.int64, device=device)
+    lengths = torch.full((settings.batch_size,), settings.seq_len - 1, dtype=torch.int64, device=device)
+    dtype = model.model.embed_tokens.weight.dtype
+    cache = KVCache(model.config, settings.batch_size, settings.seq_len, dtype=dtype, device=device)
+    if counter is not None:
+        counter.add([t for layer in cache.layers for t in (layer.keys, layer.values)], "cache")
+    read_tokens(model, ids, lengths, cache).argmax(-1)
+    return cache
+
+
+def _marked_loss(counter: LiveBytes) -> Callable[[nn.Module, Mapping[str, Tensor]], Tensor]:
+    def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        counter.enter("forward", "embedding", "activations")
+        value = next_token_loss(model, batch)
+        counter.enter("backward", "loss", "temporaries")
+        return value
+
+    return loss
+
+
+class MarkedOptimizer:
+    """An optimizer that tells the counter when its update begins."""
+
+    def __init__(self, optimizer: Optimizer, counter: LiveBytes) -> None:
+        self.named = optimizer.named
+        self._optimizer, self._counter = optimizer, counter
+
+    def step(self, learning_rate: float | None = None) -> None:
+        self._counter.enter("update", "", "temporaries")
+        self._optimizer.step(learning_rate)
+
+    def zero_grad(self) -> None:
+        self._optimizer.zero_grad()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return self._optimizer.state_tensors()
+
+    def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
+        self._optimizer.load_state_tensors(state)
+
+
+@contextmanager
+def watched(model: Transformer, counter: LiveBytes) -> Iterator[None]:
+    """Within the block the counter knows which layer runs forward or backward, and which tensors became gradients."""
+    n = len(model.model.layers)
+    handles = []
+
+    def before(i: int) -> Callable[[nn.Module, object], None]:
+        def hook(module: nn.Module, inputs: object) -> None:
+            if counter.place[0] == "forward":  # else it is checkpointing's recomputation
+                counter.enter("forward", i, "activations")
+
+        return hook
+
+    def after(i: int | str) -> Callable[[nn.Module, object, Tensor], None]:
+        def hook(module: nn.Module, inputs: object, output: Tensor) -> None:
+            if counter.place[0] != "forward":
+                return
+            if output.requires_grad:
+                output.register_hook(lambda _: counter.enter("backward", i, "temporaries"))
+            if i == n - 1:
+                counter.enter("forward", "loss", "loss")
+
+        return hook
+
+    handles.append(model.model.embed_tokens.register_forward_hook(after("embedding")))
+    for i, layer in enumerate(model.model.layers):
+        handles += [layer.register_forward_pre_hook(before(i)), layer.register_forward_hook(after(i))]
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            handles.append(parameter.register_post_accumulate_grad_hook(lambda p: counter.add([p.grad], "gradients")))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
