@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from ..checks import check_floats, check_integers, check_shape, readable
-from ..dispatch import Backend, choose_backend
+from ..dispatch import Backend, choose_backend, name_of
 from .reference import grouped_lora_reference
 from .torch_grouped_lora import grouped_lora_torch
+
+MAX_RANK = 256  # of the Triton kernels: the widest tile that fits beside the matrices' in registers and shared memory
 
 
 def grouped_lora(
@@ -50,12 +52,22 @@ def grouped_lora(
         raise ValueError(
             f"grouped_lora: rows span {int(rows.min())}..{int(rows.max())}; each must be in -1..{n - 1}, -1 for no adapter"
         )
-    factors = scales if isinstance(scales, Tensor) else torch.tensor(list(scales), dtype=torch.float32)
-    chosen = choose_backend("grouped_lora", backend, [x, *lora_a, *lora_b])
-    if chosen == "reference":
-        return grouped_lora_reference(x, lora_a, lora_b, rows, factors)
-    if chosen == "torch":
-        return grouped_lora_torch(x, lora_a, lora_b, rows, factors)
-    from .triton_grouped_lora import grouped_lora_triton
+    chosen = choose_backend("grouped_lora", backend, [x, *lora_a, *lora_b], unsupported=_unsupported(lora_a, lora_b))
+    if chosen == "triton":
+        from .triton_grouped_lora import grouped_lora_triton
 
-    return grouped_lora_triton(x, lora_a, lora_b, rows, factors)
+        return grouped_lora_triton(x, lora_a, lora_b, rows, scales)
+    factors = scales if isinstance(scales, Tensor) else torch.tensor(list(scales), dtype=torch.float32)
+    run = grouped_lora_reference if chosen == "reference" else grouped_lora_torch
+    return run(x, lora_a, lora_b, rows, factors)
+
+
+def _unsupported(lora_a: Sequence[Tensor], lora_b: Sequence[Tensor]) -> str | None:
+    """Why the Triton kernels can't take these adapters."""
+    rank = max(a.shape[0] for a in lora_a)
+    if rank > MAX_RANK:
+        return f"its ranks are at most {MAX_RANK}, got {rank}"
+    dtypes = {m.dtype for m in (*lora_a, *lora_b)}
+    if len(dtypes) > 1:
+        return f"all adapters must have one dtype, got {', '.join(sorted(name_of(d) for d in dtypes))}"
+    return None
