@@ -13,7 +13,7 @@ from numba import njit
 from torch import Tensor
 
 from . import reference
-from .numba_lookup import is_supported, lookup16_
+from .numba_lookup import STEP, decode_block_, is_supported
 
 SMALLEST_SCALE = np.float32(reference.SMALLEST_SCALE)
 NOT_FINITE = np.uint32(0x7F800000)  # float32 bits from here on are infinity and NaN
@@ -45,22 +45,24 @@ def dequantize_4bit_(
     block_size: int,
 ) -> None:
     """reference.dequantize_4bit into `out`, with reference.dequantize_absmax before it when there is a second level."""
-    flat, codes, n = out.view(-1), packed.view(-1), out.numel()
-    if nested:
-        absmax = dequantize_absmax(absmax, *nested)
+    flat, n = out.view(-1), out.numel()
     n_full = n // block_size * block_size
-    if is_supported():
-        _dequantize_fast(codes.numpy(), absmax.numpy(), codebook.numpy(), block_size, bits(flat[:n_full]))
-    elif out.dtype == torch.float32:
-        _dequantize(codes.numpy(), absmax.numpy(), codebook.numpy(), block_size, flat[:n_full].numpy())
+    direct = is_supported() or out.dtype == torch.float32
+    target = flat[:n_full] if direct else torch.empty(n_full)
+    run = _dequantize_fast if is_supported() else _dequantize
+    if nested:
+        scales = (absmax.numpy(), nested[0].numpy(), nested[1].view(1).numpy(), nested[2].numpy())
+        run = _dequantize_nested_fast if is_supported() else _dequantize_nested
     else:
-        full = torch.empty(n_full)
-        _dequantize(codes.numpy(), absmax.numpy(), codebook.numpy(), block_size, full.numpy())
-        flat[:n_full] = full
+        scales = (absmax.numpy(),)
+    run(packed.view(-1).numpy(), *scales, codebook.numpy(), block_size, bits(target))  # pyright: ignore[reportCallIssue]
+    if not direct:
+        flat[:n_full] = target
     if n_full < n:
-        rest, shape = codes[n_full // 2 :], (n - n_full,)
+        last = dequantize_absmax(absmax, *nested)[-1:] if nested else absmax[-1:]
+        rest, shape = packed.view(-1)[n_full // 2 :], (n - n_full,)
         flat[n_full:] = reference.dequantize_4bit(
-            rest, absmax[-1:], codebook, block_size=block_size, shape=shape, dtype=out.dtype
+            rest, last, codebook, block_size=block_size, shape=shape, dtype=out.dtype
         )
 
 
@@ -168,6 +170,16 @@ def _quantize_bfloat16(flat, midpoints, order, block_size, packed, absmax):
 
 
 @njit(cache=True, nogil=True)
+def _dequantize_absmax(codes, scale, mean, codebook, out):
+    """A product and a sum, each rounded, as the reference does them."""
+    shift = mean[0]
+    for b in range(scale.size):
+        factor = scale[b]
+        for i in range(b * 256, min(b * 256 + 256, codes.size)):
+            out[i] = codebook[codes[i]] * factor + shift
+
+
+@njit(cache=True, nogil=True)
 def _dequantize(packed, absmax, codebook, block_size, out):
     """Whole blocks to float32 on any processor: 16 products a block, then lookups."""
     scaled = np.empty(16, np.float32)
@@ -182,11 +194,26 @@ def _dequantize(packed, absmax, codebook, block_size, out):
 
 @njit(cache=True, nogil=True)
 def _dequantize_fast(packed, absmax, codebook, block_size, out):
-    """Whole blocks, 16 values at a time (blocks are multiples of 32)."""
+    """Whole blocks, 32 values at a time (blocks are multiples of 32)."""
     half = block_size // 2
     for b in range(out.size // block_size):
-        for i in range(b * half, (b + 1) * half, 8):
-            lookup16_(packed, i, codebook, absmax[b], out)  # pyright: ignore[reportCallIssue]
+        decode_block_(packed, b * half, half // STEP, codebook, absmax[b], out)  # pyright: ignore[reportCallIssue]
+
+
+@njit(cache=True, nogil=True)
+def _dequantize_nested(packed, absmax_q, scale, mean, nested_codebook, codebook, block_size, out):
+    """Both levels in one call."""
+    absmax = np.empty(absmax_q.size, np.float32)
+    _dequantize_absmax(absmax_q, scale, mean, nested_codebook, absmax)
+    _dequantize(packed, absmax, codebook, block_size, out)
+
+
+@njit(cache=True, nogil=True)
+def _dequantize_nested_fast(packed, absmax_q, scale, mean, nested_codebook, codebook, block_size, out):
+    """Both levels in one call."""
+    absmax = np.empty(absmax_q.size, np.float32)
+    _dequantize_absmax(absmax_q, scale, mean, nested_codebook, absmax)
+    _dequantize_fast(packed, absmax, codebook, block_size, out)
 
 
 @njit(cache=True, nogil=True)
@@ -204,10 +231,3 @@ def _quantize_by_table(values, lookup, block_size, codes, scale):
             scaled = min(max(block[i] * (ONE / absmax), -ONE), ONE)
             step = np.float32(np.float64((scaled + ONE) * HALF) * 65535.0 + 0.5)
             codes[first + i] = lookup[np.int32(step) if step == step else 0]
-
-
-@njit(cache=True, nogil=True)
-def _dequantize_absmax(codes, scale, mean, codebook, out):
-    """A product and a sum, each rounded, as the reference does them."""
-    for i in range(codes.size):
-        out[i] = codebook[codes[i]] * scale[i // 256] + mean[0]
