@@ -16,8 +16,10 @@ _HOME = {
     "quantization_config": "files",
     "read_quantization_config": "files",
     "WeightStream": "streaming",
+    "AdamW8bit": "adamw8bit",
 }
 __all__ = [
+    "AdamW8bit",
     "NF4Linear",
     "QuantState",
     "WeightStream",
@@ -33,6 +35,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .adamw8bit import AdamW8bit
     from .blockwise import QuantState, dequantize_nf4, quantize_4bit, quantize_nf4
     from .files import nf4_from_tensors, nf4_to_tensors, quantization_config, quantized_names, read_quantization_config
     from .linear import NF4Linear, quantize_linears_

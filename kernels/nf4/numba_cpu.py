@@ -82,6 +82,24 @@ def dequantize_absmax(absmax_q: Tensor, absmax_scale: Tensor, absmax_mean: Tenso
     return out
 
 
+def quantize_8bit(values: Tensor, borders: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:
+    """reference.quantize_8bit."""
+    flat = values.detach().reshape(-1).float()
+    codes = torch.empty(values.shape, dtype=torch.uint8)
+    absmax = torch.empty(-(-flat.numel() // block_size), dtype=torch.float32)
+    start = first_guess(borders.numpy().tobytes())
+    _quantize_8bit(flat.numpy(), borders.numpy(), start, block_size, codes.view(-1).numpy(), absmax.numpy())
+    return codes, absmax
+
+
+def dequantize_8bit(codes: Tensor, absmax: Tensor, codebook: Tensor, *, block_size: int) -> Tensor:
+    """reference.dequantize_8bit."""
+    out = torch.empty(codes.shape, dtype=torch.float32)
+    flat = out.view(-1).numpy()
+    _dequantize_8bit(codes.reshape(-1).numpy(), absmax.numpy(), codebook.numpy(), block_size, flat)
+    return out
+
+
 def bits(flat: Tensor) -> np.ndarray:
     """The tensor's memory as numpy sees it: 16-bit floats as integers, unsigned for bfloat16 and signed for float16."""
     if flat.dtype == torch.float32:
@@ -100,6 +118,19 @@ def borders(codebook: bytes) -> tuple[np.ndarray, np.ndarray]:
 def table(codebook: bytes) -> np.ndarray:
     """reference.lookup_table of a codebook's bytes."""
     return reference.lookup_table(torch.frombuffer(bytearray(codebook), dtype=torch.float32)).numpy()
+
+
+@cache
+def first_guess(borders: bytes) -> np.ndarray:
+    """(65536,) uint8: a code not above the right one for any float32 whose upper 16 bits are the index.
+
+    From it the right code is a step or two away, since a codebook has about as many steps a power of two as 7 bits of
+    mantissa have; a binary search would take eight unpredictable branches.
+    """
+    upper = np.arange(65536, dtype=np.uint32) << 16
+    lowest = np.where(upper >> 31, upper | 0xFFFF, upper).astype(np.uint32).view(np.float32)
+    ascending = np.frombuffer(borders, np.float32)
+    return np.searchsorted(ascending, np.nan_to_num(lowest), side="left").astype(np.uint8)
 
 
 @njit(cache=True, nogil=True)
@@ -231,3 +262,32 @@ def _quantize_by_table(values, lookup, block_size, codes, scale):
             scaled = min(max(block[i] * (ONE / absmax), -ONE), ONE)
             step = np.float32(np.float64((scaled + ONE) * HALF) * 65535.0 + 0.5)
             codes[first + i] = lookup[np.int32(step) if step == step else 0]
+
+
+@njit(cache=True, nogil=True)
+def _quantize_8bit(values, borders, first_guess, block_size, codes, absmax):
+    """The number of borders below each scaled value."""
+    one_value = np.empty(1, np.float32)
+    its_bits = one_value.view(np.uint32)
+    for first in range(0, values.size, block_size):
+        block = values[first : first + block_size]
+        magnitude = absmax[first // block_size : first // block_size + 1].view(np.uint32)
+        magnitude[0] = _largest(block)
+        largest = absmax[first // block_size]
+        inverse = ONE / largest if largest > 0 else np.float32(0)
+        for i in range(block.size):
+            scaled = min(max(block[i] * inverse, -ONE), ONE)
+            one_value[0] = scaled
+            code = np.int64(first_guess[its_bits[0] >> 16])
+            while code < 255 and scaled > borders[code]:
+                code += 1
+            codes[first + i] = code
+
+
+@njit(cache=True, nogil=True)
+def _dequantize_8bit(codes, absmax, codebook, block_size, out):
+    """codebook[code] * absmax[block]."""
+    for b in range(absmax.size):
+        scale = absmax[b]
+        for i in range(b * block_size, min((b + 1) * block_size, codes.size)):
+            out[i] = codebook[codes[i]] * scale

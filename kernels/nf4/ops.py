@@ -21,6 +21,8 @@ SCHEMAS = {
     "dequantize_4bit": "(Tensor packed, Tensor absmax, Tensor[] nested, Tensor codebook, int block_size, SymInt[] shape, "
     "ScalarType dtype) -> Tensor",
     "dequantize_absmax": "(Tensor absmax_q, Tensor absmax_scale, Tensor absmax_mean, Tensor nested_codebook) -> Tensor",
+    "quantize_8bit": "(Tensor values, Tensor borders, int block_size) -> (Tensor, Tensor)",
+    "dequantize_8bit": "(Tensor codes, Tensor absmax, Tensor codebook, int block_size) -> Tensor",
 }
 for name, schema in SCHEMAS.items():
     torch.library.define(f"graft::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
@@ -105,6 +107,35 @@ def _(absmax_q: Tensor, absmax_scale: Tensor, absmax_mean: Tensor, nested_codebo
     return torch.empty_like(absmax_q, dtype=torch.float32)
 
 
+@torch.library.impl("graft::quantize_8bit", "default")
+def _quantize_8bit(values: Tensor, borders: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    if values.device.type == "cpu":
+        from . import numba_cpu
+
+        return numba_cpu.quantize_8bit(values, borders, block_size=block_size)
+    return reference.quantize_8bit(values, borders, block_size=block_size)
+
+
+@torch.library.register_fake("graft::quantize_8bit")
+def _(values: Tensor, borders: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    absmax = values.new_empty((-(-values.numel() // block_size),), dtype=torch.float32)
+    return torch.empty_like(values, dtype=torch.uint8, memory_format=torch.contiguous_format), absmax
+
+
+@torch.library.impl("graft::dequantize_8bit", "default")
+def _dequantize_8bit(codes: Tensor, absmax: Tensor, codebook: Tensor, block_size: int) -> Tensor:
+    if codes.device.type == "cpu":
+        from . import numba_cpu
+
+        return numba_cpu.dequantize_8bit(codes, absmax, codebook, block_size=block_size)
+    return reference.dequantize_8bit(codes, absmax, codebook, block_size=block_size)
+
+
+@torch.library.register_fake("graft::dequantize_8bit")
+def _(codes: Tensor, absmax: Tensor, codebook: Tensor, block_size: int) -> Tensor:
+    return torch.empty_like(codes, dtype=torch.float32, memory_format=torch.contiguous_format)
+
+
 def quantize_4bit(weight: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """Packed codes (ceil(n / 2), 1) uint8 and absmax (n_blocks,) float32; see reference.quantize_4bit."""
     return torch.ops.graft.quantize_4bit.default(weight, codebook, block_size)
@@ -145,3 +176,13 @@ def dequantize_4bit_(
 def dequantize_absmax(absmax_q: Tensor, absmax_scale: Tensor, absmax_mean: Tensor, nested_codebook: Tensor) -> Tensor:
     """The first level's absmax; see reference.dequantize_absmax."""
     return torch.ops.graft.dequantize_absmax.default(absmax_q, absmax_scale, absmax_mean, nested_codebook)
+
+
+def quantize_8bit(values: Tensor, borders: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Codes of the values' shape and absmax (n_blocks,) float32; see reference.quantize_8bit."""
+    return torch.ops.graft.quantize_8bit.default(values, borders, block_size)
+
+
+def dequantize_8bit(codes: Tensor, absmax: Tensor, codebook: Tensor, block_size: int) -> Tensor:
+    """codebook[code] * absmax[block], float32; see reference.dequantize_8bit."""
+    return torch.ops.graft.dequantize_8bit.default(codes, absmax, codebook, block_size)

@@ -73,18 +73,17 @@ def dequantize_absmax(
 
 def quantize_8bit(
     values: Tensor,  # any shape, floating point
-    codebook: Tensor,  # (256,) float32, ascending
+    borders: Tensor,  # (255,) float32, ascending, within -1 and 1: between neighbouring codes
     *,
     block_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """Nearest code of values / absmax; returns (the values' shape) uint8 and absmax (n_blocks,) float32."""
+    """The code between whose borders values / absmax lies: (lower, upper]. Returns it and absmax (n_blocks,) float32."""
     scaled, absmax = scale_blocks(values, block_size)
-    midpoints = (codebook[:-1] + codebook[1:]) / 2
-    return torch.bucketize(scaled, midpoints).to(torch.uint8).view(values.shape), absmax
+    return torch.bucketize(scaled, borders).to(torch.uint8).view(values.shape), absmax
 
 
 def quantize_8bit_by_table(values: Tensor, codebook: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:
-    """`quantize_8bit` as bitsandbytes' CPU library does it: the value, rounded to one of 65,536 steps, looks up its code.
+    """To 8 bits as bitsandbytes' CPU library does it: the value, rounded to one of 65,536 steps, looks its code up.
 
     Near a midpoint that is not the nearest code; where the codes lie closer than a step (below 3e-5 of absmax) it is not
     even near. An all-zero block gets code 0 instead of zero's.

@@ -1,0 +1,194 @@
+"""AdamW whose moments take 8 bits each (Dettmers et al. 2022, arXiv:2110.02861), in blocks of 256 that share an absmax."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels import nf4
+from ..kernels.adamw import adamw_update_
+from .codebooks import dynamic8
+
+BLOCK_SIZE = 256
+SMALLEST_SIZE = 4096  # tensors below keep float32 moments, as in the paper: they cost little and are the sensitive ones
+CHUNK = 2**22  # values of a parameter that are in float32 at a time: 32 MiB for both moments
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Weight decay acts on matrices; norms and biases are vectors and are left alone."""
+    del name
+    return parameter.ndim >= 2
+
+
+@dataclass(frozen=True)
+class Moment8bit:
+    """One moment of one parameter: the signed map for the first, the unsigned one, of twice the steps, for the second."""
+
+    codes: Tensor  # (n,) uint8
+    absmax: Tensor  # (ceil(n / 256),) float32
+    signed: bool
+
+    @classmethod
+    def zeros(cls, n: int, *, signed: bool, device: torch.device | str, pinned: bool = False) -> "Moment8bit":
+        """All zero. `pinned`: in page-locked host memory."""
+        codes = torch.full((n,), dynamic8(signed).index(0.0), dtype=torch.uint8, device=device, pin_memory=pinned)
+        return cls(codes, torch.zeros(-(-n // BLOCK_SIZE), device=device, pin_memory=pinned), signed)
+
+    def read(self, chunk: slice, device: torch.device) -> Tensor:
+        """A chunk in float32 on the device."""
+        codes, absmax = self.codes[chunk], self.absmax[blocks_of(chunk)]
+        codes, absmax = codes.to(device, non_blocking=True), absmax.to(device, non_blocking=True)
+        codebook = torch.tensor(dynamic8(self.signed), dtype=torch.float32, device=device)
+        return nf4.dequantize_8bit(codes, absmax, codebook, BLOCK_SIZE)
+
+    def write_(self, chunk: slice, values: Tensor) -> None:
+        """Put a chunk back, quantized."""
+        codes, absmax = nf4.quantize_8bit(values, borders(self.signed, values.device), BLOCK_SIZE)
+        self.codes[chunk].copy_(codes, non_blocking=True)
+        self.absmax[blocks_of(chunk)].copy_(absmax, non_blocking=True)
+
+
+def borders(signed: bool, device: torch.device) -> Tensor:  # (255,)
+    """Between which values each code is chosen: half way, but above zero a second moment never becomes zero.
+
+    A first moment over the root of a second one that rounding made zero would be a step of m / eps.
+    """
+    codebook = torch.tensor(dynamic8(signed), dtype=torch.float32, device=device)
+    middle = (codebook[:-1] + codebook[1:]) / 2
+    return middle if signed else torch.cat([middle.new_zeros(1), middle[1:]])
+
+
+def blocks_of(chunk: slice) -> slice:
+    """The absmax of a chunk's blocks; chunks start where a block starts."""
+    return slice(chunk.start // BLOCK_SIZE, -(-chunk.stop // BLOCK_SIZE))
+
+
+class AdamW8bit:
+    """Decoupled weight decay Adam over (name, parameter) pairs, in the interface of base.optim's AdamW.
+
+    Two bytes a parameter for the moments (2.03 with the absmax) in place of eight. `paged` keeps them in the host's memory
+    and brings a chunk to the device for its update; on the CPU that changes nothing. Parameters without a gradient at
+    a step are left as they are. Small tensors (below 4,096 values) have float32 moments.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, Tensor]],
+        *,
+        learning_rate: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        decay: Callable[[str, Tensor], bool] = decays,
+        paged: bool = False,
+    ) -> None:
+        if learning_rate < 0:
+            raise ValueError(f"learning_rate={learning_rate} is negative; use a value >= 0")
+        if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1):
+            raise ValueError(f"betas={betas} must both lie in [0, 1)")
+        self.named = list(parameters)
+        if not self.named:
+            raise ValueError("no parameter to train: all are frozen; attach an adapter or unfreeze the model")
+        for name, parameter in self.named:
+            if not parameter.is_contiguous():
+                raise ValueError(f"parameter {name} with strides {parameter.stride()} is not contiguous; make it so")
+        self.learning_rate, self.betas, self.eps, self.weight_decay = learning_rate, betas, eps, weight_decay
+        self.n_steps = 0
+        self.decayed = [decay(name, parameter) for name, parameter in self.named]
+        self.full: dict[int, tuple[Tensor, Tensor]] = {}  # both moments in float32, of the small ones by position
+        self.quantized: dict[int, tuple[Moment8bit, Moment8bit]] = {}
+        for i, (_, parameter) in enumerate(self.named):
+            if parameter.numel() < SMALLEST_SIZE:
+                self.full[i] = (
+                    torch.zeros_like(parameter, dtype=torch.float32),
+                    torch.zeros_like(parameter, dtype=torch.float32),
+                )
+                continue
+            pinned = paged and parameter.device.type == "cuda"
+            device = "cpu" if pinned else parameter.device
+            first, second = (
+                Moment8bit.zeros(parameter.numel(), signed=signed, device=device, pinned=pinned)
+                for signed in (True, False)
+            )
+            self.quantized[i] = (first, second)
+
+    @torch.no_grad()
+    def step(self, learning_rate: float | None = None) -> None:
+        """One update in place from the parameters' .grad, at this learning rate."""
+        self.n_steps += 1
+        lr = self.learning_rate if learning_rate is None else learning_rate
+        for decayed in (True, False):
+            small = [i for i in self.full if self.decayed[i] == decayed and self.named[i][1].grad is not None]
+            pairs = [(self.named[i][1], self.named[i][1].grad) for i in small]
+            if small:
+                self._update(
+                    [p for p, _ in pairs],
+                    [g for _, g in pairs if g is not None],
+                    [self.full[i] for i in small],
+                    lr,
+                    decayed,
+                )
+        for i, (first, second) in self.quantized.items():
+            parameter = self.named[i][1]
+            if parameter.grad is None:
+                continue
+            flat, grad = parameter.detach().view(-1), parameter.grad.reshape(-1)
+            for chunk in chunks(flat.numel()):
+                moments = first.read(chunk, flat.device), second.read(chunk, flat.device)
+                self._update([flat[chunk]], [grad[chunk]], [moments], lr, self.decayed[i])
+                first.write_(chunk, moments[0])
+                second.write_(chunk, moments[1])
+
+    def _update(
+        self, params: list[Tensor], grads: list[Tensor], moments: list[tuple[Tensor, Tensor]], lr: float, decayed: bool
+    ) -> None:
+        adamw_update_(
+            params,
+            grads,
+            [first for first, _ in moments],
+            [second for _, second in moments],
+            step=self.n_steps,
+            lr=lr,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            eps=self.eps,
+            weight_decay=self.weight_decay if decayed else 0.0,
+        )
+
+    def zero_grad(self) -> None:
+        """Drop the gradients, so that their memory is free until the next backward pass."""
+        for _, parameter in self.named:
+            parameter.grad = None
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Everything that resume needs, by name; the moments themselves, not copies."""
+        if any(second.codes.is_pinned() for _, second in self.quantized.values()):
+            torch.cuda.synchronize()  # paged moments may still be on their way to the host
+        state = {"n_steps": torch.tensor(self.n_steps)}
+        for i, (name, _) in enumerate(self.named):
+            if i in self.full:
+                state[f"{name}.exp_avg"], state[f"{name}.exp_avg_sq"] = self.full[i]
+            else:
+                for kind, moment in zip(("exp_avg", "exp_avg_sq"), self.quantized[i], strict=True):
+                    state[f"{name}.{kind}_q"], state[f"{name}.{kind}_absmax"] = moment.codes, moment.absmax
+        return state
+
+    def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state_tensors` gave. Raises ValueError when a tensor is missing or has another shape."""
+        for name, target in self.state_tensors().items():
+            saved = state.get(name)
+            if saved is None or saved.shape != target.shape or saved.dtype != target.dtype:
+                found = "nothing" if saved is None else f"{tuple(saved.shape)} {saved.dtype}"
+                raise ValueError(
+                    f"optimizer state {name}: {found} saved, {tuple(target.shape)} {target.dtype} due; "
+                    "resume with the config that the run was started with"
+                )
+            target.copy_(saved)
+        self.n_steps = int(state["n_steps"])
+
+
+def chunks(n: int) -> Iterator[slice]:
+    """0..n in slices of CHUNK."""
+    for start in range(0, n, CHUNK):
+        yield slice(start, min(start + CHUNK, n))
