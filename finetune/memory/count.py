@@ -1,5 +1,6 @@
 """Counting the bytes of tensors that are alive, real or fake, as operators make them and the last reference drops them."""
 
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -12,6 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+CUDA_GRANULE = 512  # bytes: c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize
+DISPATCH_FILES = (
+    "_compile.py",
+    "eval_frame.py",
+    "_python_dispatch.py",
+)  # Python frames between an operator and its caller
 Place = tuple[str, int | str]  # (phase, layer number or the name of what is not a layer), where the step stands
 
 
@@ -27,13 +34,16 @@ class LiveBytes(TorchDispatchMode):
     """Counts every storage once, from the operator that made it until its memory is given back.
 
     What autograd saves stays alive, so it is counted; a view is not counted again. Not seen: memory that an operator takes
-    and gives back inside itself. On fake tensors an operator that asks for a value (`.item()`, `bool()`) is told 1, since
-    no value exists: only code whose memory does not depend on values may run here.
+    and gives back inside itself, but for the copies that the CPU makes of operands of different dtypes. On fake tensors
+
+    - an operator that asks for a value (`.item()`, `bool()`) is told 1, since no value exists: only code whose memory does
+      not depend on values may run here;
+    - autograd sums gradients in place, as it does with real tensors and no mode on.
     """
 
-    def __init__(self, *, granule: int = 1) -> None:
+    def __init__(self, *, cuda: bool = False) -> None:
         super().__init__()
-        self.granule = granule  # each storage is rounded up to a multiple of it: CUDA's allocator hands out 512 bytes
+        self.cuda = cuda  # count as CUDA's allocator and kernels would
         self.total = 0
         self.kinds: Counter[str] = Counter()
         self.layers: Counter[int] = Counter()  # bytes of kind "activations" by the layer that made them
@@ -66,7 +76,8 @@ class LiveBytes(TorchDispatchMode):
 
     def rounded(self, n_bytes: int) -> int:
         """What a tensor of so many bytes takes."""
-        return -(-n_bytes // self.granule) * self.granule
+        granule = CUDA_GRANULE if self.cuda else 1
+        return -(-n_bytes // granule) * granule
 
     def peak(self) -> tuple[Place, Peak]:
         """Where the most bytes were alive, and what they were."""
@@ -79,6 +90,9 @@ class LiveBytes(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             dtype = args[0].dtype
             return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+        if func is torch.ops.aten.add.Tensor and isinstance(args[0], FakeTensor) and _called_by_autograd():
+            func = torch.ops.aten.add_.Tensor
+        within = 0 if self.cuda else _promoted_bytes(func, args)
         out = func(*args, **(kwargs or {}))
         kind = self.kind
         if func is torch.ops.aten._to_copy.default and self._kind_of(args[0]) in ("weights", "adapters"):
@@ -86,7 +100,7 @@ class LiveBytes(TorchDispatchMode):
         for leaf in tree_iter(out):
             if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in self._alive:
                 self._count(leaf, kind)
-        self._note_peak()
+        self._note_peak(within)
         return out
 
     def _kind_of(self, tensor: Tensor) -> str | None:
@@ -112,11 +126,13 @@ class LiveBytes(TorchDispatchMode):
         if gone.layer is not None:
             self.layers[gone.layer] -= gone.n_bytes
 
-    def _note_peak(self) -> None:
+    def _note_peak(self, within: int = 0) -> None:
+        """Remember this moment if it is its place's highest; `within`: bytes that the last operator held meanwhile."""
         peak = self.peaks.setdefault(self.place, Peak())
-        if self.total > peak.n_bytes:
-            peak.n_bytes = self.total
+        if self.total + within > peak.n_bytes:
+            peak.n_bytes = self.total + within
             peak.kinds = Counter({kind: n for kind, n in self.kinds.items() if n})
+            peak.kinds[self.kind] += within
 
 
 @dataclass
@@ -125,3 +141,23 @@ class _Storage:
     kind: str
     layer: int | None
     watch: weakref.ref[torch.UntypedStorage]
+
+
+def _called_by_autograd() -> bool:
+    """Whether the engine itself called the operator at hand, to add two gradients of one tensor; else a function did."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_code.co_filename.endswith(DISPATCH_FILES):
+        frame = frame.f_back
+    return frame.f_code.co_name == "_engine_run_backward"
+
+
+def _promoted_bytes(func: Any, args: tuple[Any, ...]) -> int:
+    """Copies that TensorIterator makes on the CPU within an elementwise operator whose operands have different dtypes."""
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    if len(tensors) < 2 or torch.Tag.pointwise not in func.tags or len({tensor.dtype for tensor in tensors}) == 1:
+        return 0
+    common = torch.result_type(tensors[0], tensors[1])
+    casts = [tensor for tensor in tensors if tensor.dtype != common and tensor.ndim]
+    if func._schema.is_mutable and tensors[0].dtype != common:
+        casts.append(tensors[0])  # the result, too, is computed aside
+    return sum(tensor.numel() * common.itemsize for tensor in casts)

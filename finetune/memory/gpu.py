@@ -14,8 +14,6 @@ from ... import kernels
 from ...kernels import dispatch
 from ...kernels.nf4 import linear as nf4_linear
 
-CUDA_GRANULE = 512  # bytes: c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize
-
 
 def workspace_bytes(*, backward: bool) -> int:
     """cuBLAS's workspace, which PyTorch takes from its own allocator: one for each thread that multiplies matrices, and the

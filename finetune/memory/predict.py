@@ -16,7 +16,7 @@ from ...base.model.config import ModelConfig
 from ...base.train import TrainConfig
 from ..adapters.lora import LoraConfig
 from .count import LiveBytes, Peak, Place
-from .gpu import CUDA_GRANULE, kernels_as_on_gpu, workspace_bytes
+from .gpu import kernels_as_on_gpu, workspace_bytes
 from .settings import MemorySettings, read_model_config
 from .step import make_optimizer, place_, run_generation, run_training_step, shaped_model
 
@@ -174,7 +174,7 @@ def _run(config: ModelConfig, settings: MemorySettings, device: str) -> _Run:
     a GPU the kernels are chosen as there."""
     on_gpu = device == "cuda"
     model = shaped_model(config, settings)
-    counter = LiveBytes(granule=CUDA_GRANULE if on_gpu else 1)
+    counter = LiveBytes(cuda=on_gpu)
     with kernels_as_on_gpu() if on_gpu else nullcontext(), FakeTensorMode():
         place_(model, "cpu", values=False)
         sizes = count_model(model, counter)
