@@ -17,6 +17,7 @@ _HOME = {
     "read_quantization_config": "files",
     "WeightStream": "streaming",
     "AdamW8bit": "adamw8bit",
+    "requantize": "merge",
 }
 __all__ = [
     "AdamW8bit",
@@ -32,6 +33,7 @@ __all__ = [
     "quantize_nf4",
     "quantized_names",
     "read_quantization_config",
+    "requantize",
 ]
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from .blockwise import QuantState, dequantize_nf4, quantize_4bit, quantize_nf4
     from .files import nf4_from_tensors, nf4_to_tensors, quantization_config, quantized_names, read_quantization_config
     from .linear import NF4Linear, quantize_linears_
+    from .merge import requantize
     from .streaming import WeightStream
 
 

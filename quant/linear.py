@@ -208,6 +208,7 @@ def quantize_linears_(
     compute_dtype: torch.dtype | None = None,
     *,
     quant_type: str = "nf4",
+    backend: str = "graft",  # or "bitsandbytes": its Linear4bit in place of NF4Linear, to compare
 ) -> list[str]:
     """Replace every nn.Linear of a model by an NF4Linear, in place and one at a time; returns the names it changed.
 
@@ -216,12 +217,19 @@ def quantize_linears_(
     that is quantized already, that has nothing to quantize, and for a weight that cannot be, by its name; the layers
     before that one are then changed.
     """
+    if backend not in ("graft", "bitsandbytes"):
+        raise ValueError(f"unknown quantization backend {backend!r}; choose graft or bitsandbytes")
     if isinstance(model, nn.Linear):
         raise ValueError("the model is itself a linear layer and can't be replaced in place; use NF4Linear.from_linear")
     already = [name for name, module in model.named_modules() if is_quantized(module)]
     if already:
         raise ValueError(f"the model is already quantized ({already[0]} and {len(already) - 1} more); load it as it is")
-    replaced: dict[nn.Module, NF4Linear] = {}  # a module that appears twice stays shared
+    make = NF4Linear.from_linear
+    if backend == "bitsandbytes":
+        from .peer import bitsandbytes_linear
+
+        make = bitsandbytes_linear
+    replaced: dict[nn.Module, nn.Module] = {}  # a module that appears twice stays shared
     changed = []
     for path, parent in list(model.named_modules()):
         for child_name, child in list(parent.named_children()):
@@ -230,7 +238,7 @@ def quantize_linears_(
                 continue
             if child not in replaced:
                 try:
-                    replaced[child] = NF4Linear.from_linear(
+                    replaced[child] = make(
                         child,
                         quant_type=quant_type,
                         block_size=block_size,
