@@ -17,6 +17,8 @@ Saved: x; y is computed again. Sums are float32. Bytes: x, out and each adapter 
 
 from collections.abc import Sequence
 from functools import lru_cache
+from math import gcd
+from typing import NamedTuple
 
 import torch
 import triton
@@ -33,7 +35,8 @@ SPLITS = 8  # parts of in at most, so that few rows still fill the GPU
 @triton.jit
 def shrink(
     x, table, like, ranks, rows, sums, N, K, n_adapters, stride_x, per_split,
-    TRANSPOSED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    TRANSPOSED: tl.constexpr, ALIGNED: tl.constexpr, RANKS_OF: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     adapter = tl.load(rows + row, mask=row < N, other=-1)
@@ -43,7 +46,7 @@ def shrink(
     total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     current = tl.min(tl.where(adapter >= 0, adapter, n_adapters), 0)
     while current < n_adapters:
-        rank = tl.load(ranks + current)
+        rank = tl.multiple_of(tl.load(ranks + current), RANKS_OF)
         matrix = tl.load(table + current).to(like.dtype)
         if ALIGNED:
             matrix = tl.multiple_of(matrix, 16)
@@ -66,7 +69,8 @@ def shrink(
 @triton.jit
 def expand(
     sums, table, like, ranks, scales, rows, out, N, O, n_adapters, n_splits,
-    TRANSPOSED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr,
+    TRANSPOSED: tl.constexpr, ALIGNED: tl.constexpr, RANKS_OF: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     adapter = tl.load(rows + row, mask=row < N, other=-1)
@@ -79,7 +83,7 @@ def expand(
     total = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
     current = tl.min(tl.where(adapter >= 0, adapter, n_adapters), 0)
     while current < n_adapters:
-        rank = tl.load(ranks + current)
+        rank = tl.multiple_of(tl.load(ranks + current), RANKS_OF)
         matrix = tl.load(table + current).to(like.dtype)
         if ALIGNED:
             matrix = tl.multiple_of(matrix, 16)
@@ -128,21 +132,27 @@ def on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.devic
 
 
 def addresses(matrices: Sequence[Tensor]) -> tuple[Tensor, bool]:
-    """The table of the matrices' addresses, and whether every row of them can be read 16 bytes at a time."""
+    """The table of the matrices' addresses, and whether all are multiples of 16 bytes."""
     pointers = tuple(m.data_ptr() for m in matrices)
     aligned = all(p % 16 == 0 for p in pointers)
     return on_device(pointers, torch.int64, matrices[0].device), aligned
 
 
+class Ranks(NamedTuple):
+    """The adapters' ranks as the kernels need them."""
+
+    table: Tensor  # (n_adapters,) int32
+    padded: int  # the width of the y tile: a power of two that holds every rank, at least the 16 that tl.dot takes
+    multiple_of: int  # what divides every rank, at most 16: how far B's short rows can be read at once
+
+
 def padded_rank(lora_a: Sequence[Tensor]) -> int:
-    """The width of the y tile: a power of two that holds every rank, at least the 16 that tl.dot takes."""
     return max(16, next_power_of_2(max(a.shape[0] for a in lora_a)))
 
 
-def ranks_of(lora_a: Sequence[Tensor]) -> tuple[Tensor, int]:
-    """Each adapter's rank on the device, and the padded one."""
+def ranks_of(lora_a: Sequence[Tensor]) -> Ranks:
     ranks = tuple(a.shape[0] for a in lora_a)
-    return on_device(ranks, torch.int32, lora_a[0].device), padded_rank(lora_a)
+    return Ranks(on_device(ranks, torch.int32, lora_a[0].device), padded_rank(lora_a), gcd(16, *ranks))
 
 
 def tiles(N: int, block_r: int) -> dict[str, int]:
@@ -154,11 +164,10 @@ def tiles(N: int, block_r: int) -> dict[str, int]:
     return {"rows": 64 if block_r == 128 else 32, "cols": 32, "num_warps": 8}
 
 
-def run_shrink(
-    x: Tensor, matrices: Sequence[Tensor], ranks: Tensor, block_r: int, rows: Tensor, transposed: bool
-) -> Tensor:
+def run_shrink(x: Tensor, matrices: Sequence[Tensor], ranks: Ranks, rows: Tensor, transposed: bool) -> Tensor:
     """(SPLITS, N, block_r) partial sums of x_n A_i^T, for A_i (R_i, K), or (K, R_i) when transposed."""
     N, K = x.shape
+    block_r = ranks.padded
     tile = tiles(N, block_r)
     steps = cdiv(K, tile["cols"])
     n_tiles = cdiv(N, tile["rows"])
@@ -169,15 +178,15 @@ def run_shrink(
     table, aligned = addresses(matrices)
     if N:
         launch(
-            shrink, (n_tiles, splits), x, table, matrices[0], ranks, rows, sums, N, K, len(matrices), x.stride(0), per_split,
-            TRANSPOSED=transposed, ALIGNED=aligned, BLOCK_R=block_r,
+            shrink, (n_tiles, splits), x, table, matrices[0], ranks.table, rows, sums, N, K, len(matrices), x.stride(0), per_split,
+            TRANSPOSED=transposed, ALIGNED=aligned, RANKS_OF=ranks.multiple_of, BLOCK_R=block_r,
             BLOCK_M=tile["rows"], BLOCK_K=tile["cols"], num_warps=tile["num_warps"],
         )  # fmt: skip
     return sums
 
 
 def run_expand(
-    sums: Tensor, matrices: Sequence[Tensor], ranks: Tensor, scales: Tensor, rows: Tensor, out: Tensor, transposed: bool
+    sums: Tensor, matrices: Sequence[Tensor], ranks: Ranks, scales: Tensor, rows: Tensor, out: Tensor, transposed: bool
 ) -> None:
     """out_n = scale_i y_n B_i^T, for B_i (O, R_i), or (R_i, O) when transposed."""
     n_splits, N, block_r = sums.shape
@@ -186,9 +195,9 @@ def run_expand(
     table, aligned = addresses(matrices)
     if N:
         launch(
-            expand, (cdiv(N, tile["rows"]), cdiv(O, tile["cols"])), sums, table, matrices[0], ranks, scales, rows, out,
+            expand, (cdiv(N, tile["rows"]), cdiv(O, tile["cols"])), sums, table, matrices[0], ranks.table, scales, rows, out,
             N, O, len(matrices), n_splits,
-            TRANSPOSED=transposed, ALIGNED=aligned, BLOCK_R=block_r,
+            TRANSPOSED=transposed, ALIGNED=aligned, RANKS_OF=ranks.multiple_of, BLOCK_R=block_r,
             BLOCK_M=tile["rows"], BLOCK_O=tile["cols"], num_warps=tile["num_warps"],
         )  # fmt: skip
 
@@ -209,9 +218,9 @@ def run_weight_gradient(sums: Tensor, x: Tensor, rows: Tensor, scales: Tensor) -
 def grouped_lora_op(
     x: Tensor, lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], rows: Tensor, scales: Tensor
 ) -> Tensor:
-    ranks, block_r = ranks_of(lora_a)
+    ranks = ranks_of(lora_a)
     out = x.new_empty(x.shape[0], lora_b[0].shape[0])
-    sums = run_shrink(as_rows(x), lora_a, ranks, block_r, rows, transposed=False)
+    sums = run_shrink(as_rows(x), lora_a, ranks, rows, transposed=False)
     run_expand(sums, lora_b, ranks, scales, rows, out, transposed=False)
     return out
 
@@ -227,14 +236,14 @@ def grouped_lora_backward_op(
     need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, and for every adapter dA_i and dB_i^T padded to one rank (empty where not needed)."""
-    ranks, block_r = ranks_of(lora_a)
+    ranks = ranks_of(lora_a)
     grad, x = as_rows(grad), as_rows(x)
-    back = run_shrink(grad, lora_b, ranks, block_r, rows, transposed=True)
+    back = run_shrink(grad, lora_b, ranks, rows, transposed=True)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     run_expand(back, lora_a, ranks, scales, rows, dx, transposed=True)
     if not need_weights:
         return dx, back.new_empty(0), back.new_empty(0)
-    sums = run_shrink(x, lora_a, ranks, block_r, rows, transposed=False)
+    sums = run_shrink(x, lora_a, ranks, rows, transposed=False)
     return dx, run_weight_gradient(back, x, rows, scales), run_weight_gradient(sums, grad, rows, scales)
 
 
