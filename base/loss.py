@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -26,11 +25,7 @@ def next_token_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     hidden, targets = hidden.flatten(0, 1), batch["targets"].flatten()  # (N, D), (N,)
     head = transformer.lm_head
     if type(head) is nn.Linear:
-        weight = head.weight
-        if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
-        return linear_cross_entropy(hidden, weight, targets, ignore_index=IGNORE, reduction="sum").float()
+        return linear_cross_entropy(hidden, head.weight, targets, ignore_index=IGNORE, reduction="sum")
     # An adapted or quantized head is a function, not a matrix.
     return F.cross_entropy(head(hidden).float(), targets, ignore_index=IGNORE, reduction="sum")
 

@@ -66,7 +66,8 @@ def run_pretrain(
     device = resolve_device(device)
     tok = Tokenizer.load(tokenizer)
     train_tokens, val_tokens = open_tokens(data, "train"), open_tokens(data, "val")
-    train_tokens.check_tokenizer(tok)
+    if train_tokens.meta["tokenizer"] != tok.fingerprint():
+        raise ValueError(f"{data} was prepared with another tokenizer than {tokenizer}; run graft data prepare again")
     run = RunFolder(out, stage="pretrain", resume=resume, force=force)
     settings = dict(settings or {})
     if run.previous:

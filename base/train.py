@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -130,7 +130,7 @@ def train(
     result = Result(start, math.nan, None, 0, 0.0)
     model.train()
     began = time.perf_counter()
-    with stop_on_signal() as stop:
+    with stop_on_signal() as stop, closing(run):
         for step in range(start, config.steps):
             line = one_step(model, optimizer, batch_at(step), config, scaler, step, loss, count, device)
             result.steps, result.loss = step + 1, line["loss"]
@@ -149,7 +149,6 @@ def train(
             if last or stop.signal or (config.checkpoint_every and (step + 1) % config.checkpoint_every == 0):
                 save_checkpoint(run.checkpoints, step + 1, optimizer, scaler)
             if stop.signal and not last:
-                run.close()
                 raise Interrupted(
                     f"stopped after step {step + 1} of {config.steps}; to go on, {resume_hint}", stop.exit_code
                 )

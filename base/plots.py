@@ -1,0 +1,55 @@
+"""Pictures of a run, drawn from its metrics.jsonl. Uses matplotlib's file backend only: no window is opened."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from .runlog import METRICS_FILE, read_metrics
+
+
+def running_mean(values: Sequence[float], weight: float = 0.9) -> list[float]:
+    """Exponential mean with the start's bias removed, as Adam does it (arXiv:1412.6980, section 3)."""
+    smooth, means = 0.0, []
+    for i, value in enumerate(values, 1):
+        smooth = weight * smooth + (1 - weight) * value
+        means.append(smooth / (1 - weight**i))
+    return means
+
+
+def plot_run(folder: Path | str, *, lines: Mapping[str, float] | None = None, title: str | None = None) -> Path:
+    """Draw FOLDER/loss.png: training loss, its running mean, validation loss, learning rate and gradient norm.
+
+    lines: horizontal references in nats by name, such as a bigram model's loss. Raises FileNotFoundError without metrics.
+    """
+    folder = Path(folder)
+    if not (folder / METRICS_FILE).exists():
+        raise FileNotFoundError(f"{folder} holds no {METRICS_FILE}; give the folder of a training run")
+    metrics = read_metrics(folder / METRICS_FILE)
+    if not metrics:
+        raise ValueError(f"{folder / METRICS_FILE} is empty; the run has made no step yet")
+    steps = [line["step"] for line in metrics]
+    losses = [line["loss"] for line in metrics]
+    figure = Figure(figsize=(8, 6), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    upper.plot(steps, losses, color="#9ecae1", linewidth=0.8, label="training")
+    upper.plot(steps, running_mean(losses), color="#08519c", label="training, running mean")
+    evals = [(line["step"], line["val_loss"]) for line in metrics if "val_loss" in line]
+    if evals:
+        upper.plot(*zip(*evals, strict=True), color="#d94801", marker="o", markersize=3, label="validation")
+    for name, value in (lines or {}).items():
+        upper.axhline(value, color="#636363", linestyle="--", linewidth=1, label=f"{name} {value:.2f}")
+    upper.set_ylabel("loss (nats a token)")
+    upper.legend(frameon=False)
+    upper.set_title(title or folder.name)
+    lower.plot(steps, [line["lr"] for line in metrics], color="#31a354", label="learning rate")
+    lower.set_ylabel("learning rate", color="#31a354")
+    norms = lower.twinx()
+    norms.plot(steps, [line["grad_norm"] for line in metrics], color="#756bb1", linewidth=0.8)
+    norms.set_ylabel("gradient norm", color="#756bb1")
+    lower.set_xlabel("step")
+    target = folder / "loss.png"
+    figure.savefig(target)
+    return target
