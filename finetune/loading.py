@@ -1,0 +1,87 @@
+"""A base from disk, in full precision or in 4 bits: the one `load_model` that users call."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ..base.checkpoint import read_json
+from ..base.device import resolve_device
+from ..base.model.huggingface import (
+    dtype_named,
+    empty_model,
+    iterate_weights,
+    load_config,
+    load_weights,
+    save_model,
+    write_config,
+    write_weights,
+)
+from ..base.model.transformer import Transformer
+from ..quant.files import read_quantization_config
+from ..quant.linear import quantize_linears_
+from ..quant.streaming import WeightStream
+
+KEPT = ("lm_head",)  # not quantized, as in transformers' default
+
+
+def load_model(
+    folder: Path | str,
+    *,
+    dtype: str | None = "float32",  # of what is not quantized, and of the arithmetic; None keeps the file's
+    device: str = "cpu",
+    quantize: Literal["nf4"] | None = None,  # turn a full-precision folder's linears to NF4 as they stream in
+    double_quant: bool = True,
+) -> Transformer:
+    """A model folder -> a model in eval mode: model(ids (B, T) int64) -> logits (B, T, V).
+
+    A folder in 4 bits (its config.json has quantization_config) is loaded in 4 bits. At no time is more than one tensor
+    held beside the model, so the full-precision model never exists. Raises FileNotFoundError or ValueError for a folder
+    that is missing, broken or of an unknown architecture.
+    """
+    device = resolve_device(device)
+    model = empty_model(load_config(folder))
+    stored = read_quantization_config(read_json(Path(folder) / "config.json"))
+    stream = None
+    if stored is not None:
+        # The arithmetic is in `dtype`, as everywhere else, whatever the file's author computed in.
+        stored["compute_dtype"] = None
+        quantize_linears_(model, **stored)
+    elif quantize is not None:
+        quantize_linears_(model, keep=KEPT, double_quant=double_quant, quant_type=quantize)
+    if stored is not None or quantize is not None:
+        stream = WeightStream(model, device=device)
+    load_weights(
+        model,
+        iterate_weights(folder),
+        dtype=dtype_named(dtype) if dtype else None,
+        device=device,
+        where=str(folder),
+        take=stream.take if stream else None,
+    )
+    if stream is not None:
+        stream.finish()
+    return model.eval()
+
+
+def save_any(model: Transformer, folder: Path | str, *, stored: dict[str, Any] | None) -> None:
+    """Write a model folder; `stored` is its config.json's quantization_config when its linears are in 4 bits."""
+    if stored is None:
+        save_model(model, folder)
+        return
+    folder = Path(folder)
+    tensors = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not (name == "lm_head.weight" and model.config.tie_embeddings)
+    }
+    write_weights(folder, tensors)
+    write_config(model.config, folder, dtype=model.model.norm.weight.dtype, extra={"quantization_config": stored})
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Bytes of all parameters and buffers, shared ones counted once."""
+    seen = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*model.parameters(), *model.buffers()]
+    }
+    return sum(seen.values())

@@ -1,0 +1,233 @@
+"""`graft sft`: a base + records -> a fine-tuned base (full) or an adapter (LoRA, QLoRA). Same loop as pretraining."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..base.device import peak_bytes, reset_peak, resolve_device
+from ..base.evaluate import mean_loss
+from ..base.model.config import ModelConfig
+from ..base.model.huggingface import fingerprint, load_config, save_model
+from ..base.model.transformer import Transformer
+from ..base.optim.adamw import AdamW
+from ..base.pretrain import RESUMABLE
+from ..base.progress import step_progress
+from ..base.runlog import RunFolder
+from ..base.settings import check_settings, split_settings
+from ..base.tokenizer.tokenizer import Tokenizer
+from ..base.train import Result, TrainConfig, train
+from .adapters.files import GRAFT, save_adapter
+from .adapters.lora import LoraConfig, attach_lora
+from .data.chat import ChatTemplate, Encoded, encode_record
+from .data.packing import SFTBatches, collate_padded
+from .data.records import read_records
+from .loading import load_model, weight_bytes
+
+Method = Literal["full", "lora", "qlora"]
+METHODS = ("full", "lora", "qlora")
+# Peak rates where training starts well; a low-rank update wants about ten times the full one's ("LoRA Without Regret").
+LEARNING_RATES = {"full": 5e-5, "lora": 5e-4, "qlora": 5e-4}
+
+
+@dataclass(frozen=True)
+class SFTOptions:
+    """What fine-tuning adds to the loop's config."""
+
+    epochs: float = 3.0  # passes over the records, when `steps` is not given
+    max_seq_len: int | None = None  # tokens a record may have, longer ones are cut; None: the model's
+    packing: bool = False  # records end to end in one row, each seeing only itself, instead of one a row, padded
+    double_quant: bool = True  # QLoRA: quantize the quantization constants too
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Everything that decides a fine-tuning run; saved as run.json's `config`."""
+
+    base: Path
+    data: Path
+    method: Method
+    lora: LoraConfig | None
+    options: SFTOptions
+    train: TrainConfig
+
+
+def resolve(
+    settings: Mapping[str, Any], *, base: Path, data: Path, method: str, n_records: int, lora: LoraConfig
+) -> SFTConfig:
+    """Settings -> one config. Raises ValueError for an unknown method or key."""
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; choose {', '.join(METHODS)}")
+    checked = check_settings(settings, SFTOptions, TrainConfig)
+    own, loop = split_settings(checked, SFTOptions, TrainConfig)
+    options = SFTOptions(**own)
+    defaults: dict[str, Any] = {"batch_size": 16, "learning_rate": LEARNING_RATES[method], "weight_decay": 0.0}
+    loop = defaults | loop
+    loop.setdefault("micro_batch", loop["batch_size"])
+    loop.setdefault("steps", max(1, round(options.epochs * n_records / loop["batch_size"])))
+    loop.setdefault("warmup_steps", min(20, loop["steps"] // 10))
+    return SFTConfig(base, data, method, None if method == "full" else lora, options, TrainConfig(**loop))  # pyright: ignore[reportArgumentType]
+
+
+def run_sft(
+    *,
+    base: Path | str,
+    data: Path | str,
+    out: Path | str,
+    method: str = "full",
+    lora: LoraConfig | None = None,
+    settings: Mapping[str, Any] | None = None,
+    eval_data: Path | str | None = None,
+    resume: bool = False,
+    force: bool = False,
+    device: str = "auto",
+    progress: bool = True,
+    label: str = "",  # of the progress bar
+) -> dict[str, Any]:
+    """Fine-tune and leave a base folder (full) or a PEFT folder (lora, qlora) in `out`; returns the summary.
+
+    Raises ValueError or OSError for bad input, Interrupted after a signal.
+    """
+    device = resolve_device(device)
+    records = read_records(data)
+    held_out = read_records(eval_data) if eval_data else []
+    run = RunFolder(out, stage=f"sft {method}", resume=resume, force=force)
+    lora, settings = _resumed(run, lora or LoraConfig(), dict(settings or {}))
+    config = resolve(settings, base=Path(base), data=Path(data), method=method, n_records=len(records), lora=lora)
+    run.start({field: getattr(config, field) for field in config.__dataclass_fields__}, seed=config.train.seed)
+    tokenizer = Tokenizer.load(base)
+    template = ChatTemplate.of(tokenizer)
+    limit = _limit(config.options.max_seq_len, load_config(base))
+    encoded = [encode_record(record, tokenizer, template, limit) for record in records]
+    encoded_eval = [encode_record(record, tokenizer, template, limit) for record in held_out]
+    reset_peak(device)
+    model = prepare_model(config, device)
+    made_for = fingerprint(model)
+    result = _train(model, config, encoded, encoded_eval, run, device, progress, label or f"sft {method}")
+    about = {
+        "prompt_format": "chat" if any(record.messages is not None for record in records) else "text",
+        "base_fingerprint": made_for,
+        "method": method,
+    }
+    _save(model, config, Path(out), tokenizer, template, about)
+    summary = {
+        "method": method,
+        "steps": result.steps,
+        "train_loss": result.loss,
+        "val_loss": result.val_loss,
+        "n_records": len(records),
+        "n_trained_params": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "weight_bytes": weight_bytes(model),
+        "seconds": round(result.seconds, 2),
+        "peak_bytes": peak_bytes(device),
+        "device": device,
+    }
+    run.finish(summary)
+    return summary
+
+
+def _resumed(run: RunFolder, lora: LoraConfig, settings: dict[str, Any]) -> tuple[LoraConfig, dict[str, Any]]:
+    """On --resume the saved config, with what may change taken from the settings."""
+    if not run.previous:
+        return lora, settings
+    saved = run.previous["config"]
+    flat = {**saved["options"], **saved["train"]}
+    for key, value in settings.items():
+        if key in flat and flat[key] != value and key not in RESUMABLE:
+            raise ValueError(
+                f"--resume goes on with {key}={flat[key]!r}, asked was {value!r}; leave it out, or --force a new run"
+            )
+        flat[key] = value
+    if saved["lora"] is not None:
+        lora = LoraConfig(**saved["lora"] | {"targets": tuple(saved["lora"]["targets"])})
+    return lora, flat
+
+
+def _limit(asked: int | None, model: ModelConfig) -> int:
+    """The longest record in tokens; one more than the model's positions, since the last token is only a target."""
+    if asked is not None and not 2 <= asked <= model.max_seq_len + 1:
+        raise ValueError(f"max_seq_len={asked} must lie in [2, {model.max_seq_len + 1}], the base's limit")
+    return asked or model.max_seq_len + 1
+
+
+def prepare_model(config: SFTConfig, device: str) -> Transformer:
+    """Load the base as the method wants it: full in float32, LoRA's base frozen in the run's dtype, QLoRA's in NF4."""
+    if config.method == "full":
+        model = load_model(config.base, dtype="float32", device=device)
+        if any(not p.is_floating_point() for p in [*model.parameters(), *model.buffers()]):
+            raise ValueError(f"{config.base} is in 4 bits and can't be fully fine-tuned; use --qlora, or its full base")
+        model.requires_grad_(True)
+    else:
+        quantize = "nf4" if config.method == "qlora" else None
+        model = load_model(
+            config.base,
+            dtype=config.train.dtype,
+            device=device,
+            quantize=quantize,
+            double_quant=config.options.double_quant,
+        )
+        assert config.lora is not None
+        attach_lora(model, config.lora, seed=config.train.seed)
+    model.checkpointing = config.train.checkpointing
+    return model
+
+
+def _train(
+    model: Transformer,
+    config: SFTConfig,
+    encoded: list[Encoded],
+    held_out: list[Encoded],
+    run: RunFolder,
+    device: str,
+    progress: bool,
+    label: str,
+) -> Result:
+    loop = config.train
+    batches = SFTBatches(
+        encoded,
+        batch_size=loop.batch_size,
+        max_tokens=loop.micro_batch * max(len(record.ids) for record in encoded),
+        packed=config.options.packing,
+        seed=loop.seed,
+    )
+    val = [collate_padded(held_out[i : i + loop.micro_batch]) for i in range(0, len(held_out), loop.micro_batch)]
+    optimizer = AdamW(
+        [(name, p) for name, p in model.named_parameters() if p.requires_grad],
+        learning_rate=loop.learning_rate,
+        betas=(loop.beta1, loop.beta2),
+        eps=loop.eps,
+        weight_decay=loop.weight_decay,
+    )
+    with step_progress(label, loop.steps, shown=progress) as observe:
+        return train(
+            model,
+            optimizer,
+            batches.batch_at,
+            loop,
+            run,
+            evaluate=(lambda: {"val_loss": mean_loss(model, val, dtype=loop.dtype, device=device)}) if val else None,
+            on_step=observe,
+            device=device,
+        )
+
+
+def _save(
+    model: Transformer,
+    config: SFTConfig,
+    out: Path,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    about: dict[str, Any],
+) -> None:
+    """The folder that other tools open; the chat template of training goes with it."""
+    source = template.source if template is not None else None
+    if config.lora is None:
+        from ..base.checkpoint import write_json
+
+        tokenizer.chat_template = source
+        tokenizer.save(out)
+        write_json(out / GRAFT, about)
+        save_model(model.cpu(), out, dtype=None)
+        return
+    base = str(config.base.resolve()) if config.base.exists() else str(config.base)
+    save_adapter(model, out, config.lora, base=base, graft=about, chat_template=source)
