@@ -1,4 +1,8 @@
-"""What several test files share: a tiny tokenizer, a tiny base on disk, a way to run the command line."""
+"""What several test files share: a tiny tokenizer, a tiny base on disk, a way to run the command line.
+
+Before any test module is imported, Triton's interpreter is switched on where there is no GPU: Triton reads
+TRITON_INTERPRET when it is imported and when a kernel is decorated, and other packages import Triton too.
+"""
 
 import os
 import subprocess
@@ -8,6 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
+    assert "triton" not in sys.modules, "triton was imported before TRITON_INTERPRET was set"
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from graft.base.model.config import ModelConfig
 from graft.base.model.huggingface import save_model
@@ -22,6 +30,15 @@ SENTENCES = [
     "rivers run to the sea and the sea is wide",
 ]
 Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(scope="session", autouse=True)
