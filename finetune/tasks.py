@@ -3,7 +3,7 @@
 Each is a seeded grammar whose answer depends on how words combine, so that counting words is not enough:
 
     spam         the same risky and harmless requests stand in both classes; what decides is which one is negated
-    sentiment    negation flips an adjective; of two clauses joined by but or although, the main one decides
+    sentiment    negation flips an adjective; of two clauses joined by but or even if, the main one decides
     translation  German wants the verb second, gender and case on every article, and `kein` for a negated `a`
 
 Held out are pairs of words on a lattice (a quarter of all pairs, spread evenly): an evaluation sentence is made of held
@@ -34,7 +34,7 @@ class Task:
     """A grammar: `sample(rng, form, label)` draws one sentence of a form (and of a label, where the task has labels)."""
 
     prompt: str  # with {source}
-    n_forms: int
+    forms: tuple[int, ...]  # in turn; a form that stands here twice comes twice as often
     labels: tuple[str, ...]  # empty: the answer is free text
     sample: Callable[[random.Random, int, str | None], Sentence]
 
@@ -46,24 +46,18 @@ def held_out(pair: tuple[int, int]) -> bool:
 
 # --- spam ----------------------------------------------------------------------------------------------------------
 
-NAMES = ("anna", "ben", "carla", "dan", "eva", "finn")
-NEWS = (
-    "you won a free phone", "your account is locked", "your parcel is late", "we have a new offer",
-    "a free trip is yours", "dinner is at eight", "the train is late", "we are home now",
-    "the game is over", "the party is off",
-)  # fmt: skip
+NAMES = ("", "sam, ", "max, ", "ben, ", "tom, ")
+NEWS = ("you won", "free offer", "last call", "good news", "we are home", "i am late", "it is time", "thank you")
 RISKY = (
-    "click the link", "send your password", "claim the prize", "pay the fee",
-    "share the code", "enter your pin", "open the file", "confirm the account",
+    "send your key", "open the link", "sign the form", "give your code",
+    "enter your address", "follow the link", "copy the token", "pay the fee",
 )  # fmt: skip
 HARMLESS = (
-    "bring some bread", "water the plants", "call your mother", "feed the cat",
-    "take the bus", "lock the door", "wash the car", "book a table",
+    "read the text", "call your parent", "close the window", "start the test",
+    "find the page", "write the report", "check the time", "print the list",
 )  # fmt: skip
-ASK = ("please {do}.", "{do} now.", "now please {do}.", "just {do}.")
-ASK_AND_FORBID = (
-    "do not {skip}, {do}.", "never {skip}, just {do}.", "{do}, do not {skip}.", "{do} now, never {skip}.",
-)  # fmt: skip
+ASK = ("please {do}.", "{do} now.", "now {do}.", "just {do}.", "{do} first.")
+ASK_AND_FORBID = ("do not {skip}, {do}.", "never {skip}, {do}.", "{do}, do not {skip}.", "{do}, never {skip}.")
 
 
 def _spam(rng: random.Random, form: int, label: str | None) -> Sentence:
@@ -71,21 +65,21 @@ def _spam(rng: random.Random, form: int, label: str | None) -> Sentence:
     do, skip = (RISKY, HARMLESS) if label == "spam" else (HARMLESS, RISKY)
     requests = ASK if form == 0 else ASK_AND_FORBID
     request = rng.choice(requests).format(do=do[wanted], skip=skip[forbidden])
-    source = f"hi {rng.choice(NAMES)}, {NEWS[news]}. {request}"
+    source = f"{rng.choice(NAMES)}{NEWS[news]}. {request}"
     return Sentence(source, label or "", ((news, wanted),) if form == 0 else ((news, wanted), (wanted, forbidden)))
 
 
 # --- sentiment -----------------------------------------------------------------------------------------------------
 
-THINGS = ("film", "book", "song", "meal", "hotel", "game", "play", "story", "trip", "show")
-GOOD = ("superb", "lovely", "great", "clever", "charming", "funny", "fresh", "bright")
-BAD = ("dull", "awful", "boring", "poor", "weak", "bland", "clumsy", "dreary")
-OPENERS = ("", "i think ", "we found that ", "to me ", "they say ", "in short, ")
-ADVERBS = ("", "very ", "really ", "quite ", "so ")
-NEGATORS = ("not ", "never ", "hardly ", "not at all ")
+THINGS = ("search", "help", "menu", "text", "parser", "test", "tool", "screen", "report", "editor")
+GOOD = ("good", "clear", "simple", "useful", "safe", "complete", "correct", "fast")
+BAD = ("bad", "empty", "wrong", "slow", "broken", "poor", "weak", "strange")
+OPENERS = ("", "i think ", "to me ", "we found ", "so far ", "in short ")
+ADVERBS = ("", "very ", "really ", "so ", "just ")
+NEGATORS = ("not ", "never ", "not very ", "not so ")
 CONTRASTS = (
-    "the {n} was {weak}, but the {m} was {main}.", "although the {n} was {weak}, the {m} was {main}.",
-    "the {m} was {main}, although the {n} was {weak}.", "the {m} was {main}, even if the {n} was {weak}.",
+    "the {n} was {weak}, but the {m} was {main}.", "even if the {n} was {weak}, the {m} was {main}.",
+    "the {m} was {main}, even if the {n} was {weak}.", "the {m} was {main}, though the {n} was {weak}.",
 )  # fmt: skip
 
 
@@ -169,9 +163,9 @@ def _noun_phrase(english: str, nouns: dict[str, tuple[str, str]], *, accusative:
 # --- splits --------------------------------------------------------------------------------------------------------
 
 TASKS = {
-    "spam": Task("Message: {source}\nLabel:", 2, ("spam", "ham"), _spam),
-    "sentiment": Task("Review: {source}\nSentiment:", 3, ("positive", "negative"), _sentiment),
-    "translation": Task("English: {source}\nGerman:", len(FORMS), (), _translation),
+    "spam": Task("Message: {source}\nLabel:", (0, 1), ("spam", "ham"), _spam),
+    "sentiment": Task("Review: {source}\nSentiment:", (0, 0, 1, 2), ("positive", "negative"), _sentiment),
+    "translation": Task("English: {source}\nGerman:", tuple(range(len(FORMS))), (), _translation),
 }
 
 
@@ -192,7 +186,7 @@ def _draw(name: str, split: str, n: int, rng: random.Random) -> list[Record]:
     task, seen, records = TASKS[name], set(), []
     labels: Sequence[str | None] = task.labels or (None,)
     for i in range(n):
-        form, label = (i // len(labels)) % task.n_forms, labels[i % len(labels)]
+        form, label = task.forms[(i // len(labels)) % len(task.forms)], labels[i % len(labels)]
         for _ in range(10_000):
             sentence = task.sample(rng, form, label)
             if sentence.source not in seen and all(held_out(pair) == (split == "eval") for pair in sentence.pairs):

@@ -35,9 +35,8 @@ _TYPE_NAMES = {
     bool: "a boolean",
 }
 
-Message = dict[
-    str, object
-]  # at least role and content; tool_calls, reasoning_content, ... pass through to the template
+# At least role and content; tool_calls, reasoning_content and the like pass through to the template.
+Message = dict[str, object]
 
 
 @dataclass(frozen=True)

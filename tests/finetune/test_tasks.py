@@ -179,16 +179,14 @@ def spam_by_hand(text: str) -> str:
 
 
 def sentiment_by_hand(text: str) -> str:
-    clauses = re.split(r", (?!but|although|even|the)", text)  # "in short, the ..." keeps its clause below
-    main = text if len(clauses) == 1 else text.removeprefix("Review: in short, ")
-    if " but " in main:
-        main = main.split(" but ")[1]
-    elif "although the" in main and ", the " in main and main.index("although the") < main.index(", the "):
-        main = main.split(", the ")[1]
+    if " but " in text:
+        main = text.split(" but ")[1]
+    elif re.search(r"even if .*, the", text):
+        main = text.split(", the")[1]
     else:
-        main = re.split(r", (?:although|even if)", main)[0]
+        main = re.split(r", (?:though|even if)", text)[0]
     positive = any(re.search(rf"\b{word}\b", main) for word in GOOD)
-    negated = re.search(r"\b(not|never|hardly)\b", main) is not None
+    negated = re.search(r"\b(not|never)\b", main) is not None
     return "positive" if positive != negated else "negative"
 
 
