@@ -1,6 +1,7 @@
 """Which implementation runs: decided from the tensors at hand, never from an environment variable or a global."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -52,6 +53,14 @@ def choose_backend(
             raise ValueError(f"{kernel}: backend 'triton' can't run here: {problem}")
         return "triton"
     return "triton" if problem is None else "torch"
+
+
+@lru_cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may take on this GPU; sm_90's 227 KB stand for it in the interpreter."""
+    if device.type != "cuda":
+        return 227 * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def name_of(dtype: torch.dtype) -> str:

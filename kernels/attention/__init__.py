@@ -38,8 +38,11 @@ def attention(
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     _check(q, k, v, causal, window, softcap, cu_seqlens, key_lengths)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    chosen = choose_backend("attention", backend, (q, k, v))
-    run = {"reference": attention_reference, "torch": attention_torch}[chosen]
+    chosen = choose_backend("attention", backend, (q, k, v), unsupported=_triton_limits(q.shape[-1], scale))
+    if chosen == "triton":
+        from .triton_attention import attention_triton as run
+    else:
+        run = attention_reference if chosen == "reference" else attention_torch
     return run(
         q,
         k,
@@ -51,6 +54,15 @@ def attention(
         cu_seqlens=cu_seqlens,
         key_lengths=key_lengths,
     )
+
+
+def _triton_limits(d_head: int, scale: float) -> str | None:
+    """What the Triton kernels don't take, or None."""
+    if not 16 <= d_head <= 256:
+        return f"it takes head sizes 16 to 256, got {d_head}; use backend='torch'"
+    if scale <= 0:
+        return f"it takes scale > 0, got {scale}; use backend='torch'"
+    return None
 
 
 def _check(
