@@ -3,7 +3,7 @@
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-CUDA_GRANULE = 512  # bytes: c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize
 DISPATCH_FILES = (
     "_compile.py",
     "eval_frame.py",
@@ -33,17 +32,22 @@ class Peak:
 class LiveBytes(TorchDispatchMode):
     """Counts every storage once, from the operator that made it until its memory is given back.
 
-    What autograd saves stays alive, so it is counted; a view is not counted again. Not seen: memory that an operator takes
-    and gives back inside itself, but for the copies that the CPU makes of operands of different dtypes. On fake tensors
+    What autograd saves stays alive, so it is counted; a view is not counted again. Memory that an operator takes and gives
+    back within itself is not seen; `within` may tell it. On fake tensors
 
     - an operator that asks for a value (`.item()`, `bool()`) is told 1, since no value exists: only code whose memory does
       not depend on values may run here;
     - autograd sums gradients in place, as it does with real tensors and no mode on.
     """
 
-    def __init__(self, *, cuda: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        granule: int = 1,  # bytes that the device's allocator hands out multiples of
+        within: Callable[[Any, Sequence[Any]], int] | None = None,  # (operator, arguments) -> bytes it holds meanwhile
+    ) -> None:
         super().__init__()
-        self.cuda = cuda  # count as CUDA's allocator and kernels would
+        self.granule, self.within = granule, within
         self.total = 0
         self.kinds: Counter[str] = Counter()
         self.layers: Counter[int] = Counter()  # bytes of kind "activations" by the layer that made them
@@ -76,8 +80,7 @@ class LiveBytes(TorchDispatchMode):
 
     def rounded(self, n_bytes: int) -> int:
         """What a tensor of so many bytes takes."""
-        granule = CUDA_GRANULE if self.cuda else 1
-        return -(-n_bytes // granule) * granule
+        return -(-n_bytes // self.granule) * self.granule
 
     def peak(self) -> tuple[Place, Peak]:
         """Where the most bytes were alive, and what they were."""
@@ -92,7 +95,7 @@ class LiveBytes(TorchDispatchMode):
             return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
         if func is torch.ops.aten.add.Tensor and isinstance(args[0], FakeTensor) and _called_by_autograd():
             func = torch.ops.aten.add_.Tensor
-        within = 0 if self.cuda else _promoted_bytes(func, args)
+        within = self.within(func, args) if self.within else 0
         out = func(*args, **(kwargs or {}))
         kind = self.kind
         if func is torch.ops.aten._to_copy.default and self._kind_of(args[0]) in ("weights", "adapters"):
@@ -149,15 +152,3 @@ def _called_by_autograd() -> bool:
     while frame.f_back is not None and frame.f_code.co_filename.endswith(DISPATCH_FILES):
         frame = frame.f_back
     return frame.f_code.co_name == "_engine_run_backward"
-
-
-def _promoted_bytes(func: Any, args: tuple[Any, ...]) -> int:
-    """Copies that TensorIterator makes on the CPU within an elementwise operator whose operands have different dtypes."""
-    tensors = [arg for arg in args if isinstance(arg, Tensor)]
-    if len(tensors) < 2 or torch.Tag.pointwise not in func.tags or len({tensor.dtype for tensor in tensors}) == 1:
-        return 0
-    common = torch.result_type(tensors[0], tensors[1])
-    casts = [tensor for tensor in tensors if tensor.dtype != common and tensor.ndim]
-    if func._schema.is_mutable and tensors[0].dtype != common:
-        casts.append(tensors[0])  # the result, too, is computed aside
-    return sum(tensor.numel() * common.itemsize for tensor in casts)

@@ -16,7 +16,7 @@ from ...base.model.config import ModelConfig
 from ...base.train import TrainConfig
 from ..adapters.lora import LoraConfig
 from .count import LiveBytes, Peak, Place
-from .gpu import kernels_as_on_gpu, workspace_bytes
+from .devices import CUDA_GRANULE, cpu_bytes_within, cuda_bytes_within, kernels_as_on_gpu, workspace_bytes
 from .settings import MemorySettings, read_model_config
 from .step import make_optimizer, place_, run_generation, run_training_step, shaped_model
 
@@ -174,7 +174,9 @@ def _run(config: ModelConfig, settings: MemorySettings, device: str) -> _Run:
     a GPU the kernels are chosen as there."""
     on_gpu = device == "cuda"
     model = shaped_model(config, settings)
-    counter = LiveBytes(cuda=on_gpu)
+    counter = (
+        LiveBytes(granule=CUDA_GRANULE, within=cuda_bytes_within) if on_gpu else LiveBytes(within=cpu_bytes_within)
+    )
     with kernels_as_on_gpu() if on_gpu else nullcontext(), FakeTensorMode():
         place_(model, "cpu", values=False)
         sizes = count_model(model, counter)

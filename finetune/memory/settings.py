@@ -1,6 +1,6 @@
 """What decides a step's memory: the model's sizes, the method and the batch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +12,7 @@ from ..adapters.lora import ALL_LINEAR
 Method = Literal["full", "lora", "qlora", "generate"]
 METHODS = ("full", "lora", "qlora", "generate")
 OPTIMIZERS = ("adamw", "adamw8bit")
+SMALL_VOCAB = 8192  # of the small presets, which take their tokenizer's in a real run
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,15 @@ class MemorySettings:
 
 
 def read_model_config(source: ModelConfig | Path | str) -> ModelConfig:
-    """A ModelConfig, a preset's name, a model folder or a config.json -> ModelConfig.
+    """A ModelConfig, a preset's name, a model folder or a config.json -> ModelConfig. Small presets get 8,192 words.
 
     Raises ValueError that lists the presets for a name that is neither, or for an architecture that isn't covered.
     """
     if isinstance(source, ModelConfig):
         return source
     if str(source) in PRESETS:
-        return preset(str(source))
+        found = preset(str(source))
+        return replace(found, vocab_size=SMALL_VOCAB) if found.vocab_size == 1 else found
     path = Path(source)
     if path.is_file():
         return config_from_dict(read_json(path), where=str(path))

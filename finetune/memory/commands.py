@@ -1,0 +1,326 @@
+"""`graft vram estimate`, `graft vram measure` and `graft plan`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from .measure import MemoryMeasure
+    from .predict import MemoryEstimate
+    from .settings import MemorySettings
+
+vram_app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Predict a run's memory before it starts, and measure the prediction.",
+)
+
+Model = Annotated[str, typer.Option("--model", help="Preset, model folder or config.json.")]
+MethodOption = Annotated[str | None, typer.Option("--method", help="full, lora, qlora or generate. [default: all]")]
+Batch = Annotated[int, typer.Option("--batch", help="Sequences an update.")]
+MicroBatch = Annotated[int | None, typer.Option("--micro-batch", help="Sequences at once. [default: the batch]")]
+Seq = Annotated[int, typer.Option("--seq", help="Tokens a sequence.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="Of the arithmetic: bfloat16, float16 or float32.")]
+OptimizerOption = Annotated[str, typer.Option("--optimizer", help="adamw or adamw8bit.")]
+Checkpointing = Annotated[bool, typer.Option("--checkpointing/--no-checkpointing", help="Recompute activations.")]
+Rank = Annotated[int, typer.Option("--rank", help="Of LoRA's adapters.")]
+Targets = Annotated[str, typer.Option("--targets", help="Linears with an adapter, such as q_proj,v_proj.")]
+DoubleQuant = Annotated[bool, typer.Option("--double-quant/--no-double-quant", help="Quantize the constants too.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+# Bars of the picture: label -> method and whether the constants are quantized too.
+BARS = {
+    "full": ("full", True),
+    "LoRA": ("lora", True),
+    "QLoRA": ("qlora", True),
+    "QLoRA, no DQ": ("qlora", False),
+}
+
+
+@vram_app.command("estimate")
+def estimate_command(
+    model: Model,
+    method: MethodOption = None,
+    batch: Batch = 1,
+    seq: Seq = 512,
+    micro_batch: MicroBatch = None,
+    dtype: Dtype = "bfloat16",
+    optimizer: OptimizerOption = "adamw",
+    checkpointing: Checkpointing = True,
+    rank: Rank = 16,
+    targets: Targets = "all-linear",
+    double_quant: DoubleQuant = True,
+    fit: Annotated[str | None, typer.Option("--fit", help="Search what fits into it, such as 24GiB.")] = None,
+    device: Annotated[
+        str, typer.Option("--device", help="Whose kernels: auto, cpu or cuda; no GPU is needed.")
+    ] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Predict the peak memory of a training step, with no GPU and without allocating the model.
+
+    Example: graft vram estimate --model llama-7b --method qlora --device cuda
+    """
+    from .predict import estimate
+    from .settings import METHODS, read_model_config
+    from .units import parse_bytes
+
+    asked = _settings(method, batch, micro_batch, seq, dtype, optimizer, checkpointing, rank, targets, double_quant)
+    config = read_model_config(model)
+    if fit is not None:
+        _say_fits(config, asked[0], parse_bytes(fit), [method] if method else None, device, as_json)
+        return
+    methods = METHODS[:3] if method is None and seq > config.max_seq_len else METHODS
+    estimates = [estimate(config, one, device=device) for one in asked if one.method in methods]
+    if as_json:
+        _say_json(estimates[0].to_dict() if method else {"estimates": [e.to_dict() for e in estimates]})
+        return
+    from rich.console import Console
+
+    console = Console()
+    console.print(_estimate_table(model, estimates))
+    for one in estimates:
+        console.print(f"{one.method}: peak {_bytes(one.peak_bytes)} in {one.peak_at}: {_parts(one)}", highlight=False)
+    if method is not None and max(estimates[0].activations):
+        kept = estimates[0].activations
+        console.print(f"activations kept: {_bytes(sum(kept))}, {_bytes(max(kept))} a layer at most", highlight=False)
+
+
+@vram_app.command("measure")
+def measure_command(
+    model: Model,
+    method: MethodOption = None,
+    batch: Batch = 1,
+    seq: Seq = 512,
+    micro_batch: MicroBatch = None,
+    dtype: Dtype = "bfloat16",
+    optimizer: OptimizerOption = "adamw",
+    checkpointing: Checkpointing = True,
+    rank: Rank = 16,
+    targets: Targets = "all-linear",
+    double_quant: DoubleQuant = True,
+    out: Annotated[Path, typer.Option("--out", help="The picture.")] = Path("vram.png"),
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Run one step with random weights, and set its measured peak beside the predicted one.
+
+    Example: graft vram measure --model nano --seq 256 --batch 4 --out vram.png
+    """
+    from dataclasses import replace
+
+    from ...base.device import resolve_device
+    from .measure import measure
+    from .picture import memory_picture
+    from .predict import estimate, fits
+    from .settings import read_model_config
+
+    device = resolve_device(device)
+    base = _settings(method, batch, micro_batch, seq, dtype, optimizer, checkpointing, rank, targets, double_quant)[0]
+    config = read_model_config(model)
+    bars = {label: replace(base, method=m, double_quant=dq) for label, (m, dq) in BARS.items()}
+    chosen = [base] if method else list(bars.values())
+    estimates = {label: estimate(config, one, device=device) for label, one in bars.items()}
+    for one in chosen:
+        warning = fits(device, estimate(config, one, device=device).peak_bytes)
+        if warning:
+            raise ValueError(f"{one.method}: {warning}, or a smaller --model")
+    measures = [measure(config, one, device=device) for one in chosen]
+    measured = {
+        label: found.measured_bytes
+        for label, one in bars.items()
+        for found in measures
+        if found.predicted.settings == one
+    }
+    memory_picture(estimates, out, measured=measured, title=f"{model}, batch {batch}, sequence {seq}, {device}")
+    if as_json:
+        found = [one.to_dict() for one in measures]
+        _say_json({**(found[0] if method else {"measures": found}), "picture": str(out)})
+        return
+    from rich.console import Console
+
+    console = Console()
+    console.print(_measure_table(model, measures))
+    console.print(f"picture: {out}", highlight=False)
+
+
+def plan(
+    model: Model,
+    tokens: Annotated[str | None, typer.Option("--tokens", help="Such as 15e12. [default: compute-optimal]")] = None,
+    seq: Annotated[int | None, typer.Option("--seq", help="Tokens a sequence. [default: the model's longest]")] = None,
+    device: Annotated[str, typer.Option("--device", help="a100, h100, h200 or rtx4090.")] = "h100",
+    devices: Annotated[int, typer.Option("--devices", help="How many.")] = 1,
+    mfu: Annotated[float, typer.Option("--mfu", help="Share of the peak rate that is reached.")] = 0.4,
+    as_json: Json = False,
+) -> None:
+    """Account for a pretraining run: parameters, FLOPs, days, bytes a parameter, arithmetic intensity.
+
+    Example: graft plan --model llama-2-70b --tokens 15e12 --device h100 --devices 1024 --mfu 0.5
+    """
+    from ...base.plan import make_plan
+    from .settings import read_model_config
+
+    try:
+        n_tokens = None if tokens is None else float(tokens)
+    except ValueError:
+        raise ValueError(f"--tokens {tokens!r} is no number; write for example 15e12") from None
+    found = make_plan(
+        read_model_config(model), n_tokens=n_tokens, seq_len=seq, device=device, n_devices=devices, mfu=mfu
+    )
+    if as_json:
+        _say_json(found.to_dict())
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=f"{model} on {found.n_devices} x {found.device} at {found.mfu:.0%} of its rate", show_header=False
+    )
+    rows = {
+        "parameters": f"{found.n_params:,}",
+        "tokens": f"{found.n_tokens:.3g} (compute-optimal: {found.optimal_tokens:.3g})",
+        "FLOPs a token": f"{found.flops_per_token:.3e} ({found.attention_share:.1%} attention)",
+        "FLOPs": f"{found.flops:.3e}",
+        "time": f"{found.days:.1f} days" if found.days >= 2 else f"{found.seconds / 3600:.2f} hours",
+        **{
+            f"bytes, {name}": f"{_bytes(n)} ({n // found.n_params} a parameter)"
+            for name, n in found.state_bytes.items()
+        },
+        "FLOPs a byte": f"{found.intensity_training:.0f} training, {found.intensity_decoding:.2f} decoding, "
+        f"{found.intensity_needed:.0f} needed",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console().print(table)
+
+
+# --- saying it -----------------------------------------------------------------------------------------------------
+
+
+def _settings(
+    method: str | None,
+    batch: int,
+    micro_batch: int | None,
+    seq: int,
+    dtype: str,
+    optimizer: str,
+    checkpointing: bool,
+    rank: int,
+    targets: str,
+    double_quant: bool,
+) -> "list[MemorySettings]":
+    """The method asked for, or all of them."""
+    from .settings import METHODS, MemorySettings
+
+    names = tuple(target.strip() for target in targets.split(",") if target.strip())
+    return [
+        MemorySettings(one, batch, micro_batch, seq, dtype, optimizer, checkpointing, rank, names, double_quant)
+        for one in ([method] if method else METHODS)
+    ]
+
+
+def _say_fits(
+    config: Any, settings: "MemorySettings", budget: int, methods: Sequence[str] | None, device: str, as_json: bool
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from .fit import TRAINING, find_fits
+
+    with Console(stderr=True).status("predicting") as status:
+        found = find_fits(
+            config,
+            settings,
+            budget,
+            methods=methods or TRAINING,
+            device=device,
+            on_try=lambda one: status.update(
+                f"predicting {one.method}, batch {one.batch_size}, sequence {one.seq_len}"
+            ),
+        )
+    if as_json:
+        _say_json({"budget_bytes": budget, "fits": [fit.to_dict() for fit in found]})
+        return
+    table = Table(title=f"what fits into {_bytes(budget)}")
+    columns = (
+        "method",
+        "checkpointing",
+        f"largest batch at {settings.seq_len} tokens",
+        "its peak",
+        f"longest sequence at batch {settings.batch_size}",
+    )
+    for column in columns:
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for fit in found:
+        peak = _bytes(fit.peak_bytes) + ("" if fit.batch_size else " for one")
+        table.add_row(
+            fit.method,
+            "yes" if fit.checkpointing else "no",
+            str(fit.batch_size or "none"),
+            peak,
+            f"{fit.longest_seq_len:,}" if fit.longest_seq_len else "none",
+        )
+    Console().print(table)
+    works = next(fit for fit in found if fit.batch_size or fit.longest_seq_len)
+    how = f"{works.method} with{'' if works.checkpointing else 'out'} checkpointing"
+    size = f"batch {works.batch_size}" if works.batch_size else f"sequences of {works.longest_seq_len}"
+    typer.echo(f"the most thorough that fits: {how}, {size}")
+
+
+def _estimate_table(model: str, estimates: "Sequence[MemoryEstimate]") -> "Table":
+    from rich.table import Table
+
+    one = estimates[0]
+    where = "a GPU" if one.device == "cuda" else "the CPU (--device cuda for a GPU's)"
+    s = one.settings
+    unit, name = (2**30, "GiB") if max(e.peak_bytes for e in estimates) >= 2**30 else (2**20, "MiB")
+    table = Table(
+        title=f"{model}, {one.n_params:,} parameters: {name} of one step\n"
+        f"batch {s.batch_size}, {s.seq_len} tokens, {s.dtype}, kernels of {where}"
+    )
+    columns = ("", "weights", "adapters", "gradients", "optimizer", "activations", "cache", "peak")
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left")
+    for e in estimates:
+        parts = (e.weights, e.adapters, e.gradients, e.optimizer, sum(e.activations), e.cache, e.peak_bytes)
+        table.add_row(e.method, *(f"{part / unit:.2f}" if part else "" for part in parts))
+    return table
+
+
+def _measure_table(model: str, measures: "Sequence[MemoryMeasure]") -> "Table":
+    from rich.table import Table
+
+    s = measures[0].predicted.settings
+    table = Table(
+        title=f"{model} on {measures[0].predicted.device}: batch {s.batch_size}, {s.seq_len} tokens, {s.dtype}"
+    )
+    for column in ("method", "predicted", "measured", "error", "peak at", "step"):
+        table.add_column(column, justify="left" if column in ("method", "peak at") else "right")
+    for found in measures:
+        p = found.predicted
+        name = p.method + ("" if p.settings.double_quant else ", no double quantization")
+        error = f"{found.error:+.2%}"
+        table.add_row(
+            name, _bytes(p.peak_bytes), _bytes(found.measured_bytes), error, p.peak_at, f"{found.seconds:.2f} s"
+        )
+    return table
+
+
+def _parts(estimate: "MemoryEstimate") -> str:
+    return ", ".join(f"{kind} {_bytes(n)}" for kind, n in estimate.at_peak.items() if n >= estimate.peak_bytes / 1000)
+
+
+def _bytes(n: float) -> str:
+    from .units import say_bytes
+
+    return say_bytes(n)
+
+
+def _say_json(found: dict[str, Any]) -> None:
+    import json
+
+    typer.echo(json.dumps(found))

@@ -1,0 +1,38 @@
+"""Bytes as people write them."""
+
+import math
+import re
+
+UNITS = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KiB": 2**10,
+    "MiB": 2**20,
+    "GiB": 2**30,
+    "TiB": 2**40,
+}
+
+
+def parse_bytes(text: str) -> int:
+    """'24GiB' -> 25769803776, '24 GB' -> 24000000000. Case does not matter. Raises ValueError without a number and a unit."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]+)\s*", text)
+    units = {name.lower(): size for name, size in UNITS.items()}
+    if not match or match[2].lower() not in units:
+        raise ValueError(
+            f"{text!r} is no amount of memory; write a number and one of {', '.join(UNITS)}, such as 24GiB"
+        )
+    n_bytes = math.floor(float(match[1]) * units[match[2].lower()])
+    if n_bytes < 1:
+        raise ValueError(f"{text!r} is less than a byte; write for example 24GiB")
+    return n_bytes
+
+
+def say_bytes(n_bytes: float) -> str:
+    """25769803776 -> '24.00 GiB'."""
+    for unit in ("TiB", "GiB", "MiB", "KiB"):
+        if n_bytes >= UNITS[unit]:
+            return f"{n_bytes / UNITS[unit]:.2f} {unit}"
+    return f"{n_bytes:.0f} B"
