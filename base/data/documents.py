@@ -65,13 +65,32 @@ def _kind(file: Path) -> str:
     return file.with_suffix("").suffix.lower() if file.suffix.lower() == ".gz" else file.suffix.lower()
 
 
+def total_bytes(files: Iterable[Path]) -> int:
+    """The files' sizes on disk."""
+    return sum(file.stat().st_size for file in files)
+
+
+def batch_pieces(pieces: Iterable[Piece], n_bytes: int = PIECE_BYTES) -> Iterator[list[Piece]]:
+    """Neighbouring pieces together, until they hold n_bytes."""
+    batch: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece.data)
+        if size >= n_bytes:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
 def read_documents(
     paths: Iterable[str | Path],
     *,
     separators: Sequence[str] = (),  # special tokens at which a text file is cut into documents; they are dropped
     field: str = "text",  # which field of JSON and parquet rows
     errors: Errors = "strict",
-    piece_bytes: int = PIECE_BYTES,
+    piece_bytes: int | None = PIECE_BYTES,  # None: whole documents, however long
     on_read: Callable[[int], None] | None = None,  # told how many bytes of the files have been read so far
 ) -> Iterator[Piece]:
     """The documents of the files, in order. Never yields an empty document.
@@ -136,13 +155,13 @@ def find_cut(data: bytes, limit: int) -> int:
 
 
 def _text_pieces(
-    stream: IO[bytes], file: Path, separators: list[bytes], errors: Errors, piece_bytes: int
+    stream: IO[bytes], file: Path, separators: list[bytes], errors: Errors, piece_bytes: int | None
 ) -> Iterator[Piece]:
     splitter = re.compile(b"|".join(map(re.escape, sorted(separators, key=len, reverse=True)))) if separators else None
     longest = max(map(len, separators), default=1)
     offset = 0  # of `rest` in the file
     rest = b""
-    while chunk := stream.read(piece_bytes):
+    while chunk := stream.read(piece_bytes or PIECE_BYTES):
         rest += chunk
         done = 0
         for match in splitter.finditer(rest) if splitter else ():
@@ -150,7 +169,7 @@ def _text_pieces(
                 yield Piece(_checked(rest[done : match.start()], file, offset + done, errors), True, file)
             done = match.end()
         rest, offset = rest[done:], offset + done
-        cut = find_cut(rest, len(rest) - longest) if len(rest) >= piece_bytes else 0
+        cut = find_cut(rest, len(rest) - longest) if piece_bytes and len(rest) >= piece_bytes else 0
         if cut:
             yield Piece(_checked(rest[:cut], file, offset, errors), False, file)
             rest, offset = rest[cut:], offset + cut

@@ -1,16 +1,19 @@
 """Token shards: documents as ids, end to end, in flat memory-mapped files, with meta.json beside them."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .documents import Errors, list_files, read_documents
+from .documents import PIECE_BYTES, Errors, Piece, batch_pieces, list_files, read_documents, total_bytes
 
 if TYPE_CHECKING:
+    from ..tokenizer.definition import Definition
     from ..tokenizer.tokenizer import Tokenizer
 
 SHARD_TOKENS = 100_000_000
@@ -139,6 +142,26 @@ def prepare(
     return meta
 
 
+class EncodeHandler:
+    """Encodes blocks of documents, EOS behind each document's last piece (tokenizer.parallel.Handler)."""
+
+    def __init__(self, definition: "Definition", dtype: str):
+        from ..tokenizer.tokenizer import Tokenizer
+
+        self._tokenizer = Tokenizer(definition)
+        self._dtype = np.dtype(dtype)
+
+    def take(self, block: list[Piece]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids, and where each piece's ids end (its EOS included)."""
+        ids, ends = self._tokenizer.encode_ragged([piece.data.decode() for piece in block])
+        closes = np.array([piece.ends for piece in block])
+        ids = np.insert(ids, ends[closes], self._tokenizer.eos_token_id or 0)
+        return ids.astype(self._dtype), ends + np.cumsum(closes)
+
+    def finish(self) -> None:
+        pass
+
+
 def _encode_all(
     files: list[Path],
     tokenizer: "Tokenizer",
@@ -149,33 +172,43 @@ def _encode_all(
     progress: Progress | None,
 ) -> _Stream:
     """Encode every document into one file."""
+    from ..tokenizer.parallel import default_workers, run_blocks
+
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    total = sum(file.stat().st_size for file in files)
-    eos, eos_id = tokenizer.definition.eos, tokenizer.eos_token_id
-    assert eos is not None
-    assert eos_id is not None
+    total = total_bytes(files)
+    assert tokenizer.definition.eos is not None
+    pieces = read_documents(
+        files,
+        separators=[tokenizer.definition.eos],
+        field=field,
+        errors=errors,
+        piece_bytes=PIECE_BYTES if tokenizer.can_stream else None,
+        on_read=None if progress is None else lambda done: progress("encoding", done, total),
+    )
+    notes: deque[list[tuple[int, bool]]] = deque()  # of the blocks under way: each piece's size, and if it ends there
+
+    def noted() -> Iterator[list[Piece]]:
+        for block in batch_pieces(pieces):
+            notes.append([(len(piece.data), piece.ends) for piece in block])
+            yield block
+
     token_ends: list[int] = []
     n_bytes: list[int] = []
     n_tokens = open_bytes = 0
-    pieces = read_documents(
-        files,
-        separators=[eos],
-        field=field,
-        errors=errors,
-        on_read=None if progress is None else lambda done: progress("encoding", done, total),
-    )
+    make = partial(EncodeHandler, tokenizer.definition, dtype.name)
     with target.open("wb") as file:
-        for piece in pieces:
-            ids = tokenizer.encode(piece.data.decode())
-            if piece.ends:
-                ids = np.append(ids, eos_id)
-            ids.astype(dtype).tofile(file)
+        for what, result in run_blocks(make, noted(), workers or default_workers(total)):
+            if what == "finish":
+                continue
+            ids, ends = result
+            ids.tofile(file)
+            for (size, closes), end in zip(notes.popleft(), ends.tolist(), strict=True):
+                open_bytes += size
+                if closes:
+                    token_ends.append(n_tokens + end)
+                    n_bytes.append(open_bytes)
+                    open_bytes = 0
             n_tokens += len(ids)
-            open_bytes += len(piece.data)
-            if piece.ends:
-                token_ends.append(n_tokens)
-                n_bytes.append(open_bytes)
-                open_bytes = 0
     if not token_ends:
         raise ValueError("the files hold no document; give files with text")
     return _Stream(target, dtype, np.array(token_ends, np.int64), np.array(n_bytes, np.int64))

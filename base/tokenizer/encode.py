@@ -16,9 +16,12 @@ from .jit import PADDING, aligned_zeros, compiled, eight_view, inlined, padded
 from .pair_index import new_index, pair_slot
 from .patterns import WHOLE, kind_of
 from .scan import cut_words, new_buffers, unicode_classes
-from .words import SLOT, count_words, find, put_key
+from .words import SLOT, VALUE, N, count_words, first_look, put_key, search
 
-FIRST_SLOTS, LAST_SLOTS = 1 << 15, 1 << 19  # of the cache, 32 bytes each; when half are used it gives way to a larger one
+FIRST_SLOTS, LAST_SLOTS = (
+    1 << 15,
+    1 << 19,
+)  # of the cache, 32 bytes each; when half are used it gives way to a larger one
 LONGEST = 128  # bytes of a cached word; longer ones are rare and go through a heap
 _NONE = np.int32(2**31 - 1)
 _32 = np.uint64(32)
@@ -166,9 +169,9 @@ def merge_long(ranks, text, at, size, out):
 def encode_word(ranks, text, eight, at, size, out, rank):
     """Encode one word into `out`; returns how many ids it has."""
     if len(ranks.whole):
-        base = find(ranks.whole, len(ranks.whole) // SLOT - 1, ranks.whole_eight, eight, at, size)
-        if ranks.whole[base + 3]:
-            out[0] = np.int32(ranks.whole[base + 2]) - 1
+        base = search(ranks.whole, np.uint64(len(ranks.whole) // SLOT - 1), ranks.whole_eight, eight, at, size)
+        if ranks.whole[base + N]:
+            out[0] = np.int32(ranks.whole[base + VALUE]) - 1
             return 1
     if size <= LONGEST:
         return merge_short(ranks, text, at, size, out, rank)
@@ -186,14 +189,14 @@ def remember(cache, base, text, eight, at, size, ids, n):
     if n > 3:
         for place in range(n):
             more[used[2] + place] = ids[place]
-        slots[base + 2] = np.uint64(used[2])
-        slots[base + 3] = np.uint64(n) << _32
+        slots[base + VALUE] = np.uint64(used[2])
+        slots[base + N] = np.uint64(n) << _32
         used[2] += n
         return True
     second = np.uint64(ids[1]) if n > 1 else np.uint64(0)
     third = np.uint64(ids[2]) if n > 2 else np.uint64(0)
-    slots[base + 2] = np.uint64(ids[0]) | second << _32
-    slots[base + 3] = third | np.uint64(n) << _32
+    slots[base + VALUE] = np.uint64(ids[0]) | second << _32
+    slots[base + N] = third | np.uint64(n) << _32
     return True
 
 
@@ -205,8 +208,9 @@ def encode_text(text, eight, ends, kind, classes, ranks, cache, out, out_ends, s
     another one.
     """
     slots, _, long_eight, more, _ = cache
-    mask = len(slots) // SLOT - 1
+    mask = np.uint64(len(slots) // SLOT - 1)
     buffers = new_buffers()
+    places = buffers.places
     rank = np.empty(LONGEST, np.int32)
     stretch, following, n_out = state[0], state[1], state[2]
     while stretch < len(ends):
@@ -214,13 +218,15 @@ def encode_text(text, eight, ends, kind, classes, ranks, cache, out, out_ends, s
         while following < end:
             n_words, following = cut_words(kind, text, eight, classes, following, end, buffers)
             for word in range(n_words):
-                at = buffers.places[word]
-                size = buffers.places[word + 1] - at
+                at = places[word]
+                size = places[word + 1] - at
                 if size > LONGEST:
                     n_out += encode_word(ranks, text, eight, at, size, out[n_out:], rank)
                     continue
-                base = find(slots, mask, long_eight, eight, at, size)
-                two, one = slots[base + 2], slots[base + 3]
+                base, found = first_look(slots, mask, eight, at, size)
+                if not found:
+                    base = search(slots, mask, long_eight, eight, at, size)
+                two, one = slots[base + VALUE], slots[base + N]
                 n = np.int64(one >> _32)
                 if n == 0:
                     n = encode_word(ranks, text, eight, at, size, out[n_out:], rank)
@@ -287,7 +293,9 @@ class Encoder:
         right = np.array([id_of[pair[1]] for pair in merges], np.int32)
         merged_id = np.array([id_of[pair[0] + pair[1]] for pair in merges], np.int32)
         index = new_index(left, right, len(merges))
-        whole, whole_long = self._whole_words() if self._definition.ignore_merges else (aligned_zeros(0), padded(b"")[0])
+        whole, whole_long = (
+            self._whole_words() if self._definition.ignore_merges else (aligned_zeros(0), padded(b"")[0])
+        )
         return Ranks(byte_id, index, merged_id, whole, whole_long, eight_view(whole_long))
 
     def _whole_words(self) -> tuple[np.ndarray, np.ndarray]:
@@ -301,7 +309,17 @@ class Encoder:
         text, eight = padded(b"".join(tokens))
         state = np.zeros(4, np.int64)
         done = count_words(
-            text, eight, ends - sizes, ends, ids + 1, WHOLE, unicode_classes(), slots, long_bytes, eight_view(long_bytes), state
+            text,
+            eight,
+            ends - sizes,
+            ends,
+            ids + 1,
+            WHOLE,
+            unicode_classes(),
+            slots,
+            long_bytes,
+            eight_view(long_bytes),
+            state,
         )
         assert done, "the table was made large enough"
         return slots, long_bytes
@@ -314,13 +332,17 @@ class Encoder:
         self._cache = Cache(aligned_zeros(SLOT * n_slots), long_bytes, eight_view(long_bytes), ids, used)
         return self._cache
 
-    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The texts' ids in a row (int32), and where each text's ids end (int64)."""
+    @property
+    def by_kind(self) -> bool:
+        """Whether scan.py cuts the words, not the regex package."""
+        return self._kind != WHOLE
+
+    def encode(self, texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of UTF-8 texts in a row (int32), and where each text's ids end (int64)."""
         if self._by_pattern:
             return self._encode_by_pattern(texts)
-        parts = [text.encode() for text in texts]
-        ends = np.cumsum(np.fromiter(map(len, parts), np.int64, len(parts)))
-        return self.encode_bytes(parts[0] if len(parts) == 1 else b"".join(parts), ends, self._kind)
+        ends = np.cumsum(np.fromiter(map(len, texts), np.int64, len(texts)))
+        return self.encode_bytes(texts[0] if len(texts) == 1 else b"".join(texts), ends, self._kind)
 
     def encode_bytes(self, data: bytes, ends: np.ndarray, kind: int) -> tuple[np.ndarray, np.ndarray]:
         """Encode stretches of UTF-8 that lie end to end."""
@@ -333,12 +355,12 @@ class Encoder:
             cache = self._renew_cache()
         return out[: int(state[2])].copy(), out_ends
 
-    def _encode_by_pattern(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def _encode_by_pattern(self, texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """The general path: the regex package cuts, the kernel gets the words one by one."""
         words: list[bytes] = []
         n_words: list[int] = []
         for text in texts:
-            pieces = [text]
+            pieces = [text.decode()]
             for pattern in self._definition.splits:
                 pieces = [word for piece in pieces for word in reference.split_words(piece, pattern)]
             words += [piece.encode() for piece in pieces]

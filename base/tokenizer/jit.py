@@ -2,6 +2,8 @@
 
 import logging
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -14,9 +16,19 @@ _log = logging.getLogger(__name__)
 def compiled(function: Callable[..., Any]) -> Any:
     """numba.njit with the on-disk cache; without a writable cache folder the loops are compiled in each process."""
     try:
-        return numba.njit(cache=True)(function)
+        loop: Any = numba.njit(cache=True)(function)
     except RuntimeError:  # numba found no folder that it may write
         return numba.njit(function)
+    # Numba asks only whether the function's own file changed, but each loop holds parts of the files beside it.
+    loop._cache._cache_file._source_stamp = _stamp()
+    return loop
+
+
+@cache
+def _stamp() -> str:
+    """Changes when any file of this folder does."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return " ".join(f"{file.name} {file.stat().st_mtime_ns} {file.stat().st_size}" for file in files)
 
 
 def inlined(function: Callable[..., Any]) -> Any:
@@ -30,8 +42,8 @@ class _Announcer(event.Listener):
     said = False
 
     def on_start(self, event: event.Event) -> None:
-        function = event.data["dispatcher"].py_func
-        if not self.said and function.__module__.startswith(__package__ or "?"):
+        details: Any = event.data
+        if not self.said and details["dispatcher"].py_func.__module__.startswith(__package__ or "?"):
             self.said = True
             _log.warning("graft: compiling the tokenizer's loops, once per machine, about ten seconds ...")
 

@@ -44,7 +44,7 @@ class Pairs(NamedTuple):
 
     left: np.ndarray  # int32
     right: np.ndarray  # int32
-    count: np.ndarray  # int64
+    total: np.ndarray  # int64
     start: np.ndarray  # int64, its places are places[start : start + size]
     size: np.ndarray  # int64
     places: np.ndarray  # int32
@@ -54,7 +54,7 @@ class Heap(NamedTuple):
     """Pairs with the count that they had when they were put in; the first comes before all others."""
 
     pair: np.ndarray  # int32
-    count: np.ndarray  # int64
+    total: np.ndarray  # int64
 
 
 class Scratch(NamedTuple):
@@ -103,7 +103,7 @@ def list_byte_pairs(corpus, pairs):
     for pair in range(1 << 16):
         if sizes[pair]:
             pairs.left[n_pairs], pairs.right[n_pairs] = pair >> 8, pair & 0xFF
-            pairs.count[n_pairs] = counts[pair]
+            pairs.total[n_pairs] = counts[pair]
             pairs.start[n_pairs], pairs.size[n_pairs] = used, sizes[pair]
             cursor[pair] = used
             used += sizes[pair]
@@ -141,40 +141,40 @@ def comes_before(count_a, a, count_b, b, pairs, tokens):
 @compiled
 def sift_down(heap, n, at, pairs, tokens):
     """Let the entry at a place of the heap sink to where it belongs."""
-    pair, count = heap.pair[at], heap.count[at]
+    pair, count = heap.pair[at], heap.total[at]
     while 2 * at + 1 < n:
         child = 2 * at + 1
         other = child + 1
         if other < n and comes_before(
-            heap.count[other], heap.pair[other], heap.count[child], heap.pair[child], pairs, tokens
+            heap.total[other], heap.pair[other], heap.total[child], heap.pair[child], pairs, tokens
         ):
             child = other
-        if not comes_before(heap.count[child], heap.pair[child], count, pair, pairs, tokens):
+        if not comes_before(heap.total[child], heap.pair[child], count, pair, pairs, tokens):
             break
-        heap.pair[at], heap.count[at] = heap.pair[child], heap.count[child]
+        heap.pair[at], heap.total[at] = heap.pair[child], heap.total[child]
         at = child
-    heap.pair[at], heap.count[at] = pair, count
+    heap.pair[at], heap.total[at] = pair, count
 
 
 @compiled
 def sift_up(heap, at, pairs, tokens):
     """Let the entry at a place of the heap rise to where it belongs."""
-    pair, count = heap.pair[at], heap.count[at]
+    pair, count = heap.pair[at], heap.total[at]
     while at > 0:
         parent = (at - 1) >> 1
-        if not comes_before(count, pair, heap.count[parent], heap.pair[parent], pairs, tokens):
+        if not comes_before(count, pair, heap.total[parent], heap.pair[parent], pairs, tokens):
             break
-        heap.pair[at], heap.count[at] = heap.pair[parent], heap.count[parent]
+        heap.pair[at], heap.total[at] = heap.pair[parent], heap.total[parent]
         at = parent
-    heap.pair[at], heap.count[at] = pair, count
+    heap.pair[at], heap.total[at] = pair, count
 
 
 @compiled
 def push_pairs(heap, n, pairs, tokens, start, stop):
     """Add pairs start to stop to a heap of n; returns its new size. A pair without a count is left out."""
     for pair in range(start, stop):
-        if pairs.count[pair] > 0:
-            heap.pair[n], heap.count[n] = pair, pairs.count[pair]
+        if pairs.total[pair] > 0:
+            heap.pair[n], heap.total[n] = pair, pairs.total[pair]
             sift_up(heap, n, pairs, tokens)
             n += 1
     return n
@@ -228,7 +228,7 @@ def add_pairs(pairs, scratch, n_vocab, token, n_touched, n_found, n_pairs, n_pla
         on_left = neighbour < n_vocab
         pairs.left[n_pairs] = neighbour if on_left else token
         pairs.right[n_pairs] = token if on_left else neighbour - n_vocab
-        pairs.count[n_pairs] = gain[neighbour]
+        pairs.total[n_pairs] = gain[neighbour]
         pairs.start[n_pairs], pairs.size[n_pairs] = n_places, seen[neighbour]
         cursor[neighbour] = n_places
         n_places += seen[neighbour]
@@ -245,11 +245,9 @@ def take_losses(pairs, index, scratch, n_vocab, left, right, n_touched):
     """Lower the counts of the pairs that the neighbours formed with the old tokens, and clear `scratch`."""
     for place in range(n_touched):
         neighbour = scratch.touched[place]
-        if neighbour < n_vocab:
-            at = pair_slot(index, neighbour, left)
-        else:
-            at = pair_slot(index, right, neighbour - n_vocab)
-        pairs.count[np.int64(index[at + 1])] -= scratch.loss[neighbour]
+        on_left = neighbour < n_vocab
+        at = pair_slot(index, neighbour if on_left else right, left if on_left else neighbour - n_vocab)
+        pairs.total[np.int64(index[at + 1])] -= scratch.loss[neighbour]
         scratch.gain[neighbour] = scratch.loss[neighbour] = 0
         scratch.seen[neighbour] = 0
 
@@ -264,11 +262,11 @@ def merge_pairs(corpus, tokens, pairs, heap, scratch, index, state, merged, n_vo
     room = True
     while done < n_merges and n_heap > 0:
         pair = heap.pair[0]
-        if heap.count[0] != pairs.count[pair]:
-            heap.count[0] = pairs.count[pair]
-            if pairs.count[pair] <= 0:
+        if heap.total[0] != pairs.total[pair]:
+            heap.total[0] = pairs.total[pair]
+            if pairs.total[pair] <= 0:
                 n_heap -= 1
-                heap.pair[0], heap.count[0] = heap.pair[n_heap], heap.count[n_heap]
+                heap.pair[0], heap.total[0] = heap.pair[n_heap], heap.total[n_heap]
             sift_down(heap, n_heap, 0, pairs, tokens)
             continue
         listed = pairs.places[pairs.start[pair] : pairs.start[pair] + pairs.size[pair]]
@@ -289,7 +287,7 @@ def merge_pairs(corpus, tokens, pairs, heap, scratch, index, state, merged, n_vo
         n_pairs, n_places = add_pairs(pairs, scratch, n_vocab, token, n_touched, n_found, n_pairs, n_places)
         put_pairs(index, pairs.left, pairs.right, old, n_pairs)
         take_losses(pairs, index, scratch, n_vocab, left, right, n_touched)
-        pairs.count[pair] = 0
+        pairs.total[pair] = 0
         n_heap = push_pairs(heap, n_heap, pairs, tokens, old, n_pairs)
         done += 1
     state[0], state[1], state[2], state[3], state[4] = done, n_pairs, n_places, n_heap, n_bytes
@@ -302,7 +300,7 @@ def train(
     on_merge: Callable[[int], None] | None = None,  # told now and then how many merges are done
 ) -> list[tuple[bytes, bytes]]:
     """The first n_merges merges; fewer when no word has two tokens left. See reference.train for what is computed."""
-    _, sizes, counts = words
+    sizes = words[1]
     n_places = int(sizes.sum()) + len(sizes) + 1
     n_vocab = 256 + n_merges
     corpus = Corpus(np.empty(n_places, np.int32), np.empty(n_places, np.int32), np.zeros(n_places, np.int64))
@@ -315,14 +313,18 @@ def train(
         np.ones(n_vocab, np.int32), np.arange(n_vocab), np.empty(256 + n_merges * min(longest, n_places), np.uint8)
     )
     tokens.spelling[:256] = np.arange(256)
-    pairs = Pairs(
-        *(np.empty(most_pairs, kind) for kind in (np.int32, np.int32, np.int64, np.int64, np.int64)),
-        np.empty(most_places, np.int32),
-    )
+    left, right = np.empty(most_pairs, np.int32), np.empty(most_pairs, np.int32)
+    total, start, size = (np.empty(most_pairs, np.int64) for _ in range(3))
+    pairs = Pairs(left, right, total, start, size, np.empty(most_places, np.int32))
     heap = Heap(np.empty(most_pairs, np.int32), np.empty(most_pairs, np.int64))
     scratch = Scratch(
-        *(np.zeros(2 * n_vocab, kind) for kind in (np.int64, np.int64, np.int32, np.int64, np.int32)),
-        *(np.empty(2 * n_places, np.int32) for _ in range(2)),
+        gain=np.zeros(2 * n_vocab, np.int64),
+        loss=np.zeros(2 * n_vocab, np.int64),
+        seen=np.zeros(2 * n_vocab, np.int32),
+        cursor=np.zeros(2 * n_vocab, np.int64),
+        touched=np.zeros(2 * n_vocab, np.int32),
+        found=np.empty(2 * n_places, np.int32),
+        found_at=np.empty(2 * n_places, np.int32),
     )
     state = np.zeros(5, np.int64)
     state[1], state[2] = list_byte_pairs(corpus, pairs)
@@ -340,4 +342,3 @@ def train(
     spelling = tokens.spelling[: int(state[4])].tobytes()
     spelt = [spelling[o : o + n] for o, n in zip(tokens.offset.tolist(), tokens.length.tolist(), strict=True)]
     return [(spelt[left], spelt[right]) for left, right in merged[: int(state[0])].tolist()]
-

@@ -29,7 +29,7 @@ def unicode_classes() -> np.ndarray:
     text = np.arange(0x110000, dtype="<u4").tobytes().decode("utf-32-le", "surrogatepass")
     classes = np.zeros(0x110000, np.uint8)
     for match in regex.finditer(r"(\p{L}+)|(\p{N}+)|([\r\n]+)|( )|\s+?", text):
-        kind = {1: LETTER, 2: NUMBER, 3: NEWLINE, 4: BLANK}.get(match.lastindex, SPACE)
+        kind = (SPACE, LETTER, NUMBER, NEWLINE, BLANK)[match.lastindex or 0]
         classes[match.start() : match.end()] = kind
     return classes
 

@@ -115,10 +115,19 @@ class Tokenizer:
         for text in texts:
             if not isinstance(text, str):
                 raise TypeError(f"text is {type(text).__name__}, not str; decode bytes first")
-        if not allowed:
-            ids, ends = self._encoder.encode([self._plain(text) for text in texts])
-            return np.split(ids, ends[:-1]) if len(texts) else []
-        return [self._encode_with_special(text, allowed) for text in texts]
+        if allowed:
+            return [self._encode_with_special(text, allowed) for text in texts]
+        ids, ends = self.encode_ragged(texts)
+        return np.split(ids, ends[:-1]) if len(texts) > 1 else [ids] * len(texts)
+
+    def encode_ragged(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Plain texts: all ids in a row (int32), and where each text's ids end (int64)."""
+        return self._encoder.encode([self._plain(text) for text in texts])
+
+    @property
+    def can_stream(self) -> bool:
+        """Whether a text cut by documents.find_cut gets the same ids as the whole: for the named patterns it does."""
+        return self._encoder.by_kind and not self.definition.prefix_space
 
     def _allowed(self, allowed_special: Allowed) -> list[AddedToken]:
         if allowed_special == "all":
@@ -133,19 +142,17 @@ class Tokenizer:
             raise ValueError(f"allowed_special names {sorted(unknown)}; this tokenizer has {list(self.special_tokens)}")
         return [token for token in self.definition.added if token.content in wanted]
 
-    def _plain(self, text: str) -> str:
-        """Plain text as the splitter sees it: lone surrogates replaced, normalized, with the space in front."""
+    def _plain(self, text: str) -> bytes:
+        """UTF-8 as the splitter sees it: lone surrogates replaced, normalized, with the space in front."""
         form = self.definition.normalizer
-        if not text.isascii():
-            try:
-                text.encode()
-            except UnicodeEncodeError:
-                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            if form is not None:
-                text = unicodedata.normalize(form, text)  # pyright: ignore[reportArgumentType]
+        if form is not None and not text.isascii():
+            text = unicodedata.normalize(form, text)  # pyright: ignore[reportArgumentType]
         if self.definition.prefix_space and text and not text.startswith(" "):
             text = " " + text
-        return text
+        try:
+            return text.encode()
+        except UnicodeEncodeError:  # a lone surrogate, or two that make one character
+            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
     def _encode_with_special(self, text: str, allowed: list[AddedToken]) -> np.ndarray:
         """Cut the text at the allowed special tokens, encode what lies between, and put the tokens' ids in."""
