@@ -19,8 +19,6 @@ from pathlib import Path
 from ..base.checkpoint import write_file
 from .data.records import Record
 
-Pair = tuple[str, str]  # two slots' fillers that stand together in a sentence
-
 
 @dataclass(frozen=True)
 class Sentence:
