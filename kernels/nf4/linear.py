@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..dispatch import Backend, choose_backend
+from . import reference
 from .ops import NESTED_BLOCK_SIZE, dequantize_4bit
 
 # Weights that the CPU dequantizes at a time. 16 MiB of float32: below the allocator's 32 MiB, above which each allocation
 # is made of fresh pages, whose first touch costs more than the dequantization (4096 x 4096: 34 ms instead of 5).
 TILE = 2**22
+FUSED_ROWS = 256  # rows of x up to which a GPU should gain by decoding the weight in registers; not measured yet (no GPU at hand)
 
 
 class Linear4bit(torch.autograd.Function):
@@ -29,10 +32,14 @@ class Linear4bit(torch.autograd.Function):
         codebook: Tensor,
         block_size: int,
         out_features: int,
+        fused: bool,  # by Triton's products, else by dequantizing and PyTorch's
         *nested: Tensor,
     ) -> Tensor:  # (..., out)
-        ctx.block_size, ctx.shape = block_size, (out_features, x.shape[-1])
+        ctx.block_size, ctx.shape, ctx.fused = block_size, (out_features, x.shape[-1]), fused
         ctx.save_for_backward(packed, absmax, codebook, *nested)
+        if fused:
+            run = torch.ops.graft.linear_4bit.default
+            return run(x, bias, packed, absmax, nested, codebook, block_size, out_features)
         parts = []
         with without_autocast(x):
             for rows in row_tiles(ctx.shape, block_size, x.device):
@@ -45,7 +52,10 @@ class Linear4bit(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         packed, absmax, codebook, *nested = ctx.saved_tensors
         grad_x = grad_bias = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0] and ctx.fused:
+            run = torch.ops.graft.linear_4bit_gradient.default
+            grad_x = run(grad, packed, absmax, nested, codebook, ctx.block_size, ctx.shape[1])
+        elif ctx.needs_input_grad[0]:
             with without_autocast(grad):
                 for rows in row_tiles(ctx.shape, ctx.block_size, grad.device):
                     weight = dequantize_rows(
@@ -60,7 +70,7 @@ class Linear4bit(torch.autograd.Function):
                 grad_x = None if grad_x is None else grad_x.to(grad.dtype)
         if ctx.needs_input_grad[1]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-        return (grad_x, grad_bias, *[None] * (5 + len(nested)))
+        return (grad_x, grad_bias, *[None] * (6 + len(nested)))
 
 
 def linear_4bit(
@@ -73,9 +83,28 @@ def linear_4bit(
     *,
     block_size: int,
     out_features: int,
+    backend: Backend = "auto",
 ) -> Tensor:  # (..., out)
-    """x times the transposed 4-bit weight; differentiable in x and bias."""
-    return Linear4bit.apply(x, bias, packed, absmax, codebook, block_size, out_features, *nested)  # pyright: ignore
+    """x times the transposed 4-bit weight; differentiable in x and bias.
+
+    `torch`: dequantize (Numba on the CPU, Triton on a GPU), then PyTorch's product; `triton`: the weight is decoded inside the
+    product. `auto` on a GPU takes the second up to FUSED_ROWS rows. Raises ValueError where an explicit backend can't run.
+    """
+    in_features = x.shape[-1]
+    if backend == "auto" and x.numel() > FUSED_ROWS * in_features:
+        backend = "torch"
+    unsupported = (
+        f"two values share a byte, so in_features must be even, got {in_features}" if in_features % 2 else None
+    )
+    chosen = choose_backend("nf4", backend, (x,), unsupported=unsupported)
+    if chosen == "reference":
+        if nested:
+            absmax = reference.dequantize_absmax(absmax, *nested, nested_block_size=NESTED_BLOCK_SIZE)
+        shape = (out_features, in_features)
+        weight = reference.dequantize_4bit(packed, absmax, codebook, block_size=block_size, shape=shape, dtype=x.dtype)
+        return F.linear(x, weight, bias)
+    fused = chosen == "triton"
+    return Linear4bit.apply(x, bias, packed, absmax, codebook, block_size, out_features, fused, *nested)  # pyright: ignore
 
 
 def row_tiles(shape: tuple[int, int], block_size: int, device: torch.device) -> list[slice]:

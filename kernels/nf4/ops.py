@@ -1,8 +1,8 @@
 """4-bit quantization as PyTorch operators: opaque to torch.compile, shapes known to fake and meta tensors.
 
 As operators they cost memory for their results alone, real or fake, which is what a memory prediction counts. CPU tensors go
-to Numba, the others to the reference. `torch.library.custom_op` would say the same in fewer lines and 16 us a call
-instead of 6: as much as a small weight's dequantization.
+to Numba, a GPU's to Triton where a kernel exists, all others to the reference. `torch.library.custom_op` would say the
+same in fewer lines and 16 us a call instead of 6: as much as a small weight's dequantization.
 """
 
 from collections.abc import Sequence
@@ -10,10 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..dispatch import choose_backend
 from . import reference
 
 NESTED_BLOCK_SIZE = 256  # absmax values that share one scale on the second level
 COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what Numba's CPU path reads and writes
+CHUNK = 2**24  # weights that the reference quantizes at a time: its temporaries take 20 bytes each
 
 SCHEMAS = {
     "quantize_4bit": "(Tensor weight, Tensor codebook, int block_size) -> (Tensor, Tensor)",
@@ -21,6 +23,10 @@ SCHEMAS = {
     "dequantize_4bit": "(Tensor packed, Tensor absmax, Tensor[] nested, Tensor codebook, int block_size, SymInt[] shape, "
     "ScalarType dtype) -> Tensor",
     "dequantize_absmax": "(Tensor absmax_q, Tensor absmax_scale, Tensor absmax_mean, Tensor nested_codebook) -> Tensor",
+    "linear_4bit": "(Tensor x, Tensor? bias, Tensor packed, Tensor absmax, Tensor[] nested, Tensor codebook, int block_size, "
+    "SymInt out_features) -> Tensor",
+    "linear_4bit_gradient": "(Tensor grad, Tensor packed, Tensor absmax, Tensor[] nested, Tensor codebook, int block_size, "
+    "SymInt in_features) -> Tensor",
     "quantize_8bit": "(Tensor values, Tensor borders, int block_size) -> (Tensor, Tensor)",
     "dequantize_8bit": "(Tensor codes, Tensor absmax, Tensor codebook, int block_size) -> Tensor",
 }
@@ -34,7 +40,8 @@ def _quantize_4bit(weight: Tensor, codebook: Tensor, block_size: int) -> tuple[T
         from . import numba_cpu
 
         return numba_cpu.quantize_4bit(weight, codebook, block_size=block_size)
-    return reference.quantize_4bit(weight, codebook, block_size=block_size)
+    parts = [reference.quantize_4bit(part, codebook, block_size=block_size) for part in weight.reshape(-1).split(CHUNK)]
+    return parts[0] if len(parts) == 1 else (torch.cat([p for p, _ in parts]), torch.cat([a for _, a in parts]))
 
 
 @torch.library.register_fake("graft::quantize_4bit")
@@ -73,6 +80,12 @@ def _dequantize_4bit(
         out = torch.empty(shape, dtype=dtype)
         dequantize_4bit_(out, packed, absmax, nested, codebook, block_size)
         return out
+    if choose_backend("nf4", "auto", (codebook,)) == "triton":
+        from .triton_dequantize import dequantize_4bit_triton
+
+        return dequantize_4bit_triton(
+            packed, absmax, nested, codebook, block_size=block_size, shape=tuple(shape), dtype=dtype
+        )
     if nested:
         absmax = reference.dequantize_absmax(absmax, *nested, nested_block_size=NESTED_BLOCK_SIZE)
     return reference.dequantize_4bit(packed, absmax, codebook, block_size=block_size, shape=tuple(shape), dtype=dtype)
@@ -97,6 +110,10 @@ def _dequantize_absmax(absmax_q: Tensor, absmax_scale: Tensor, absmax_mean: Tens
         from . import numba_cpu
 
         return numba_cpu.dequantize_absmax(absmax_q, absmax_scale, absmax_mean, nested_codebook)
+    if choose_backend("nf4", "auto", (nested_codebook,)) == "triton":
+        from .triton_dequantize import dequantize_absmax_triton
+
+        return dequantize_absmax_triton(absmax_q, absmax_scale, absmax_mean, nested_codebook)
     return reference.dequantize_absmax(
         absmax_q, absmax_scale, absmax_mean, nested_codebook, nested_block_size=NESTED_BLOCK_SIZE
     )
@@ -105,6 +122,64 @@ def _dequantize_absmax(absmax_q: Tensor, absmax_scale: Tensor, absmax_mean: Tens
 @torch.library.register_fake("graft::dequantize_absmax")
 def _(absmax_q: Tensor, absmax_scale: Tensor, absmax_mean: Tensor, nested_codebook: Tensor) -> Tensor:
     return torch.empty_like(absmax_q, dtype=torch.float32)
+
+
+@torch.library.impl("graft::linear_4bit", "default")
+def _linear_4bit(
+    x: Tensor,
+    bias: Tensor | None,
+    packed: Tensor,
+    absmax: Tensor,
+    nested: Sequence[Tensor],
+    codebook: Tensor,
+    block_size: int,
+    out_features: int,
+) -> Tensor:
+    from .triton_product import forward_triton
+
+    return forward_triton(x, bias, packed, absmax, nested, codebook, block_size=block_size, out_features=out_features)
+
+
+@torch.library.register_fake("graft::linear_4bit")
+def _(
+    x: Tensor,
+    bias: Tensor | None,
+    packed: Tensor,
+    absmax: Tensor,
+    nested: Sequence[Tensor],
+    codebook: Tensor,
+    block_size: int,
+    out_features: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.impl("graft::linear_4bit_gradient", "default")
+def _linear_4bit_gradient(
+    grad: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested: Sequence[Tensor],
+    codebook: Tensor,
+    block_size: int,
+    in_features: int,
+) -> Tensor:
+    from .triton_product import backward_triton
+
+    return backward_triton(grad, packed, absmax, nested, codebook, block_size=block_size, in_features=in_features)
+
+
+@torch.library.register_fake("graft::linear_4bit_gradient")
+def _(
+    grad: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested: Sequence[Tensor],
+    codebook: Tensor,
+    block_size: int,
+    in_features: int,
+) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], in_features))
 
 
 @torch.library.impl("graft::quantize_8bit", "default")
