@@ -1,0 +1,393 @@
+"""`graft demo`: the whole chain on text that every machine with Python has, in about five minutes on two CPU cores.
+
+standard library -> tokenizer -> base -> three adapters -> one process that swaps them -> memory table -> report.md
+"""
+
+import ast
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from ..base.checkpoint import write_file, write_json
+from ..base.data.shards import open_tokens, prepare
+from ..base.device import resolve_device
+from ..base.evaluate import bigram_loss
+from ..base.model.transformer import Transformer
+from ..base.plots import plot_run
+from ..base.pretrain import run_pretrain
+from ..base.tokenizer.tokenizer import Tokenizer
+from .adapters.bank import AdapterBank
+from .adapters.files import stored_bytes
+from .adapters.lora import LoraConfig
+from .data.records import Record, read_records
+from .evaluate import write_answers
+from .memory.measure import measure_memory
+from .memory.picture import memory_picture
+from .sft import run_sft
+from .tasks import TASKS, write_task
+
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+END = SPECIAL_TOKENS[0]
+VOCAB_SIZE = 2048
+TEXT_BYTES = 6_000_000  # of documentation and sources; more is not read twice in the time there is
+MODEL = {"n_layers": 6, "d_model": 192, "n_heads": 6, "n_kv_heads": 3, "d_ff": 512, "max_seq_len": 256}
+PRETRAIN = {
+    "steps": 500,
+    "batch_size": 8,
+    "micro_batch": 8,
+    "learning_rate": 4e-3,
+    "warmup_steps": 30,
+    "eval_every": 100,
+}
+LORA = LoraConfig(rank=8, alpha=16.0)
+SFT = {"batch_size": 32, "learning_rate": 5e-3, "warmup_steps": 20}
+TASK_STEPS = {"spam": 150, "sentiment": 150, "translation": 200}
+N_TRAIN, N_EVAL = 4000, 200
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One row of the adapters' table."""
+
+    name: str
+    base_accuracy: float  # exact matches on held-out combinations, the base alone
+    accuracy: float  # with the adapter
+    adapter_bytes: int  # on disk
+
+
+def run_demo(out: Path | str, *, seed: int = 0, force: bool = False, device: str = "auto") -> dict[str, Any]:
+    """Run every stage into `out`; print the tables, leave report.md, pictures and what each stage wrote.
+
+    The numbers (not the times) follow from the seed alone. Raises FileExistsError for an `out` that is not empty.
+    """
+    out, device, console = Path(out), resolve_device(device), Console()
+    if out.exists() and any(out.iterdir()) and not force:
+        raise FileExistsError(f"{out} is not empty; use --force to run the demo there again, or another --out")
+    began = time.perf_counter()
+    _say(console, "1/5 text and tokenizer", "the standard library's documentation and sources")
+    tokenizer = _tokenize(out, seed)
+    _say(console, "2/5 base", "a Llama-style model from scratch")
+    pretrained = _pretrain(out, seed, device)
+    _say(console, "3/5 adapters", "spam, sentiment and translation by LoRA on the frozen base")
+    _train_adapters(out, seed, device)
+    _say(console, "4/5 one base, three adapters", "loaded once, swapped in one process")
+    tasks, swap, mixed = _use_adapters(out, device, tokenizer)
+    _say(console, "5/5 memory", "full fine-tuning, LoRA and QLoRA, predicted and measured")
+    memory = _memory(out)
+    seconds = time.perf_counter() - began
+    report = {
+        "base": pretrained,
+        "tasks": [vars(task) for task in tasks],
+        "base_bytes": (out / "base/model.safetensors").stat().st_size,
+        "swap_ms": swap,
+        "mixed_batch": mixed,
+        "memory": memory,
+        "seconds": round(seconds, 1),
+    }
+    write_json(out / "report.json", report)
+    write_file(out / "report.md", _markdown(report))
+    _print_tables(console, report, out)
+    return report
+
+
+def _say(console: Console, stage: str, what: str) -> None:
+    console.print(f"\n[bold]{stage}[/bold]: {what}", highlight=False)
+
+
+# --- 1. text and tokenizer -----------------------------------------------------------------------------------------
+
+
+def stdlib_documents(limit: int) -> Iterator[tuple[str, str]]:
+    """(name, text) of the standard library: pydoc's topics and every docstring first, then sources, to about `limit` bytes.
+
+    In a fixed order; the same Python gives the same text.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    files = sorted(
+        path for path in root.rglob("*.py") if not {"site-packages", "test", "tests", "idlelib"} & set(path.parts)
+    )
+    size = 0
+    for name, text in [*_topics(), *_docstrings(files), *_sources(files)]:
+        if size >= limit:
+            return
+        size += len(text.encode())
+        yield name, text
+
+
+def _topics() -> Iterator[tuple[str, str]]:
+    """The language reference that `help('if')` shows."""
+    from pydoc_data.topics import topics
+
+    for name in sorted(topics):
+        yield f"topic {name}", topics[name].strip()
+
+
+def _docstrings(files: list[Path]) -> Iterator[tuple[str, str]]:
+    for path in files:
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError, ValueError):
+            continue  # a test file for the parser itself
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
+        text = "\n\n".join(doc for doc in found if doc and len(doc) > 40)
+        if text:
+            yield f"docstrings {path.name}", text
+
+
+def _sources(files: list[Path]) -> Iterator[tuple[str, str]]:
+    for path in files:
+        try:
+            yield f"source {path.name}", path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+
+
+def _tokenize(out: Path, seed: int) -> Tokenizer:
+    text = out / "data/text.txt"
+    documents = [document for _, document in stdlib_documents(TEXT_BYTES) if END not in document]
+    write_file(text, END.join(documents))
+    with Progress(transient=True) as progress:
+        bars: dict[str, Any] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in bars:
+                bars[stage] = progress.add_task(stage, total=total)
+            progress.update(bars[stage], completed=done, total=total)
+
+        tokenizer = Tokenizer.train(
+            [text], vocab_size=VOCAB_SIZE, pattern="gpt4", special_tokens=SPECIAL_TOKENS, progress=show
+        )
+        tokenizer.save(out / "tokenizer")
+        meta = prepare([text], tokenizer, out / "data/tokens", val_fraction=0.03, seed=seed, force=True, progress=show)
+    train = meta["splits"]["train"]
+    print(
+        f"{len(documents):,} documents, {train['n_bytes']:,} bytes -> {train['n_tokens']:,} tokens "
+        f"({train['n_bytes'] / train['n_tokens']:.2f} bytes a token), vocabulary {tokenizer.vocab_size:,}"
+    )
+    return tokenizer
+
+
+# --- 2. base -------------------------------------------------------------------------------------------------------
+
+
+def _pretrain(out: Path, seed: int, device: str) -> dict[str, Any]:
+    summary = run_pretrain(
+        data=out / "data/tokens",
+        tokenizer=out / "tokenizer",
+        out=out / "base",
+        settings={**MODEL, **PRETRAIN, "seed": seed},
+        force=True,
+        device=device,
+    )
+    tokens, held_out = (open_tokens(out / "data/tokens", split) for split in ("train", "val"))
+    bigram = bigram_loss(tokens, held_out, vocab_size=VOCAB_SIZE)
+    plot_run(out / "base", lines={"bigram model": bigram}, title="graft demo: pretraining the base")
+    (out / "loss.png").write_bytes((out / "base/loss.png").read_bytes())
+    print(
+        f"{summary['n_params']:,} parameters, validation loss {summary['val_loss']:.3f} nats a token "
+        f"({summary['val_bits_per_byte']:.3f} bits a byte); a bigram model on the same tokens: {bigram:.3f}"
+    )
+    return {key: summary[key] for key in ("n_params", "val_loss", "val_bits_per_byte")} | {"bigram_loss": bigram}
+
+
+# --- 3. adapters ---------------------------------------------------------------------------------------------------
+
+
+def _train_adapters(out: Path, seed: int, device: str) -> None:
+    for name in TASKS:
+        write_task(out / "data" / name, name, seed=seed, n_train=N_TRAIN, n_eval=N_EVAL)
+        run_sft(
+            base=out / "base",
+            data=out / f"data/{name}/train.jsonl",
+            out=out / f"adapters/{name}",
+            method="lora",
+            lora=LORA,
+            settings={**SFT, "steps": TASK_STEPS[name], "seed": seed},
+            force=True,
+            device=device,
+            label=name,
+        )
+
+
+# --- 4. one base, three adapters -----------------------------------------------------------------------------------
+
+
+def _use_adapters(
+    out: Path, device: str, tokenizer: Tokenizer
+) -> tuple[list[TaskResult], float, list[dict[str, str | None]]]:
+    from .loading import load_model
+
+    model = load_model(out / "base", device=device)
+    bank = AdapterBank(model)
+    for name in TASKS:
+        bank.load(name, out / f"adapters/{name}")
+    held_out = {name: read_records(out / f"data/{name}/eval.jsonl") for name in TASKS}
+    results = []
+    for name, records in held_out.items():
+        bank.use(None)
+        alone = _accuracy(model, tokenizer, records)
+        bank.use(name)
+        adapted = _accuracy(model, tokenizer, records)
+        results.append(TaskResult(name, alone, adapted, stored_bytes(out / f"adapters/{name}")))
+    return results, _swap_ms(bank, device), _mixed_batch(model, tokenizer, held_out)
+
+
+def _accuracy(model: Transformer, tokenizer: Tokenizer, records: list[Record]) -> float:
+    written = write_answers(model, tokenizer, records, None, batch_size=50)
+    truth = [(record.completion or "").strip() for record in records]
+    return sum(a == b for a, b in zip(truth, written, strict=True)) / len(records)
+
+
+def _swap_ms(bank: AdapterBank, device: str, n: int = 300) -> float:
+    """Milliseconds for one `bank.use`, the mean over many."""
+    names = [*bank.names, None]
+    began = time.perf_counter()
+    for i in range(n):
+        bank.use(names[i % len(names)])
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+    return 1000 * (time.perf_counter() - began) / n
+
+
+def _mixed_batch(
+    model: Transformer, tokenizer: Tokenizer, held_out: dict[str, list[Record]]
+) -> list[dict[str, str | None]]:
+    """One batch, a different adapter in each row."""
+    rows = [(name, records[i]) for i in range(2) for name, records in held_out.items()]
+    names = [name for name, _ in rows]
+    written = write_answers(model, tokenizer, [record for _, record in rows], None, adapters=names)
+    return [
+        {"adapter": name, "prompt": record.prompt, "answer": answer, "expected": (record.completion or "").strip()}
+        for (name, record), answer in zip(rows, written, strict=True)
+    ]
+
+
+# --- 5. memory -----------------------------------------------------------------------------------------------------
+
+MEMORY_ROWS: dict[str, dict[str, Any]] = {
+    "full": {"method": "full"},
+    "LoRA": {"method": "lora"},
+    "QLoRA": {"method": "qlora"},
+    "QLoRA, single": {"method": "qlora", "double_quant": False},
+}
+
+
+def _memory(out: Path) -> list[dict[str, Any]]:
+    """A training step of the demo's base by each method: counted on fake tensors before, on real ones after."""
+    rows, estimates, measured = [], {}, {}
+    for label, options in MEMORY_ROWS.items():
+        result = measure_memory(
+            out / "base",
+            batch_size=8,
+            seq_len=64,
+            dtype="float32",
+            checkpointing=False,
+            rank=LORA.rank,
+            device="cpu",
+            **options,
+        )
+        estimates[label], measured[label] = result.predicted, result.measured_bytes
+        rows.append(
+            {
+                "method": label,
+                "weights": result.predicted.weights + result.predicted.adapters,
+                "gradients": result.predicted.gradients,
+                "optimizer": result.predicted.optimizer,
+                "predicted_peak": result.predicted.peak_bytes,
+                "measured_peak": result.measured_bytes,
+                "error": result.error,
+            }
+        )
+    memory_picture(
+        estimates, out / "memory.png", measured=measured, title="graft demo: one training step, 8 x 64 tokens"
+    )
+    return rows
+
+
+# --- the report ----------------------------------------------------------------------------------------------------
+
+
+def _rows(report: dict[str, Any]) -> dict[str, tuple[list[str], list[list[str]]]]:
+    """Every table as title -> (header, rows), for the terminal and for report.md."""
+    base_bytes = report["base_bytes"]
+    mib: Callable[[float], str] = lambda n: f"{n / 2**20:.2f} MiB"  # noqa: E731
+    tasks = [
+        [
+            task["name"],
+            f"{task['base_accuracy']:.1%}",
+            f"{task['accuracy']:.1%}",
+            f"{task['adapter_bytes']:,}",
+            f"{task['adapter_bytes'] / base_bytes:.1%}",
+        ]
+        for task in report["tasks"]
+    ]
+    mixed = [
+        [r["adapter"], r["prompt"].replace("\n", " / "), r["answer"], r["expected"]] for r in report["mixed_batch"]
+    ]
+    sizes = ("weights", "gradients", "optimizer", "predicted_peak", "measured_peak")
+    memory = [[r["method"], *(mib(r[key]) for key in sizes), f"{r['error']:+.1%}"] for r in report["memory"]]
+    return {
+        "Held-out accuracy (exact match on unseen combinations)": (
+            ["task", "base alone", "with adapter", "adapter bytes", "of the base"],
+            tasks,
+        ),
+        "One batch, an adapter for each row": (["adapter", "prompt", "answer", "expected"], mixed),
+        "Memory of a training step (8 x 64 tokens, float32)": (
+            ["method", "weights", "gradients", "optimizer", "predicted peak", "measured peak", "error"],
+            memory,
+        ),
+    }
+
+
+def _figures(report: dict[str, Any]) -> list[str]:
+    base = report["base"]
+    return [
+        f"base: {base['n_params']:,} parameters, {report['base_bytes']:,} bytes; validation loss {base['val_loss']:.3f} "
+        f"against {base['bigram_loss']:.3f} of a bigram model",
+        f"adapter swap: {report['swap_ms']:.4f} ms (mean of 300)",
+        f"the whole demo: {report['seconds']:.0f} s",
+    ]
+
+
+def _next_steps(out: str) -> list[str]:
+    return [
+        f"graft chat --base {out}/base --adapter spam={out}/adapters/spam --adapter sentiment={out}/adapters/sentiment",
+        f"graft eval --base {out}/base --adapter {out}/adapters/spam --data {out}/data/spam/eval.jsonl",
+        f"graft sft --base {out}/base --data {out}/data/spam/train.jsonl --out runs/spam-qlora --qlora --steps 100",
+        f"graft adapter merge --base {out}/base --adapter {out}/adapters/spam --out runs/spam-merged",
+        "graft vram estimate --model llama-7b --method qlora --seq 512",
+    ]
+
+
+def _print_tables(console: Console, report: dict[str, Any], out: Path) -> None:
+    console.print()
+    for title, (header, rows) in _rows(report).items():
+        table = Table(*header, title=title, title_justify="left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    for line in _figures(report):
+        console.print(line, highlight=False)
+    console.print(f"\n{out}/report.md, loss.png and memory.png hold this. What to try next:", highlight=False)
+    for line in _next_steps(str(out)):
+        console.print(f"  {line}", highlight=False, soft_wrap=True)
+
+
+def _markdown(report: dict[str, Any]) -> str:
+    lines = ["# graft demo", "", *[f"- {line}" for line in _figures(report)], ""]
+    lines += ["![loss](loss.png)", ""]
+    for title, (header, rows) in _rows(report).items():
+        lines += [f"## {title}", "", f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
+        lines += [f"| {' | '.join(row)} |" for row in rows]
+        lines.append("")
+    lines += ["![memory](memory.png)", ""]
+    return "\n".join(lines)
