@@ -4,8 +4,11 @@ Equal to reference.py to the bit. Imported when the first CPU tensor is quantize
 first use, cached beside this file. `python bench/quant.py` measures it beside bitsandbytes.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +22,7 @@ SMALLEST_SCALE = np.float32(reference.SMALLEST_SCALE)
 NOT_FINITE = np.uint32(0x7F800000)  # float32 bits from here on are infinity and NaN
 MAGNITUDE = np.uint32(0x7FFFFFFF)
 ONE, HALF = np.float32(1), np.float32(0.5)
+PART = 2**19  # weights a thread: 30 us of dequantization, about what handing it over costs
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -28,9 +32,16 @@ def quantize_4bit(weight: Tensor, codebook: Tensor, *, block_size: int) -> tuple
     flat = flat.float() if flat.dtype == torch.float16 else flat
     packed = torch.empty((flat.numel() + 1) // 2, 1, dtype=torch.uint8)
     absmax = torch.empty(-(-flat.numel() // block_size), dtype=torch.float32)
-    midpoints, order = borders(codebook.numpy().tobytes())
     run = _quantize_bfloat16 if flat.dtype == torch.bfloat16 else _quantize_float32
-    if not run(bits(flat), midpoints, order, block_size, packed.view(-1).numpy(), absmax.numpy()):
+    values, codes, scales = bits(flat), packed.view(-1).numpy(), absmax.numpy()
+    midpoints, order = borders(codebook.numpy().tobytes())
+
+    def part(first: int, last: int) -> bool:
+        weights = slice(first * block_size, last * block_size)
+        halves = slice(first * block_size // 2, last * block_size // 2)
+        return bool(run(values[weights], midpoints, order, block_size, codes[halves], scales[first:last]))
+
+    if not all(in_parts(part, len(scales), block_size)):
         raise ValueError(reference.not_finite(weight))
     return packed, absmax
 
@@ -46,24 +57,61 @@ def dequantize_4bit_(
 ) -> None:
     """reference.dequantize_4bit into `out`, with reference.dequantize_absmax before it when there is a second level."""
     flat, n = out.view(-1), out.numel()
-    n_full = n // block_size * block_size
+    n_blocks = n // block_size  # whole ones
+    n_full = n_blocks * block_size
     direct = is_supported() or out.dtype == torch.float32
-    target = flat[:n_full] if direct else torch.empty(n_full)
-    run = _dequantize_fast if is_supported() else _dequantize
+    full = flat[:n_full] if direct else torch.empty(n_full)
+    codes, scales, values, target = packed.view(-1).numpy(), absmax.numpy(), codebook.numpy(), bits(full)
     if nested:
-        scales = (absmax.numpy(), nested[0].numpy(), nested[1].view(1).numpy(), nested[2].numpy())
         run = _dequantize_nested_fast if is_supported() else _dequantize_nested
+        level2, mean, nested_values = nested[0].numpy(), nested[1].view(1).numpy(), nested[2].numpy()
+
+        def part(first: int, last: int) -> None:  # `first` is a multiple of 256, so that level2 splits there too
+            halves, weights = slice(first * block_size // 2, None), slice(first * block_size, last * block_size)
+            run(
+                codes[halves],
+                scales[first:last],
+                level2[first // 256 :],
+                mean,
+                nested_values,
+                values,
+                block_size,
+                target[weights],
+            )
+
     else:
-        scales = (absmax.numpy(),)
-    run(packed.view(-1).numpy(), *scales, codebook.numpy(), block_size, bits(target))  # pyright: ignore[reportCallIssue]
+        run = _dequantize_fast if is_supported() else _dequantize
+
+        def part(first: int, last: int) -> None:
+            halves, weights = slice(first * block_size // 2, None), slice(first * block_size, last * block_size)
+            run(codes[halves], scales[first:last], values, block_size, target[weights])
+
+    in_parts(part, n_blocks, block_size)
     if not direct:
-        flat[:n_full] = target
+        flat[:n_full] = full
     if n_full < n:
         last = dequantize_absmax(absmax, *nested)[-1:] if nested else absmax[-1:]
         rest, shape = packed.view(-1)[n_full // 2 :], (n - n_full,)
         flat[n_full:] = reference.dequantize_4bit(
             rest, last, codebook, block_size=block_size, shape=shape, dtype=out.dtype
         )
+
+
+def in_parts(part: Callable[[int, int], Any], n_blocks: int, block_size: int) -> list[Any]:
+    """part(first block, last block) over all blocks, on as many threads as torch uses, which have PART weights at least."""
+    n_parts = min(torch.get_num_threads(), n_blocks * block_size // PART)
+    if n_parts <= 1:
+        return [part(0, n_blocks)]
+    step = -(-n_blocks // n_parts // 256) * 256
+    bounds = [(first, min(first + step, n_blocks)) for first in range(0, n_blocks, step)]
+    return list(threads(torch.get_num_threads(), os.getpid()).map(lambda bound: part(*bound), bounds))
+
+
+@cache
+def threads(n: int, process: int) -> ThreadPoolExecutor:
+    """The process's own pool: a forked child can't use its parent's."""
+    del process
+    return ThreadPoolExecutor(n)
 
 
 def quantize_absmax(shifted: Tensor, codebook: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:

@@ -74,3 +74,28 @@ def test_refuses_what_is_not_finite(dtype: torch.dtype, value: float) -> None:
     for quantize in (numba_cpu.quantize_4bit, reference.quantize_4bit):
         with pytest.raises(ValueError, match=f"1 of 165 values are not finite, the first is {value} at 164"):
             quantize(weight, torch.tensor(codebook("nf4")), block_size=64)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("n_threads", [2, 3])
+def test_threads_change_nothing(n_threads: int, double_quant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: split over threads, the bytes and values are the same, and a value that is not finite is still found."""
+    weight = weight_of((300, 257), torch.float32, "mixed")
+    values = torch.tensor(codebook("nf4"))
+    packed, absmax = numba_cpu.quantize_4bit(weight, values, block_size=64)
+    level1, nested = absmax, ()
+    if double_quant:
+        mean = absmax.mean()
+        level1, scale = numba_cpu.quantize_absmax(absmax - mean, DYNAMIC, block_size=256)
+        nested = (scale, mean, DYNAMIC)
+    whole = nf4.dequantize_4bit(packed, level1, nested, values, 64, list(weight.shape), torch.float32)
+    monkeypatch.setattr(numba_cpu, "PART", 1024)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
+    again = numba_cpu.quantize_4bit(weight, values, block_size=64)
+    assert torch.equal(again[0], packed)
+    assert torch.equal(again[1], absmax)
+    parts = nf4.dequantize_4bit(packed, level1, nested, values, 64, list(weight.shape), torch.float32)
+    assert torch.equal(parts, whole)
+    weight[-1, -1] = float("nan")
+    with pytest.raises(ValueError, match="1 of 77100 values are not finite"):
+        numba_cpu.quantize_4bit(weight, values, block_size=64)
