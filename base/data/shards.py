@@ -197,7 +197,7 @@ def _encode_all(
     n_tokens = open_bytes = 0
     make = partial(EncodeHandler, tokenizer.definition, dtype.name)
     with target.open("wb") as file:
-        for what, result in run_blocks(make, noted(), workers or default_workers(total)):
+        for what, result in run_blocks(make, noted(), default_workers(total) if workers is None else workers):
             if what == "finish":
                 continue
             ids, ends = result

@@ -144,18 +144,26 @@ def _added_tokens(main: Json, model: Json) -> tuple[AddedToken, ...]:
     )
 
 
+class _ByteTable(dict[int, int]):
+    """For str.translate, which leaves a character alone unless looking it up raises something else than LookupError."""
+
+    def __missing__(self, key: int) -> int:
+        raise ValueError(key)
+
+
 def _vocab(model: Json, added: set[str], path: Path) -> tuple[dict[int, bytes], list[Pair]]:
     """Undo the byte table. Raises ValueError for text that isn't in it, for absent bytes and for broken merges."""
-    bytes_of = {character: byte for byte, character in enumerate(byte_characters())}
+    bytes_of = _ByteTable({ord(character): byte for byte, character in enumerate(byte_characters())})
 
     def spell(text: str) -> bytes:
         try:
-            return bytes([bytes_of[character] for character in text])
-        except KeyError:
+            return text.translate(bytes_of).encode("latin-1")
+        except ValueError:
             raise ValueError(f"{path}: {text!r} isn't spelt in bytes; graft reads byte-level BPE only") from None
 
-    vocab = {index: spell(text) for text, index in model["vocab"].items() if text not in added}
-    known = set(vocab.values())
+    spelt = {text: spell(text) for text in model["vocab"] if text not in added}
+    vocab = {model["vocab"][text]: token for text, token in spelt.items()}
+    known = set(spelt.values())
     absent = [byte for byte in range(256) if bytes([byte]) not in known]
     if absent:
         raise ValueError(f"{path}: the vocabulary has no token for byte 0x{absent[0]:02x} ({len(absent)} bytes absent)")
@@ -164,8 +172,10 @@ def _vocab(model: Json, added: set[str], path: Path) -> tuple[dict[int, bytes], 
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if len(pair) != 2:
             raise ValueError(f"{path}: merge {rank} is {merge!r}; two tokens are due")
-        left, right = spell(pair[0]), spell(pair[1])
-        if not {left, right, left + right} <= known:
+        if not added.isdisjoint((*pair, pair[0] + pair[1])):
+            continue  # plain text must not merge into an added token; other libraries never let it come to that
+        left, right = spelt.get(pair[0]), spelt.get(pair[1])
+        if left is None or right is None or left + right not in known:
             raise ValueError(f"{path}: merge {rank} {merge!r} joins or makes a token that is not in the vocabulary")
         merges.append((left, right))
     return vocab, merges

@@ -95,7 +95,7 @@ def count_files(
     make = partial(CountHandler, pattern, special_tokens)
     counter: WordCounter | None = None
     words: Words | None = None
-    for what, result in run_blocks(make, batch_pieces(pieces), workers or default_workers(total)):
+    for what, result in run_blocks(make, batch_pieces(pieces), default_workers(total) if workers is None else workers):
         if what != "finish":
             continue
         if words is None:
