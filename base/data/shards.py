@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..tokenizer.tokenizer import Tokenizer
 
 SHARD_TOKENS = 100_000_000
+COPY_TOKENS = 1 << 20
 SPLITS = ("train", "val")
 Progress = Callable[[str, int, int], None]
 
@@ -261,21 +262,28 @@ def _joined(ranges: np.ndarray) -> np.ndarray:
 def _write_split(
     stream: _Stream, out: Path, split: str, ranges: np.ndarray, n_bytes: int, n_documents: int, shard_tokens: int
 ) -> dict[str, Any]:
-    """Copy ranges of the stream into shards."""
-    tokens = np.memmap(stream.file, stream.dtype, mode="r")
-    pending = [(int(start), int(stop)) for start, stop in ranges]
+    """Copy ranges of the stream into shards, by reading: a memory map of it would count as this process's memory."""
+    width = stream.dtype.itemsize
     names: list[str] = []
-    n_tokens = sum(stop - start for start, stop in pending)
-    while pending:
-        name = f"{split}-{len(names):05d}.bin"
-        room = shard_tokens
-        with (out / name).open("wb") as file:
-            while pending and room:
-                start, stop = pending.pop(0)
-                middle = min(stop, start + room)
-                tokens[start:middle].tofile(file)
-                room -= middle - start
-                if middle < stop:
-                    pending.insert(0, (middle, stop))
-        names.append(name)
+    room = 0  # in the open shard, in tokens
+    target = None
+    with stream.file.open("rb") as source:
+        for start, stop in ranges.tolist():
+            source.seek(start * width)
+            left = stop - start
+            while left:
+                if room == 0:
+                    if target is not None:
+                        target.close()
+                    names.append(f"{split}-{len(names):05d}.bin")
+                    target = (out / names[-1]).open("wb")
+                    room = shard_tokens
+                assert target is not None
+                n = min(left, room, COPY_TOKENS)
+                target.write(source.read(n * width))
+                left -= n
+                room -= n
+    if target is not None:
+        target.close()
+    n_tokens = int((ranges[:, 1] - ranges[:, 0]).sum()) if len(ranges) else 0
     return {"files": names, "n_tokens": n_tokens, "n_bytes": n_bytes, "n_documents": n_documents}

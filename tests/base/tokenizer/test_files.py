@@ -35,7 +35,7 @@ def corpus(tmp_path_factory):
 @pytest.mark.parametrize("pattern", ["gpt2", "gpt4", "llama3", "qwen2", r"\w+|[^\w\s]+|\s+"])
 def test_transformers_reads_what_graft_writes(corpus, tmp_path, pattern):
     transformers = pytest.importorskip("transformers")
-    tok = graft.Tokenizer.train([corpus], vocab_size=450, pattern=pattern, special_tokens=SPECIAL)
+    tok = graft.Tokenizer.train([corpus], vocab_size=360, pattern=pattern, special_tokens=SPECIAL)
     tok.chat_template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
     tok.save(tmp_path)
     auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -53,7 +53,7 @@ def test_transformers_reads_what_graft_writes(corpus, tmp_path, pattern):
     assert again.chat_template == tok.chat_template
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "qwen2", "gpt2"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gpt2"])
 def test_transformers_keeps_the_ids_beside_a_model(corpus, tmp_path, model_type):
     """transformers may choose the tokenizer's class by config.json's model type."""
     transformers = pytest.importorskip("transformers")

@@ -1,0 +1,155 @@
+"""Law: the shards hold each document's ids and EOS, once, whatever the workers, pieces and shard sizes; bad input."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import graft
+from graft.base.data import shards
+from graft.base.data.shards import open_tokens, prepare
+
+EOT = "<|endoftext|>"
+
+
+@pytest.fixture(scope="module")
+def tok(tmp_path_factory):
+    file = tmp_path_factory.mktemp("tok") / "a.txt"
+    file.write_text("the cat sat on the mat, then the other cat sat there. " * 5)
+    return graft.Tokenizer.train([file], vocab_size=270)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """100 documents of 1 to 100 words, the last without EOT behind it."""
+    texts = [" ".join(["the cat sat"] * n) for n in range(1, 101)]
+    (tmp_path / "a.txt").write_text(EOT.join(texts))
+    return tmp_path / "a.txt", texts
+
+
+def split_documents(ids, eos):
+    """Ids -> the ids of each document, EOS left out."""
+    ends = np.flatnonzero(ids == eos)
+    assert ids[-1] == eos
+    return [part[part != eos].tolist() for part in np.split(ids, ends + 1)[:-1]]
+
+
+@pytest.mark.parametrize("shard_tokens", [50, 1_000_000])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_document_is_in_one_split(tmp_path, monkeypatch, tok, corpus, workers, shard_tokens):
+    monkeypatch.setattr(shards, "PIECE_BYTES", 300)
+    file, texts = corpus
+    meta = prepare([file], tok, tmp_path / "out", val_fraction=0.2, workers=workers, shard_tokens=shard_tokens)
+    train, val = open_tokens(tmp_path / "out"), open_tokens(tmp_path / "out", "val")
+    found = split_documents(train[:], tok.eos_token_id) + split_documents(val[:], tok.eos_token_id)
+    assert sorted(found) == sorted(tok.encode(text).tolist() for text in texts)
+    assert train.n_bytes + val.n_bytes == sum(len(text) for text in texts)
+    assert (train.n_documents + val.n_documents, train.n_documents) == (
+        100,
+        len(split_documents(train[:], tok.eos_token_id)),
+    )
+    assert val.n_bytes == sum(len(tok.decode(ids)) for ids in split_documents(val[:], tok.eos_token_id))
+    assert len(val) / (len(train) + len(val)) == pytest.approx(0.2, abs=0.02)
+    assert meta["dtype"] == "uint16"
+    assert meta["tokenizer"] == tok.fingerprint()
+    assert meta == json.loads((tmp_path / "out" / "meta.json").read_text())
+    assert (len(meta["splits"]["train"]["files"]) > 5) == (shard_tokens == 50)
+    whole = train[:]
+    for a, b in (
+        (0, 1),
+        (49, 51),
+        (0, len(train)),
+        (120, 260),
+        (len(train) - 3, len(train) + 5),
+        (7, 7),
+        (-5, len(train)),
+    ):
+        assert train[a:b].tolist() == whole[a:b].tolist()
+    assert train[0:3].dtype == np.int64
+    assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+def test_the_seed_draws_the_documents(tmp_path, tok, corpus):
+    drawn = []
+    for number, seed in enumerate((0, 0, 1)):
+        prepare([corpus[0]], tok, tmp_path / str(number), val_fraction=0.2, seed=seed)
+        drawn.append(open_tokens(tmp_path / str(number), "val")[:].tolist())
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_one_long_text_gives_its_end(tmp_path, tok):
+    text = "the cat sat on the mat. " * 400
+    (tmp_path / "a.txt").write_text(text)
+    prepare([tmp_path / "a.txt"], tok, tmp_path / "out", val_fraction=0.1)
+    train, val = open_tokens(tmp_path / "out"), open_tokens(tmp_path / "out", "val")
+    assert np.concatenate([train[:], val[:]]).tolist() == [*tok.encode(text).tolist(), tok.eos_token_id]
+    assert train.n_bytes + val.n_bytes == len(text)
+    assert len(tok.decode(val[:-1])) == val.n_bytes
+    assert len(val) == round(0.1 * (len(train) + len(val)))
+
+
+def test_without_validation(tmp_path, tok, corpus):
+    prepare([corpus[0]], tok, tmp_path / "out", val_fraction=0)
+    assert len(open_tokens(tmp_path / "out", "val")) == 0
+    assert open_tokens(tmp_path / "out").n_documents == 100
+
+
+def test_bad_requests(tmp_path, tok, corpus):
+    file, _ = corpus
+    with pytest.raises(ValueError, match=r"val_fraction=1 is out of range"):
+        prepare([file], tok, tmp_path / "out", val_fraction=1)
+    bare = graft.Tokenizer.train([file], vocab_size=260, special_tokens=[])
+    with pytest.raises(ValueError, match="the tokenizer has no end-of-text token"):
+        prepare([file], bare, tmp_path / "out")
+    (tmp_path / "only.txt").write_text(EOT)
+    with pytest.raises(ValueError, match="the files hold no document"):
+        prepare([tmp_path / "only.txt"], tok, tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match=r"out holds no meta\.json; make it with graft data prepare"):
+        open_tokens(tmp_path / "out")
+    prepare([file], tok, tmp_path / "out")
+    with pytest.raises(ValueError, match="out holds finished token shards; give another folder or pass --force"):
+        prepare([file], tok, tmp_path / "out")
+    prepare([file], tok, tmp_path / "out", force=True)
+    with pytest.raises(ValueError, match=r"unknown split 'test'; .* has train, val"):
+        open_tokens(tmp_path / "out", "test")
+    with pytest.raises(ValueError, match="step 2 is not supported"):
+        open_tokens(tmp_path / "out")[0:4:2]
+    shard = tmp_path / "out" / "train-00000.bin"
+    shard.write_bytes(shard.read_bytes()[:-2])
+    with pytest.raises(ValueError, match=r"the train files hold \d+ tokens, meta\.json says \d+"):
+        open_tokens(tmp_path / "out")
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=r"train-00000\.bin is missing"):
+        open_tokens(tmp_path / "out")
+
+
+MEASURE = """
+import resource, sys, graft
+from graft.base.data.shards import prepare
+tok = graft.Tokenizer.load(sys.argv[1])
+peaks = []
+for file in sys.argv[2:]:
+    prepare([file], tok, f"{file}.out", workers=1)
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(*peaks)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux")
+@pytest.mark.parametrize("megabytes", [60, pytest.param(1024, marks=pytest.mark.slow)])
+def test_memory_does_not_grow_with_the_file(tmp_path, tok, megabytes):
+    """After 20 MB, a larger file of one document may add at most 60 MB, whatever its size; 1 GB stays under 1 GB."""
+    tok.save(tmp_path / "tok")
+    small, large = tmp_path / "small.txt", tmp_path / "large.txt"
+    block = "".join(f"the cat number {n} sat on the mat.\n" for n in range(28_000)).encode()[: 1 << 20]
+    for file, n in ((small, 20), (large, megabytes)):
+        with file.open("wb") as out:
+            for _ in range(n):
+                out.write(block)
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "tok"), str(small), str(large)]
+    first, second = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    assert second - first < 60e6
+    assert second < 1e9
+    large.unlink()
