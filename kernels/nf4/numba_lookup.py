@@ -1,8 +1,8 @@
-"""Sixteen or thirty-two table lookups in one instruction, which LLVM's vectorizer does not find by itself (AVX-512).
+"""Sixteen table lookups in one instruction, which LLVM's vectorizer does not find by itself (AVX-512).
 
-A 4-bit codebook of float32 is exactly one 512-bit register, so looking codes up is a permutation of it: vpermps. Two copies
-of a codebook of 16-bit floats fill one as well: vpermw. A block has one scale, so its 16 possible results are computed
-and rounded once, and every value is a lookup. Measured beside a fill of the same memory by `python bench/quant.py`.
+A 4-bit codebook of float32 is exactly one 512-bit register, so looking codes up is a permutation of it: vpermps. One of 16-bit
+floats is a 256-bit register: vpermw. A block has one scale, so its 16 possible results are computed and rounded once, and
+every value is a lookup. Measured beside a fill of the same memory by `python bench/quant.py`.
 """
 
 from functools import cache
@@ -27,9 +27,9 @@ STEP = 16  # packed bytes a pass: 32 values
 
 @cache
 def is_supported() -> bool:
-    """Whether this processor has AVX-512 with instructions for 16-bit lanes."""
+    """Whether this processor has AVX-512 with 16-bit lanes and 256-bit registers."""
     features = llvmlite.binding.get_host_cpu_features()
-    return bool(features.get("avx512f") and features.get("avx512bw"))
+    return all(features.get(name) for name in ("avx512f", "avx512bw", "avx512vl"))
 
 
 @intrinsic
@@ -49,19 +49,13 @@ def decode_block_(
         values = builder.load(vector_at(builder, codebook, F32, 16), align=4)
         scaled = builder.fmul(values, splat(builder, scale, 16))
         element = signature.args[5].dtype
-        table = scaled if element == types.float32 else twice(builder, to_16_bits(builder, scaled, element))
+        table = scaled if element == types.float32 else to_16_bits(builder, scaled, element)
         with cgutils.for_range(builder, n_steps) as loop:
             byte = builder.add(first, builder.mul(loop.index, ir.Constant(I64, STEP)))
-            source = builder.gep(packed, [byte])
+            pairs = builder.load(vector_at(builder, builder.gep(packed, [byte]), I8, STEP), align=1)
+            result = lookup_pairs(builder, table, pairs)
             target = builder.gep(out, [builder.mul(byte, ir.Constant(I64, 2))])
-            for k in range(2 if element == types.float32 else 1):
-                lane = table.type.element if element != types.float32 else I32
-                n_bytes = table.type.count // 2
-                at = builder.gep(source, [ir.Constant(I64, k * n_bytes)])
-                codes = spread_nibbles(builder, builder.load(vector_at(builder, at, I8, n_bytes), align=1), lane)
-                to = builder.gep(target, [ir.Constant(I64, k * 2 * n_bytes)])
-                result = permute(builder, table, codes)
-                builder.store(result, builder.bitcast(to, result.type.as_pointer()), align=2)
+            builder.store(result, builder.bitcast(target, result.type.as_pointer()), align=2)
         return context.get_dummy_value()
 
     return signature, generate
@@ -84,20 +78,20 @@ def splat(builder: Any, value: Any, n: int) -> Any:
     return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, n), [0] * n))
 
 
-def spread_nibbles(builder: Any, packed: Any, lane: Any) -> Any:
-    """n bytes -> 2n lanes: each byte's high nibble, then its low one, still under the high one's bits."""
-    wide = ir.VectorType(ir.IntType(2 * lane.width), packed.type.count)
-    bytes_ = builder.zext(packed, wide)
-    high = builder.lshr(bytes_, ir.Constant(wide, [4] * wide.count))
-    low = builder.shl(bytes_, ir.Constant(wide, [lane.width] * wide.count))
-    return builder.bitcast(builder.or_(high, low), ir.VectorType(lane, 2 * wide.count))
+def lookup_pairs(builder: Any, table: Any, pairs: Any) -> Any:
+    """16 packed bytes -> 32 values: the table at each high nibble and at each low one, interleaved.
 
-
-def permute(builder: Any, table: Any, codes: Any) -> Any:
-    """table[code]. vpermps reads the low 4 bits of a code, vpermw 5, of which the fifth picks one of two equal halves."""
-    name = "llvm.x86.avx512.permvar.sf.512" if table.type.element == F32 else "llvm.x86.avx512.permvar.hi.512"
-    function = ir.FunctionType(table.type, [table.type, codes.type])
-    return builder.call(cgutils.get_or_insert_function(builder.module, function, name), [table, codes])
+    The permutations read a code's low 4 bits, so that the low nibble needs no mask.
+    """
+    wide = ir.VectorType(I32 if table.type.element == F32 else I16, STEP)
+    low = builder.zext(pairs, wide)
+    high = builder.lshr(low, ir.Constant(wide, [4] * STEP))
+    name = "llvm.x86.avx512.permvar.sf.512" if table.type.element == F32 else "llvm.x86.avx512.permvar.hi.256"
+    function = ir.FunctionType(table.type, [table.type, wide])
+    permute = cgutils.get_or_insert_function(builder.module, function, name)
+    halves = [builder.call(permute, [table, codes]) for codes in (high, low)]
+    order = [lane + half * STEP for lane in range(STEP) for half in (0, 1)]
+    return builder.shuffle_vector(*halves, ir.Constant(ir.VectorType(I32, 2 * STEP), order))
 
 
 def to_16_bits(builder: Any, values: Any, element: Any) -> Any:
@@ -109,8 +103,3 @@ def to_16_bits(builder: Any, values: Any, element: Any) -> Any:
     odd = builder.and_(builder.lshr(bits, ir.Constant(lanes, [16] * 16)), ir.Constant(lanes, [1] * 16))
     rounded = builder.add(bits, builder.add(odd, ir.Constant(lanes, [0x7FFF] * 16)))  # just under half, or half if odd
     return builder.trunc(builder.lshr(rounded, ir.Constant(lanes, [16] * 16)), ir.VectorType(I16, 16))
-
-
-def twice(builder: Any, values: Any) -> Any:
-    """The same 16 lanes two times."""
-    return builder.shuffle_vector(values, values, ir.Constant(ir.VectorType(I32, 32), list(range(32))))
