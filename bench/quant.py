@@ -43,7 +43,7 @@ def interleaved(
 
 def spread(times: list[float]) -> str:
     """Median and 10th to 90th percentile."""
-    deciles = statistics.quantiles(times, n=10)
+    deciles = statistics.quantiles(times, n=10, method="inclusive")
     return f"{statistics.median(times):9.3f} ms ({deciles[0]:.3f}-{deciles[-1]:.3f})"
 
 

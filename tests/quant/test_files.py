@@ -1,6 +1,7 @@
 """4-bit files: read by bitsandbytes and transformers, written by them, and every way in which one can be incomplete."""
 
 import json
+import weakref
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -142,6 +143,16 @@ def test_stream(quantized: bool) -> None:
     x = torch.randn(3, 64)
     assert torch.equal(meta["mlp"](x), plain["mlp"](x))
     assert not stream.parts
+
+
+def test_stream_keeps_no_full_precision_weight() -> None:
+    """Law: once taken, a weight lives on in 4 bits alone, so that a model larger than memory can stream through."""
+    stream = WeightStream(tiny_model(device="meta"))
+    weight = torch.randn(48, 64)
+    gone = weakref.ref(weight)
+    assert stream.take("mlp.0.weight", weight)
+    del weight
+    assert gone() is None
 
 
 def test_stream_names_what_is_missing() -> None:
