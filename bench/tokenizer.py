@@ -127,6 +127,8 @@ def serve(peer: str, job: str, file: str, vocab_size: int) -> None:
     """The child: prepare, then time one round for each line on standard input; `first` has no round to warm up."""
     import resource
 
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # some peers print
     if job == "train":
         action = trainer(peer, file, vocab_size)
     else:
@@ -139,12 +141,12 @@ def serve(peer: str, job: str, file: str, vocab_size: int) -> None:
             action = lambda: encode(text)  # noqa: E731
     if job != "first":
         action()
-    print("ready", flush=True)
+    print("ready", file=out, flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
         action()
         took = time.perf_counter() - start
-        print(json.dumps([took, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]), flush=True)
+        print(json.dumps([took, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]), file=out, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ rounds

@@ -138,13 +138,13 @@ print(*peaks)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux")
-@pytest.mark.parametrize("megabytes", [60, pytest.param(1024, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("megabytes", [110, pytest.param(1024, marks=pytest.mark.slow)])
 def test_memory_does_not_grow_with_the_file(tmp_path, tok, megabytes):
-    """After 20 MB, a larger file of one document may add at most 60 MB, whatever its size; 1 GB stays under 1 GB."""
+    """After 50 MB, a larger file of one document may add at most 60 MB, whatever its size; 1 GB stays under 1 GB."""
     tok.save(tmp_path / "tok")
     small, large = tmp_path / "small.txt", tmp_path / "large.txt"
     block = "".join(f"the cat number {n} sat on the mat.\n" for n in range(28_000)).encode()[: 1 << 20]
-    for file, n in ((small, 20), (large, megabytes)):
+    for file, n in ((small, 50), (large, megabytes)):
         with file.open("wb") as out:
             for _ in range(n):
                 out.write(block)
