@@ -42,7 +42,6 @@ def shrink(
     adapter = tl.load(rows + row, mask=row < N, other=-1)
     r = tl.arange(0, BLOCK_R)
     begin = tl.program_id(1) * per_split
-    end = tl.minimum(begin + per_split, K)
     total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     current = tl.min(tl.where(adapter >= 0, adapter, n_adapters), 0)
     while current < n_adapters:
@@ -50,11 +49,11 @@ def shrink(
         matrix = tl.load(table + current).to(like.dtype)
         if ALIGNED:
             matrix = tl.multiple_of(matrix, 16)
-        for start in range(begin, end, BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)
-            mine = (adapter == current)[:, None] & (k < end)[None, :]
+        for start in range(0, per_split, BLOCK_K):  # per_split is a multiple of BLOCK_K
+            k = begin + start + tl.arange(0, BLOCK_K)
+            mine = (adapter == current)[:, None] & (k < K)[None, :]
             part = tl.load(x + row.to(tl.int64)[:, None] * stride_x + k[None, :], mask=mine, other=0.0)
-            inside = (r < rank)[:, None] & (k < end)[None, :]
+            inside = (r < rank)[:, None] & (k < K)[None, :]
             at = k[None, :] * rank + r[:, None] if TRANSPOSED else r[:, None] * K + k[None, :]
             a = tl.load(matrix + at, mask=inside, other=0.0)  # (BLOCK_R, BLOCK_K)
             if BLOCK_M == 1:

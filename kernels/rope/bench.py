@@ -18,8 +18,8 @@ def bench(quick: bool) -> list[Row]:
     angles = torch.rand(1, T, Dh // 2, device=device)
     cos, sin = angles.cos(), angles.sin()
     runs = {
-        name: forward_backward(lambda q, k, b=b: rope(q, k, cos, sin, backend=b), (q, k), (dq, dk))
-        for name, b in (("ours", backend), ("torch", "reference"))
+        "ours": forward_backward(lambda q, k: rope(q, k, cos, sin, backend=backend), (q, k), (dq, dk)),
+        "torch": forward_backward(lambda q, k: rope(q, k, cos, sin, backend="reference"), (q, k), (dq, dk)),
     }
     n_bytes = 4 * (q.numel() + k.numel()) * q.element_size()  # q, k -> q, k and the same for their gradients
     return bandwidth_rows(f"rope {B} x {T}, {H} + {K} heads of {Dh}", runs, n_bytes, quick=quick, bar=0.8)
