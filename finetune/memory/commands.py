@@ -302,7 +302,7 @@ def _measure_table(model: str, measures: "Sequence[MemoryMeasure]") -> "Table":
         table.add_column(column, justify="left" if column in ("method", "peak at") else "right")
     for found in measures:
         p = found.predicted
-        name = p.method + ("" if p.settings.double_quant else ", no double quantization")
+        name = p.method + ("" if p.settings.double_quant else ", no DQ")
         error = f"{found.error:+.2%}"
         table.add_row(
             name, _bytes(p.peak_bytes), _bytes(found.measured_bytes), error, p.peak_at, f"{found.seconds:.2f} s"

@@ -75,21 +75,23 @@ def largest(peak: Callable[[int], int], budget: int, *, most: int) -> int:
     """The largest n in [1, most] with peak(n) <= budget, or 0; peak must not fall with n.
 
     Each guess lies on the line through the last two points, since memory is nearly linear in tokens: 4 or 5 predictions
-    where halving would need a dozen.
+    where halving would need a dozen. A guess that leaves more than half of the range is followed by the middle.
     """
     fits, fits_bytes = 1, peak(1)
     if fits_bytes > budget:
         return 0
-    fails, n = most + 1, 2  # `fails` is known to fail, or past the end
+    fails, n = most + 1, min(2, most)  # `fails` is known to fail, or past the end
     while fails - fits > 1:
-        n = min(max(n, fits + 1), fails - 1)
-        n_bytes = peak(n)
+        n_bytes, before = peak(n), fails - fits
         slope = (n_bytes - fits_bytes) / (n - fits)
         if n_bytes <= budget:
             fits, fits_bytes = n, n_bytes
         else:
             fails = n
-        n = fits + int((budget - fits_bytes) / slope) if slope > 0 else most
+        guess = fits + int((budget - fits_bytes) / slope) if slope > 0 else most
+        if fails <= most and fails - fits > before // 2:
+            guess = (fits + fails) // 2
+        n = min(max(guess, fits + 1), fails - 1)
     return fits
 
 

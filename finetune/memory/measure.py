@@ -72,6 +72,7 @@ def measure(config: ModelConfig, settings: MemorySettings, *, device: str = "aut
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
+        torch._C._cuda_clearCublasWorkspaces()  # an earlier step's would not be counted as this one's
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)  # another model of this process, not ours
         began = time.perf_counter()

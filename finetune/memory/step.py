@@ -41,15 +41,15 @@ def shaped_model(config: ModelConfig, settings: MemorySettings) -> Transformer:
 
 
 def place_(model: nn.Module, device: torch.device | str, *, values: bool) -> None:
-    """Give a meta model's tensors memory (fake memory inside a FakeTensorMode), with small random values if asked.
+    """Give a model's meta tensors memory (fake memory inside a FakeTensorMode), with small random values if asked.
 
-    Memory does not depend on the values; they only have to be such that the step stays finite.
+    Memory does not depend on the values; they only have to be such that the step stays finite. Others are left alone.
     """
     placed: dict[int, Tensor] = {}  # a tensor that two modules share stays shared
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
-                if tensor is None:
+                if tensor is None or not tensor.is_meta:
                     continue
                 if id(tensor) not in placed:
                     fresh = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
