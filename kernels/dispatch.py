@@ -18,11 +18,11 @@ def triton_problem(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype] = FL
     CPU tensors are accepted while Triton's interpreter is switched on: that is how the kernels are tested without a GPU.
     """
     try:
-        import triton
+        from triton import knobs
     except ImportError:
         return "triton is not installed; pip install triton (Linux x86-64)"
     for tensor in tensors:
-        if tensor.device.type != "cuda" and not triton.knobs.runtime.interpret:
+        if tensor.device.type != "cuda" and not knobs.runtime.interpret:
             return f"it needs CUDA tensors, got one on {tensor.device}; move them or use backend='torch'"
         if tensor.dtype not in dtypes:
             return f"it takes {', '.join(name_of(d) for d in dtypes)}, got {name_of(tensor.dtype)}"

@@ -233,8 +233,8 @@ def decode(
 
 
 def decode_keys(block_d: int, q: Tensor) -> int:
-    """Keys a block: half as many where a key takes more than 512 bytes, so that two stages fit 99 KB."""
-    return DECODE_KEYS if block_d * q.element_size() <= 512 else DECODE_KEYS // 2
+    """Keys a block: a quarter where a key takes more than 512 bytes (float32, head 256), so that two stages fit 99 KB."""
+    return DECODE_KEYS if block_d * q.element_size() <= 512 else DECODE_KEYS // 4
 
 
 def borders(cu_seqlens: Tensor | None, T: int) -> tuple[Tensor | None, Tensor | None]:

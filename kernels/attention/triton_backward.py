@@ -25,7 +25,7 @@ def dq_over(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq after the key blocks that start in [begin, end)."""
-    for start in tl.range(begin, end, BLOCK_N):
+    for start in range(begin, end, BLOCK_N):
         offset = tl.cast(start, tl.int64)
         keys = start + cols
         k = load_tile(k_tile + offset * stride_ks, keys < length, d_keep, MASKED, PAD)
@@ -122,18 +122,14 @@ def dkdv_over(
     MASKED: tl.constexpr, PAD: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv after one head's query blocks that start in [begin, end). Scores stand transposed: (BLOCK_N, BLOCK_M)."""
-    for start in tl.range(begin, end, BLOCK_M):
+    for start in range(begin, end, BLOCK_M):
         offset = tl.cast(start, tl.int64)
         rows = start + rows_0
         row_keep = rows < T
-        q = load_tile(q_tile + offset * stride_qt, row_keep, d_keep, MASKED, PAD)
-        do = load_tile(do_tile + offset * stride_gt, row_keep, d_keep, MASKED, PAD)
-        if MASKED:
-            row_lse = tl.load(lse + rows, mask=row_keep, other=float("inf"))
-            row_delta = tl.load(delta + rows, mask=row_keep, other=0.0)
-        else:
-            row_lse = tl.load(lse + rows)
-            row_delta = tl.load(delta + rows)
+        q = load_tile(q_tile + offset * stride_qt, row_keep, d_keep, True, PAD)
+        do = load_tile(do_tile + offset * stride_gt, row_keep, d_keep, True, PAD)
+        row_lse = tl.load(lse + rows, mask=row_keep, other=float("inf"))  # rows past T: p = 0
+        row_delta = tl.load(delta + rows, mask=row_keep, other=0.0)
         s = tl.dot(k_tile, tl.trans(q), input_precision=PRECISION) * qk_scale
         t = s
         if SOFTCAP:
@@ -206,11 +202,12 @@ def attention_dkdv(
                 whole, rest, keys, length, T, window, starts, ends, rows_0, d_keep, qk_scale, cap,
                 CAUSAL, WINDOW, SOFTCAP, False, PAD, BLOCK_M, PRECISION,
             )  # fmt: skip
-            dk_acc, dv_acc = dkdv_over(
-                dk_acc, dv_acc, k_tile, v_tile, q_head, do_head, lse_head, delta_head, stride_qt, stride_gt,
-                rest, end, keys, length, T, window, starts, ends, rows_0, d_keep, qk_scale, cap,
-                CAUSAL, WINDOW, SOFTCAP, True, PAD, BLOCK_M, PRECISION,
-            )  # fmt: skip
+            if WINDOW or starts is not None:
+                dk_acc, dv_acc = dkdv_over(
+                    dk_acc, dv_acc, k_tile, v_tile, q_head, do_head, lse_head, delta_head, stride_qt, stride_gt,
+                    rest, end, keys, length, T, window, starts, ends, rows_0, d_keep, qk_scale, cap,
+                    CAUSAL, WINDOW, SOFTCAP, True, PAD, BLOCK_M, PRECISION,
+                )  # fmt: skip
     dk_acc = tl.where(key_keep[:, None], dk_acc, 0.0)  # keys past the length were read as zeros, and count for nothing
     dv_acc = tl.where(key_keep[:, None], dv_acc, 0.0)
     store = (keys < S)[:, None] & d_keep[None, :]

@@ -53,7 +53,7 @@ def attention_decode(
     m = tl.full((BLOCK_G,), float("-inf"), tl.float32)
     l = tl.zeros((BLOCK_G,), tl.float32)
     acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
-    for start in tl.range(begin, end, BLOCK_N):
+    for start in range(begin, end, BLOCK_N):
         offset = tl.cast(start, tl.int64)
         keys = start + cols
         k_block = load_tile(k_tile + offset * stride_ks, keys < end, d_keep, True, PAD)

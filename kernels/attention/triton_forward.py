@@ -27,7 +27,7 @@ def attend(
     SOFTCAP: tl.constexpr, MASKED: tl.constexpr, PAD: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc, m, l after the key blocks that start in [begin, end)."""
-    for start in tl.range(begin, end, BLOCK_N):
+    for start in range(begin, end, BLOCK_N):
         offset = tl.cast(start, tl.int64)
         keys = start + cols
         k = load_tile(k_tile + offset * stride_ks, keys < length, d_keep, MASKED, PAD)
@@ -36,17 +36,12 @@ def attend(
             s = tanh(s * qk_scale) * cap
         if MASKED:
             s = tl.where((keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None]), s, float("-inf"))
-        if SOFTCAP:
-            m_new = tl.maximum(m, tl.max(s, 1))
-        else:
-            m_new = tl.maximum(m, tl.max(s, 1) * qk_scale)  # scale > 0: the same as scaling first, for less
+        top = tl.max(s, 1)
+        m_new = tl.maximum(m, top if SOFTCAP else top * qk_scale)  # scale > 0: as if scaled first, for less
         m_used = m_new
         if MASKED:
             m_used = tl.where(m_new == float("-inf"), 0.0, m_new)  # nothing seen yet: exp2(-inf - 0) = 0, not NaN
-        if SOFTCAP:
-            p = tl.exp2(s - m_used[:, None])
-        else:
-            p = tl.exp2(s * qk_scale - m_used[:, None])
+        p = tl.exp2((s if SOFTCAP else s * qk_scale) - m_used[:, None])
         shrink = tl.exp2(m - m_used)
         l = l * shrink + tl.sum(p, 1)
         acc = acc * shrink[:, None]

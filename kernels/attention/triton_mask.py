@@ -9,6 +9,7 @@ Each is the tightest of those that apply, and both ends only grow with t. So the
 tell which key blocks it meets, and which of these it sees whole: only the others are masked.
 """
 
+# pyright: reportGeneralTypeIssues=false
 import triton
 import triton.language as tl
 
@@ -68,7 +69,8 @@ def query_range(
     begin = tl.maximum(begin, 0) // M * M
     end = tl.maximum(end, 0)
     whole = (tl.maximum(whole, 0) + M - 1) // M * M
-    rest = tl.maximum(rest, 0) // M * M
+    if WINDOW or starts is not None:  # else the last block's rows past T are zeros, and need no mask
+        rest = tl.maximum(rest, 0) // M * M
     whole = tl.maximum(tl.minimum(whole, (end + M - 1) // M * M), begin)
     rest = tl.maximum(rest, whole)
     return begin, whole, rest, end

@@ -94,7 +94,7 @@ class Compiled:
     ptx: str
     shared: int  # bytes of shared memory
     registers: int  # a thread
-    spill_bytes: int  # stored to local memory because registers ran out
+    spill_bytes: int  # of local memory a thread: what registers could not hold
 
     @property
     def tensor_cores(self) -> bool:
@@ -109,7 +109,7 @@ def compile_kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[
         module: "graft.kernels.rope.triton_rope", kernel: the @triton.jit function's name there,
         args: {parameter: type or value} in any order. A str is a type: "*fp16", "*bf16", "*fp32", "*i32", "*u8" (pointers,
               16-byte aligned), "i32", "fp32"; "i32:16" is an int known to be a multiple of 16, as Triton finds strides to
-              be. Anything else is a constexpr's value (also 1 for a stride that is 1, None for an absent pointer).
+              be. Anything else is a constexpr's value (also 1 for a stride that is 1, None for an absent pointer, other strings).
         arch: 80, 86 or 90; num_warps, num_stages (4 and 2 when left out).
     """
 

@@ -24,7 +24,7 @@ def compile_job(job: dict) -> dict:
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
         value = job["args"][name]
-        if not isinstance(value, str):
+        if not isinstance(value, str) or not re.fullmatch(r"\*?(i|u|fp|bf)\d+(:16)?", value):
             signature[name], constants[name] = "constexpr", value
             continue
         kind, _, multiple = value.partition(":")
@@ -34,22 +34,21 @@ def compile_job(job: dict) -> dict:
     options = {"num_warps": job.get("num_warps", 4), "num_stages": job.get("num_stages", 2)}
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", job["arch"], 32), options=options)
-    ptx = compiled.asm["ptx"]
-    return {"ptx": ptx, "shared": compiled.metadata.shared, **resources(ptx)}
+    usage = resources(compiled.asm["cubin"])
+    return {"ptx": compiled.asm["ptx"], "shared": compiled.metadata.shared, **usage}
 
 
-def resources(ptx: str) -> dict[str, int]:
-    """Registers a thread and bytes spilled, from the assembler that Triton's package carries."""
-    target = re.search(r"^\.target (sm_\w+)", ptx, re.MULTILINE)
-    assert target is not None, "no .target in the PTX"
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers and bytes of local memory (spills) a thread, as the cuobjdump in Triton's package reads them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
         file.flush()
-        command = [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={target[1]}", file.name, "-o", "/dev/null"]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
-    spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", report)]
-    return {"registers": max(registers), "spill_bytes": max(spills, default=0)}
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
+    assert found is not None, report
+    registers, stack, local = found.groups()
+    return {"registers": int(registers), "spill_bytes": int(stack) + int(local)}
 
 
 if __name__ == "__main__":
