@@ -13,6 +13,7 @@ import typer.core
 from .base.data.commands import app as data_app
 from .base.tokenizer.commands import app as tokenizer_app
 from .finetune.adapters.commands import app as adapter_app
+from .finetune.memory.commands import plan, vram_app
 
 # The pipeline's order; --help lists the commands so, in panels.
 ORDER = {
@@ -44,6 +45,8 @@ app = typer.Typer(
 app.add_typer(tokenizer_app, name="tokenizer", rich_help_panel=PANEL["tokenizer"])
 app.add_typer(data_app, name="data", rich_help_panel=PANEL["data"])
 app.add_typer(adapter_app, name="adapter", rich_help_panel=PANEL["adapter"])
+app.add_typer(vram_app, name="vram", rich_help_panel=PANEL["vram"])
+app.command("plan", rich_help_panel=PANEL["plan"])(plan)
 
 Out = Annotated[Path, typer.Option("--out", help="Folder for the result; must be new, or use --resume or --force.")]
 Base = Annotated[Path, typer.Option("--base", help="Model folder in Hugging Face's layout.")]

@@ -12,12 +12,11 @@ from .evaluate import bits_per_byte, mean_loss
 from .model.config import ModelConfig, preset, with_sizes
 from .model.huggingface import save_model
 from .model.transformer import Transformer, initialize_
-from .optim.adamw import AdamW
 from .progress import step_progress
 from .runlog import RunFolder
 from .settings import check_settings, split_settings
 from .tokenizer.tokenizer import Tokenizer
-from .train import TrainConfig, train
+from .train import TrainConfig, make_optimizer, train
 
 # What may change between a run and its resumption (`steps` moves the rest of the cosine: that is asked for).
 RESUMABLE = {"checkpoint_every", "eval_every", "eval_batches", "steps"}
@@ -129,13 +128,7 @@ def _train(
         bpb = bits_per_byte(loss, n_tokens=len(val_tokens), n_bytes=val_tokens.n_bytes)
         return {"val_loss": loss, "val_bits_per_byte": bpb}
 
-    optimizer = AdamW(
-        model.named_parameters(),
-        learning_rate=loop.learning_rate,
-        betas=(loop.beta1, loop.beta2),
-        eps=loop.eps,
-        weight_decay=loop.weight_decay,
-    )
+    optimizer = make_optimizer(model.named_parameters(), loop)
     with step_progress("pretrain", loop.steps, shown=progress) as observe:
         return train(
             model,

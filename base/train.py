@@ -8,7 +8,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,12 +28,15 @@ from .checkpoint import (
     write_json,
 )
 from .loss import n_labels, next_token_loss
+from .optim.adamw import AdamW
 from .optim.clip import clip_gradients_
+from .optim.muon import Muon
 from .optim.schedule import cosine_with_warmup
 from .precision import LossScaler, autocast
 from .runlog import RunFolder
 
 Batch = Mapping[str, Tensor]
+OPTIMIZERS = ("adamw", "muon", "adamw8bit")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class TrainConfig:
     learning_rate: float = 1e-3  # peak
     final_lr_fraction: float = 0.1  # of the peak, at the last step
     warmup_steps: int = 20
+    optimizer: str = "adamw"  # or muon: orthogonalized updates for hidden matrices, AdamW for the rest
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -68,6 +72,8 @@ class TrainConfig:
                 raise ValueError(f"{name}={value} must be >= 0 and finite")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"unknown dtype {self.dtype!r}; choose float32, bfloat16 or float16")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"unknown optimizer {self.optimizer!r}; choose {', '.join(OPTIMIZERS)}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1)")
@@ -82,6 +88,20 @@ class Optimizer(Protocol):
     def zero_grad(self) -> None: ...
     def state_tensors(self) -> dict[str, Tensor]: ...
     def load_state_tensors(self, state: Mapping[str, Tensor]) -> None: ...
+
+
+def make_optimizer(parameters: Iterable[tuple[str, Tensor]], config: TrainConfig) -> Optimizer:
+    """The config's AdamW or Muon over named parameters. (adamw8bit is quant's: finetune/sft.py makes it.)"""
+    if config.optimizer == "adamw8bit":
+        raise ValueError("optimizer='adamw8bit' is for fine-tuning; use adamw or muon to pretrain")
+    kind = {"adamw": AdamW, "muon": Muon}[config.optimizer]
+    return kind(
+        parameters,
+        learning_rate=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
 
 
 class Interrupted(Exception):

@@ -5,18 +5,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
+
 from ..base.device import peak_bytes, reset_peak, resolve_device
 from ..base.evaluate import mean_loss
 from ..base.model.config import ModelConfig
 from ..base.model.huggingface import fingerprint, load_config, save_model
 from ..base.model.transformer import Transformer
-from ..base.optim.adamw import AdamW
 from ..base.pretrain import RESUMABLE
 from ..base.progress import step_progress
 from ..base.runlog import RunFolder
 from ..base.settings import check_settings, split_settings
 from ..base.tokenizer.tokenizer import Tokenizer
-from ..base.train import Result, TrainConfig, train
+from ..base.train import Optimizer, Result, TrainConfig, make_optimizer, train
+from ..quant.adamw8bit import AdamW8bit
 from .adapters.files import GRAFT, save_adapter
 from .adapters.lora import LoraConfig, attach_lora
 from .data.chat import ChatTemplate, Encoded, encode_record
@@ -191,13 +193,7 @@ def _train(
         seed=loop.seed,
     )
     val = [collate_padded(held_out[i : i + loop.micro_batch]) for i in range(0, len(held_out), loop.micro_batch)]
-    optimizer = AdamW(
-        [(name, p) for name, p in model.named_parameters() if p.requires_grad],
-        learning_rate=loop.learning_rate,
-        betas=(loop.beta1, loop.beta2),
-        eps=loop.eps,
-        weight_decay=loop.weight_decay,
-    )
+    optimizer = _optimizer([(name, p) for name, p in model.named_parameters() if p.requires_grad], loop)
     with step_progress(label, loop.steps, shown=progress) as observe:
         return train(
             model,
@@ -209,6 +205,18 @@ def _train(
             on_step=observe,
             device=device,
         )
+
+
+def _optimizer(trained: list[tuple[str, Tensor]], loop: TrainConfig) -> Optimizer:
+    if loop.optimizer != "adamw8bit":
+        return make_optimizer(trained, loop)
+    return AdamW8bit(
+        trained,
+        learning_rate=loop.learning_rate,
+        betas=(loop.beta1, loop.beta2),
+        eps=loop.eps,
+        weight_decay=loop.weight_decay,
+    )
 
 
 def _save(
