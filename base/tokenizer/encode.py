@@ -265,7 +265,7 @@ def decode_ids(ids, sizes, starts, spelling, spelling_eight, out, out_eight):
     """Write the tokens' bytes: sixteen at once, of which the next token overwrites what was too much."""
     at = 0
     for place in range(len(ids)):
-        index = ids[place]
+        index = np.uint64(ids[place])
         start = starts[index]
         size = sizes[index]
         out_eight[at] = spelling_eight[start]
@@ -383,11 +383,11 @@ class Decoder:
         sizes[absent] = -1
         self._sizes = sizes
 
-    def decode(self, ids: np.ndarray) -> bytes:
-        """The tokens' bytes in a row. Raises ValueError for an id that the vocabulary doesn't have."""
+    def decode(self, ids: np.ndarray) -> np.ndarray:
+        """The tokens' bytes in a row, uint8. Raises ValueError for an id that the vocabulary doesn't have."""
         size = int(decoded_size(ids, self._sizes))
         if size < 0:
             raise ValueError(f"id {ids[-1 - size]} is not in the vocabulary (0 to {self._n - 1})")
         out = np.empty(size + 2 * PADDING, np.uint8)
         decode_ids(ids, self._sizes, self._starts, self._spelling, self._eight, out, eight_view(out))
-        return out[:size].tobytes()
+        return out[:size]

@@ -171,11 +171,11 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int] | np.ndarray, *, errors: Literal["strict", "replace"] = "replace") -> str:
         """The text of ids. Bytes that are not UTF-8 become U+FFFD, or with errors="strict" raise UnicodeDecodeError."""
-        return self.decode_bytes(ids).decode("utf-8", errors)
+        return str(self._decoder.decode(_as_ids(ids)).data, "utf-8", errors)
 
     def decode_bytes(self, ids: Iterable[int] | np.ndarray) -> bytes:
         """The bytes of ids. Raises ValueError for an id that the vocabulary doesn't have."""
-        return self._decoder.decode(_as_ids(ids))
+        return self._decoder.decode(_as_ids(ids)).tobytes()
 
     def token_bytes(self, index: int) -> bytes:
         """The bytes of one token."""
