@@ -72,7 +72,7 @@ def make_optimizer(model: nn.Module, settings: MemorySettings) -> Optimizer:
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if settings.optimizer == "adamw":
         return AdamW(trained)
-    from ...quant.adamw8bit import AdamW8bit  # pyright: ignore[reportMissingImports]
+    from ...quant.adamw8bit import AdamW8bit
 
     return AdamW8bit(trained)
 
