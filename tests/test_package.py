@@ -1,0 +1,93 @@
+"""The package as installed: the wheel holds every module and no test, importing it is cheap, its public names resolve."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import graft
+import graft.quant
+
+ROOT = Path(__file__).parents[1]
+NOT_PACKAGED = {"tests", "bench", "build", "dist", "docs", "runs"}
+
+
+def modules() -> list[Path]:
+    """Every source of the package, relative to the root."""
+    found = [path.relative_to(ROOT) for path in ROOT.rglob("*.py")]
+    return sorted(path for path in found if path.parts[0] not in NOT_PACKAGED and not path.parts[0].startswith("."))
+
+
+def settings() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_the_package_list_is_the_tree() -> None:
+    """Law: every folder with a source is a package that pyproject.toml lists, and each has an __init__.py."""
+    folders = {path.parent for path in modules()}
+    assert sorted(settings()["tool"]["setuptools"]["packages"]) == sorted(
+        ".".join(("graft", *folder.parts)) for folder in folders
+    )
+    assert not [folder for folder in folders if not (ROOT / folder / "__init__.py").exists()]
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_every_module_and_no_test(tmp_path: Path) -> None:
+    """Law: a real wheel, built from a copy of the tree, has exactly the tree's sources."""
+    setuptools = pytest.importorskip("setuptools")
+    if int(setuptools.__version__.split(".")[0]) < 77:
+        pytest.skip(f"setuptools {setuptools.__version__} is older than the 77 that pyproject.toml asks for")
+    hidden = {".*", "__pycache__", "*.egg-info", "build", "dist", "runs"}
+    shutil.copytree(ROOT, tmp_path / "copy", ignore=shutil.ignore_patterns(*hidden))
+    build = "from setuptools.build_meta import build_wheel; build_wheel('../wheel')"
+    (tmp_path / "wheel").mkdir()
+    done = subprocess.run([sys.executable, "-c", build], cwd=tmp_path / "copy", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    [wheel] = (tmp_path / "wheel").glob("graftlm-*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        names = file.namelist()
+        entry_points = file.read(f"graftlm-{graft.__version__}.dist-info/entry_points.txt").decode()
+    sources = {name for name in names if name.endswith(".py")}
+    assert sources == {f"graft/{path.as_posix()}" for path in modules()}
+    assert not [name for name in names if "test" in Path(name).name and name.startswith("graft/")]
+    assert "graft = graft.cli:main" in entry_points
+
+
+def test_importing_and_asking_for_help_is_cheap() -> None:
+    """Law: `import graft` and `graft --help` import neither torch nor numpy, and --help answers at once."""
+    code = """
+import sys, json, contextlib, io
+import graft, graft.cli
+for arguments in (["--help"], ["sft", "--help"], ["tokenizer", "train", "--help"], ["vram", "estimate", "--help"]):
+    sys.argv = ["graft", *arguments]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        graft.cli.main()
+print(json.dumps([name for name in sys.modules if name in ("torch", "numpy", "numba", "safetensors", "triton")]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == []
+
+
+def test_public_names_resolve() -> None:
+    """Law: each name of __all__ is there, dir() lists it, and an unknown one is an error that lists the known."""
+    for name in graft.__all__:
+        assert getattr(graft, name) is not None
+        assert name in dir(graft)
+    with pytest.raises(AttributeError, match=r"no attribute 'train'; it has __version__, Tokenizer"):
+        _ = graft.train
+    for name in graft.quant.__all__:
+        assert getattr(graft.quant, name) is not None
+    with pytest.raises(AttributeError, match=r"no attribute 'int8'; it has AdamW8bit"):
+        _ = graft.quant.int8
+
+
+def test_the_version_is_said_once() -> None:
+    assert settings()["project"]["version"] == graft.__version__
+    assert re.fullmatch(r"\d+\.\d+\.\d+", graft.__version__)
