@@ -294,7 +294,7 @@ class Encoder:
         merged_id = np.array([id_of[pair[0] + pair[1]] for pair in merges], np.int32)
         index = new_index(left, right, len(merges))
         whole, whole_long = (
-            self._whole_words() if self._definition.ignore_merges else (aligned_zeros(0), padded(b"")[0])
+            self._whole_words() if self._definition.ignore_merges else (aligned_zeros(0), np.zeros(PADDING, np.uint8))
         )
         return Ranks(byte_id, index, merged_id, whole, whole_long, eight_view(whole_long))
 
