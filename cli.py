@@ -105,6 +105,7 @@ def pretrain(
     Example: graft pretrain --data runs/tokens --tokenizer runs/tokenizer --out runs/base --preset micro --steps 500
     """
     from .base.pretrain import run_pretrain
+    from .finetune.memory.announce import announce
 
     summary = run_pretrain(
         data=data,
@@ -115,6 +116,7 @@ def pretrain(
         resume=resume,
         force=force,
         device=device,
+        predict=announce,
     )
     _say_summary(out, summary)
 

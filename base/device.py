@@ -27,9 +27,10 @@ def reset_peak(device: str) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def peak_bytes(device: str) -> int:
-    """CUDA: the most tensor memory allocated since `reset_peak`. CPU: the process's largest resident size so far."""
+def peak_bytes(device: str) -> dict[str, int]:
+    """CUDA: the most tensor memory allocated since `reset_peak`. CPU: the process's largest resident size so far, which
+    holds Python and its libraries too; `graft vram measure` counts tensors there."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return {"measured_peak_bytes": torch.cuda.max_memory_allocated(device)}
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"process_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}

@@ -1,6 +1,6 @@
 """`graft pretrain`: token shards -> a base folder that transformers opens."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ def run_pretrain(
     force: bool = False,
     device: str = "auto",
     progress: bool = True,
+    predict: Callable[[ModelConfig, TrainConfig, str], int] | None = None,  # says the peak memory in bytes beforehand
 ) -> dict[str, Any]:
     """Pretrain a Transformer on shards and leave a base folder in `out`; returns the summary.
 
@@ -85,6 +86,7 @@ def run_pretrain(
         {"data": config.data, "tokenizer": config.tokenizer, "model": config.model, "train": config.train},
         seed=config.train.seed,
     )
+    predicted = predict(config.model, config.train, device) if predict else None
     model = Transformer(config.model).to(device)
     initialize_(model, seed=config.train.seed)
     model.checkpointing = config.train.checkpointing
@@ -101,7 +103,8 @@ def run_pretrain(
         "tokens_read": config.train.steps * config.train.batch_size * config.model.max_seq_len,
         "seconds": round(result.seconds, 2),
         "tokens_per_s": round(result.n_tokens / result.seconds, 1) if result.seconds else None,
-        "peak_bytes": peak_bytes(device),
+        "predicted_peak_bytes": predicted,
+        **peak_bytes(device),
         "device": device,
     }
     run.finish(summary)

@@ -301,10 +301,10 @@ def _memory(out: Path) -> list[dict[str, Any]]:
     for label, options in MEMORY_ROWS.items():
         result = measure_memory(
             out / "base",
-            batch_size=8,
+            batch_size=2,
             seq_len=64,
             dtype="float32",
-            checkpointing=False,
+            checkpointing=True,
             rank=LORA.rank,
             device="cpu",
             **options,
@@ -322,7 +322,7 @@ def _memory(out: Path) -> list[dict[str, Any]]:
             }
         )
     memory_picture(
-        estimates, out / "memory.png", measured=measured, title="graft demo: one training step, 8 x 64 tokens"
+        estimates, out / "memory.png", measured=measured, title="graft demo: one training step, 2 x 64 tokens"
     )
     return rows
 
@@ -355,7 +355,7 @@ def _rows(report: dict[str, Any]) -> dict[str, tuple[list[str], list[list[str]]]
             tasks,
         ),
         "One batch, an adapter for each row": (["adapter", "prompt", "answer", "expected"], mixed),
-        "Memory of a training step (8 x 64 tokens, float32)": (
+        "Memory of a training step (2 x 64 tokens, float32)": (
             ["method", "weights", "gradients", "optimizer", "predicted peak", "measured peak", "error"],
             memory,
         ),

@@ -25,6 +25,7 @@ from .data.chat import ChatTemplate, Encoded, encode_record
 from .data.packing import SFTBatches, collate_padded
 from .data.records import read_records
 from .loading import load_model, weight_bytes
+from .memory.announce import announce
 
 Method = Literal["full", "lora", "qlora"]
 METHODS = ("full", "lora", "qlora")
@@ -102,6 +103,15 @@ def run_sft(
     limit = _limit(config.options.max_seq_len, load_config(base))
     encoded = [encode_record(record, tokenizer, template, limit) for record in records]
     encoded_eval = [encode_record(record, tokenizer, template, limit) for record in held_out]
+    predicted = announce(
+        load_config(base),
+        config.train,
+        device,
+        method=config.method,
+        seq_len=max(len(record.ids) for record in encoded) - 1,
+        lora=config.lora,
+        double_quant=config.options.double_quant,
+    )
     reset_peak(device)
     model = prepare_model(config, device)
     made_for = fingerprint(model)
@@ -121,7 +131,8 @@ def run_sft(
         "n_trained_params": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "weight_bytes": weight_bytes(model),
         "seconds": round(result.seconds, 2),
-        "peak_bytes": peak_bytes(device),
+        "predicted_peak_bytes": predicted,
+        **peak_bytes(device),
         "device": device,
     }
     run.finish(summary)

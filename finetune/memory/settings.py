@@ -7,11 +7,11 @@ from typing import Literal
 from ...base.checkpoint import read_json
 from ...base.model.config import PRESETS, ModelConfig, preset
 from ...base.model.huggingface import DTYPES, config_from_dict, load_config
+from ...base.train import OPTIMIZERS
 from ..adapters.lora import ALL_LINEAR
 
 Method = Literal["full", "lora", "qlora", "generate"]
 METHODS = ("full", "lora", "qlora", "generate")
-OPTIMIZERS = ("adamw", "adamw8bit")
 SMALL_VOCAB = 8192  # of the small presets, which take their tokenizer's in a real run
 
 

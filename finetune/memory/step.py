@@ -13,8 +13,10 @@ from ...base.model.config import ModelConfig
 from ...base.model.huggingface import dtype_named, empty_model
 from ...base.model.transformer import Transformer
 from ...base.optim.adamw import AdamW
+from ...base.optim.muon import Muon
 from ...base.precision import LossScaler
 from ...base.train import Optimizer, TrainConfig, one_step
+from ...quant.adamw8bit import AdamW8bit
 from ...quant.linear import quantize_linears_
 from ..adapters.lora import LoraConfig, attach_lora
 from ..loading import KEPT
@@ -70,11 +72,7 @@ def _fill_(tensor: Tensor) -> None:
 def make_optimizer(model: nn.Module, settings: MemorySettings) -> Optimizer:
     """The optimizer that the setting names, over what trains."""
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if settings.optimizer == "adamw":
-        return AdamW(trained)
-    from ...quant.adamw8bit import AdamW8bit
-
-    return AdamW8bit(trained)
+    return {"adamw": AdamW, "muon": Muon, "adamw8bit": AdamW8bit}[settings.optimizer](trained)
 
 
 def token_batch(config: ModelConfig, rows: int, seq_len: int) -> dict[str, Tensor]:
