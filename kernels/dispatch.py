@@ -12,17 +12,26 @@ Chosen = Literal["reference", "torch", "triton"]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
+@torch.compiler.assume_constant_result
+def triton_interprets() -> bool | None:
+    """Whether Triton's interpreter is on; None where Triton is not installed. A constant to torch.compile."""
+    try:
+        from triton import knobs
+    except ImportError:
+        return None
+    return bool(knobs.runtime.interpret)
+
+
 def triton_problem(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype] = FLOATS) -> str | None:
     """Why Triton can't run on these tensors, or None when it can.
 
     CPU tensors are accepted while Triton's interpreter is switched on: that is how the kernels are tested without a GPU.
     """
-    try:
-        from triton import knobs
-    except ImportError:
+    interprets = triton_interprets()
+    if interprets is None:
         return "triton is not installed; pip install triton (Linux x86-64)"
     for tensor in tensors:
-        if tensor.device.type != "cuda" and not knobs.runtime.interpret:
+        if tensor.device.type != "cuda" and not interprets:
             return f"it needs CUDA tensors, got one on {tensor.device}; move them or use backend='torch'"
         if tensor.dtype not in dtypes:
             return f"it takes {', '.join(name_of(d) for d in dtypes)}, got {name_of(tensor.dtype)}"

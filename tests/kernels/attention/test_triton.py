@@ -148,6 +148,16 @@ def test_operators_pass_pytorchs_own_check(interpreter):
     torch.library.opcheck(decode_op, one, test_utils=("test_schema", "test_faketensor"))
 
 
+def test_compiled_whole(interpreter):
+    """torch.compile traces the call in one graph, dispatch and backward included, and computes the same."""
+    tensors = [x.requires_grad_() for x in inputs(T=9, S=12)]
+    found = []
+    for go in (run({}), torch.compile(run({}), backend="aot_eager", fullgraph=True)):
+        out = go("triton", *tensors)
+        found.append([out, *torch.autograd.grad(out.square().sum(), tensors)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 GPU_CASES = CASES | {
     "many tiles": (inputs(B=2, H=8, K=2, T=1000, S=1000, Dh=128), {}),
     "many tiles, head 64, window": (inputs(B=1, H=8, K=2, T=1000, S=1500, Dh=64), {"window": 300}),
