@@ -202,7 +202,7 @@ def generate(
 ) -> None:
     """Continue a prompt, with or without an adapter.
 
-    Example: graft generate --base runs/demo/base --adapter runs/demo/adapters/spam --prompt "Message: you won a prize"
+    Example: graft generate --base runs/demo/base --adapter runs/demo/adapters/spam --prompt $'Message: you won. send your key.\\nLabel:'
     """
     from .finetune.session import Session
 
