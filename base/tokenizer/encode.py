@@ -24,7 +24,8 @@ FIRST_SLOTS, LAST_SLOTS = (
 )  # of the cache, 32 bytes each; when half are used it gives way to a larger one
 LONGEST = 128  # bytes of a cached word; longer ones are rare and go through a heap
 _NONE = np.int32(2**31 - 1)
-_32 = np.uint64(32)
+_LONG = np.uint64(16)  # the size of a token that is written byte by byte
+_1, _2, _8, _32, _56 = (np.uint64(number) for number in (1, 2, 8, 32, 56))
 
 
 class Ranks(NamedTuple):
@@ -261,17 +262,20 @@ def decoded_size(ids, sizes):
 
 
 @compiled
-def decode_ids(ids, sizes, starts, spelling, spelling_eight, out, out_eight):
+def decode_ids(ids, heads, sizes, starts, spelling, out, out_eight):
     """Write the tokens' bytes: sixteen at once, of which the next token overwrites what was too much."""
-    at = 0
+    at = np.uint64(0)
     for place in range(len(ids)):
         index = np.uint64(ids[place])
-        start = starts[index]
-        size = sizes[index]
-        out_eight[at] = spelling_eight[start]
-        out_eight[at + 8] = spelling_eight[start + 8]
-        for more in range(16, size):
-            out[at + more] = spelling[start + more]
+        high = heads[index * _2 + _1]
+        out_eight[at] = heads[index * _2]
+        out_eight[at + _8] = high
+        size = high >> _56
+        if size == _LONG:
+            start = starts[index]
+            size = np.uint64(sizes[index])
+            for more in range(size):
+                out[at + np.uint64(more)] = spelling[start + np.uint64(more)]
         at += size
 
 
@@ -289,9 +293,11 @@ class Encoder:
         vocab, merges = self._definition.vocab, self._definition.merges
         id_of = {token: index for index, token in vocab.items()}
         byte_id = np.array([id_of[bytes([byte])] for byte in range(256)], np.int32)
-        left = np.array([id_of[pair[0]] for pair in merges], np.int32)
-        right = np.array([id_of[pair[1]] for pair in merges], np.int32)
-        merged_id = np.array([id_of[pair[0] + pair[1]] for pair in merges], np.int32)
+        first, second = zip(*merges, strict=True) if merges else ((), ())
+        both = map(bytes.__add__, first, second)
+        left, right, merged_id = (
+            np.fromiter(map(id_of.__getitem__, tokens), np.int32, len(merges)) for tokens in (first, second, both)
+        )
         index = new_index(left, right, len(merges))
         whole, whole_long = (
             self._whole_words() if self._definition.ignore_merges else (aligned_zeros(0), np.zeros(PADDING, np.uint8))
@@ -371,16 +377,17 @@ class Encoder:
 
 
 class Decoder:
-    """Ids to bytes."""
+    """Ids to bytes. All that a token of up to 15 bytes needs lies in 16 bytes: its own, and its size in the last one."""
 
     def __init__(self, vocab: dict[int, bytes]):
         self._n = max(vocab) + 1
         tokens = [vocab.get(index, b"") for index in range(self._n)]
-        sizes = np.array([len(token) for token in tokens], np.int32)
-        self._starts = np.cumsum(sizes, dtype=np.int64) - sizes
-        self._spelling, self._eight = padded(b"".join(tokens) + bytes(PADDING))
-        absent = [index for index in range(self._n) if index not in vocab]
-        sizes[absent] = -1
+        sizes = np.fromiter(map(len, tokens), np.int32, self._n)
+        self._starts = (np.cumsum(sizes, dtype=np.int64) - sizes).astype(np.uint64)
+        self._spelling = np.frombuffer(b"".join(tokens) + bytes(PADDING), np.uint8)
+        heads = np.array(tokens, "S15").view(np.uint8).reshape(self._n, 15)
+        self._heads = np.column_stack([heads, np.minimum(sizes, _LONG).astype(np.uint8)]).view(np.uint64).ravel()
+        sizes[[index for index in range(self._n) if index not in vocab]] = -1
         self._sizes = sizes
 
     def decode(self, ids: np.ndarray) -> np.ndarray:
@@ -389,5 +396,5 @@ class Decoder:
         if size < 0:
             raise ValueError(f"id {ids[-1 - size]} is not in the vocabulary (0 to {self._n - 1})")
         out = np.empty(size + 2 * PADDING, np.uint8)
-        decode_ids(ids, self._sizes, self._starts, self._spelling, self._eight, out, eight_view(out))
+        decode_ids(ids, self._heads, self._sizes, self._starts, self._spelling, out, eight_view(out))
         return out[:size]

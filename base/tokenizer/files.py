@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .definition import AddedToken, Definition, Pair
 from .patterns import GPT2, WHOLE, kind_of, resolve
 
@@ -144,24 +146,9 @@ def _added_tokens(main: Json, model: Json) -> tuple[AddedToken, ...]:
     )
 
 
-class _ByteTable(dict[int, int]):
-    """For str.translate, which leaves a character alone unless looking it up raises something else than LookupError."""
-
-    def __missing__(self, key: int) -> int:
-        raise ValueError(key)
-
-
 def _vocab(model: Json, added: set[str], path: Path) -> tuple[dict[int, bytes], list[Pair]]:
     """Undo the byte table. Raises ValueError for text that isn't in it, for absent bytes and for broken merges."""
-    bytes_of = _ByteTable({ord(character): byte for byte, character in enumerate(byte_characters())})
-
-    def spell(text: str) -> bytes:
-        try:
-            return text.translate(bytes_of).encode("latin-1")
-        except ValueError:
-            raise ValueError(f"{path}: {text!r} isn't spelt in bytes; graft reads byte-level BPE only") from None
-
-    spelt = {text: spell(text) for text in model["vocab"] if text not in added}
+    spelt = _spell_all([text for text in model["vocab"] if text not in added], path)
     vocab = {model["vocab"][text]: token for text, token in spelt.items()}
     known = set(spelt.values())
     absent = [byte for byte in range(256) if bytes([byte]) not in known]
@@ -172,13 +159,27 @@ def _vocab(model: Json, added: set[str], path: Path) -> tuple[dict[int, bytes], 
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if len(pair) != 2:
             raise ValueError(f"{path}: merge {rank} is {merge!r}; two tokens are due")
-        if not added.isdisjoint((*pair, pair[0] + pair[1])):
-            continue  # plain text must not merge into an added token; other libraries never let it come to that
         left, right = spelt.get(pair[0]), spelt.get(pair[1])
-        if left is None or right is None or left + right not in known:
+        if left is not None and right is not None and left + right in known:
+            merges.append((left, right))
+        elif added.isdisjoint((*pair, pair[0] + pair[1])):
             raise ValueError(f"{path}: merge {rank} {merge!r} joins or makes a token that is not in the vocabulary")
-        merges.append((left, right))
+        # else plain text would merge into an added token; other libraries never let it come to that
     return vocab, merges
+
+
+def _spell_all(texts: list[str], path: Path) -> dict[str, bytes]:
+    """Each text -> the bytes that its characters stand for, all texts at once."""
+    byte_of = np.full(0x110000, -1, np.int16)
+    byte_of[[ord(character) for character in byte_characters()]] = range(256)
+    ends = np.cumsum(np.fromiter(map(len, texts), np.int64, len(texts)))
+    found = byte_of[np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), "<u4")]
+    if len(found) and found.min() < 0:
+        text = texts[int(np.searchsorted(ends, found.argmin(), side="right"))]
+        raise ValueError(f"{path}: {text!r} isn't spelt in bytes; graft reads byte-level BPE only")
+    spelling = found.astype(np.uint8).tobytes()
+    places = [0, *ends.tolist()]
+    return {text: spelling[start:end] for text, start, end in zip(texts, places[:-1], places[1:], strict=True)}
 
 
 def _normalizer(section: Json | None, path: Path) -> str | None:

@@ -4,6 +4,7 @@ import codecs
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -34,8 +35,11 @@ class Tokenizer:
         self.pad_token_id = self._id_of(definition.pad)
         self.add_bos = definition.add_bos
         self._encoder = Encoder(definition)
-        self._decoder = Decoder(self.vocab)
         self._fingerprint: str | None = None
+
+    @cached_property
+    def _decoder(self) -> Decoder:
+        return Decoder(self.vocab)
 
     def _id_of(self, name: str | None) -> int | None:
         return None if name is None else self.special_tokens[name]
