@@ -17,7 +17,16 @@ _HOME = {
     "AdapterBank": "finetune.adapters.bank",
     "estimate_memory": "finetune.memory.predict",
 }
-__all__ = ["__version__", *_HOME]
+__all__ = [
+    "AdapterBank",
+    "ModelConfig",
+    "Tokenizer",
+    "__version__",
+    "estimate_memory",
+    "generate",
+    "load_model",
+    "save_model",
+]
 
 if TYPE_CHECKING:
     from .base.model.config import ModelConfig

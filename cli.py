@@ -202,7 +202,7 @@ def generate(
 ) -> None:
     """Continue a prompt, with or without an adapter.
 
-    Example: graft generate --base runs/demo/base --adapter runs/demo/adapters/spam --prompt $'Message: you won. send your key.\\nLabel:'
+    Example: graft generate --base runs/demo/base --prompt "def main" --max-new-tokens 40
     """
     from .finetune.session import Session
 

@@ -49,7 +49,7 @@ MODEL = {
     "init_std": 0.07,
 }
 PRETRAIN = {
-    "steps": 700,
+    "steps": 600,
     "batch_size": 8,
     "optimizer": "muon",
     "learning_rate": 1.5e-2,
@@ -59,7 +59,7 @@ PRETRAIN = {
 }
 LORA = LoraConfig(rank=6, alpha=12.0)
 SFT = {"batch_size": 16, "learning_rate": 3e-3, "warmup_steps": 20, "checkpoint_every": 200}
-TASK_STEPS = {"spam": 400, "sentiment": 700, "translation": 600}
+TASK_STEPS = {"spam": 350, "sentiment": 550, "translation": 450}
 N_TRAIN, N_EVAL = 4000, 200
 
 

@@ -73,7 +73,7 @@ def test_a_full_disk_is_an_oserror_and_the_old_file_stays(tmp_path: Path) -> Non
 
 
 def test_reading_what_is_not_there_or_broken(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="a.safetensors does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"a\.safetensors does not exist"):
         load_tensors(tmp_path / "a.safetensors")
     save_tensors(tmp_path / "a.safetensors", {"w": torch.ones(100)})
     whole = (tmp_path / "a.safetensors").read_bytes()

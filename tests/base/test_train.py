@@ -169,8 +169,10 @@ def test_run_folder_refuses(tmp_path: Path) -> None:
     (tmp_path / "d").write_text("x")
     with pytest.raises(NotADirectoryError, match="is a file"):
         RunFolder(tmp_path / "d", stage="pretrain")
-    RunFolder(tmp_path / "a", stage="pretrain", force=True)
-    assert not (tmp_path / "a/run.json").exists()
+    again = RunFolder(tmp_path / "a", stage="pretrain", force=True)
+    assert (tmp_path / "a/summary.json").exists(), "what comes before start() may still be refused"
+    again.start({"x": 2}, seed=0)
+    assert not (tmp_path / "a/summary.json").exists()
 
 
 # --- with real processes -------------------------------------------------------------------------------------------
@@ -224,7 +226,9 @@ def test_kill_9_then_resume_ends_with_the_same_weights(prepared: tuple[Path, Pat
     assert start(pretrain_command(prepared, tmp_path / "killed", "--resume")).wait(240) == 0
     whole, killed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed"))
     assert whole == killed
-    losses = [[line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl")] for name in ("whole", "killed")]
+    losses = [
+        [line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl")] for name in ("whole", "killed")
+    ]
     assert losses[0] == losses[1]
 
 
