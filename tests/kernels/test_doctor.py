@@ -37,5 +37,5 @@ def test_with_a_gpu(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu():
+def test_on_a_gpu(cuda):
     assert next(row for row in doctor.report() if row.kernel == "attention").backend == "triton"
