@@ -135,6 +135,9 @@ def sft(
     eval_data: Annotated[
         Path | None, typer.Option("--eval-data", help="Held-out records for a validation loss.")
     ] = None,
+    quant_backend: Annotated[
+        str | None, typer.Option("--quant-backend", help="With --qlora: graft or bitsandbytes, to compare.")
+    ] = None,
     settings: Settings = None,
     seed: Seed = None,
     steps: Steps = None,
@@ -158,7 +161,7 @@ def sft(
         out=out,
         method="lora" if lora else "qlora" if qlora else "full",
         lora=chosen,
-        settings=_settings(None, settings, seed=seed, steps=steps),
+        settings=_settings(None, settings, seed=seed, steps=steps, quant_backend=quant_backend),
         eval_data=eval_data,
         resume=resume,
         force=force,

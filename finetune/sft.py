@@ -19,12 +19,13 @@ from ..base.settings import check_settings, split_settings
 from ..base.tokenizer.tokenizer import Tokenizer
 from ..base.train import Optimizer, Result, TrainConfig, make_optimizer, train
 from ..quant.adamw8bit import AdamW8bit
+from ..quant.linear import quantize_linears_
 from .adapters.files import GRAFT, save_adapter
 from .adapters.lora import LoraConfig, attach_lora
 from .data.chat import ChatTemplate, Encoded, encode_record
 from .data.packing import SFTBatches, collate_padded
 from .data.records import read_records
-from .loading import load_model, weight_bytes
+from .loading import KEPT, load_model, weight_bytes
 from .memory.announce import announce
 
 Method = Literal["full", "lora", "qlora"]
@@ -41,6 +42,7 @@ class SFTOptions:
     max_seq_len: int | None = None  # tokens a record may have, longer ones are cut; None: the model's
     packing: bool = False  # records end to end in one row, each seeing only itself, instead of one a row, padded
     double_quant: bool = True  # QLoRA: quantize the quantization constants too
+    quant_backend: str = "graft"  # QLoRA: or bitsandbytes, whose layers give the same results, to compare
 
 
 @dataclass(frozen=True)
@@ -97,10 +99,9 @@ def run_sft(
     run = RunFolder(out, stage=f"sft {method}", resume=resume, force=force)
     lora, settings = _resumed(run, lora or LoraConfig(), dict(settings or {}))
     config = resolve(settings, base=Path(base), data=Path(data), method=method, n_records=len(records), lora=lora)
-    run.start({field: getattr(config, field) for field in config.__dataclass_fields__}, seed=config.train.seed)
+    limit = _limit(config.options.max_seq_len, load_config(base))
     tokenizer = Tokenizer.load(base)
     template = ChatTemplate.of(tokenizer)
-    limit = _limit(config.options.max_seq_len, load_config(base))
     encoded = [encode_record(record, tokenizer, template, limit) for record in records]
     encoded_eval = [encode_record(record, tokenizer, template, limit) for record in held_out]
     predicted = announce(
@@ -171,7 +172,8 @@ def prepare_model(config: SFTConfig, device: str) -> Transformer:
             raise ValueError(f"{config.base} is in 4 bits and can't be fully fine-tuned; use --qlora, or its full base")
         model.requires_grad_(True)
     else:
-        quantize = "nf4" if config.method == "qlora" else None
+        theirs = config.method == "qlora" and config.options.quant_backend != "graft"
+        quantize = "nf4" if config.method == "qlora" and not theirs else None
         model = load_model(
             config.base,
             dtype=config.train.dtype,
@@ -179,6 +181,9 @@ def prepare_model(config: SFTConfig, device: str) -> Transformer:
             quantize=quantize,
             double_quant=config.options.double_quant,
         )
+        if theirs:  # bitsandbytes quantizes whole layers, so the base is held in full precision first
+            double_quant, backend = config.options.double_quant, config.options.quant_backend
+            quantize_linears_(model, keep=KEPT, double_quant=double_quant, backend=backend)
         assert config.lora is not None
         attach_lora(model, config.lora, seed=config.train.seed)
     model.checkpointing = config.train.checkpointing
@@ -205,6 +210,8 @@ def _train(
     )
     val = [collate_padded(held_out[i : i + loop.micro_batch]) for i in range(0, len(held_out), loop.micro_batch)]
     optimizer = _optimizer([(name, p) for name, p in model.named_parameters() if p.requires_grad], loop)
+    # From here on nothing is refused any more: now a run that is started over may lose its log.
+    run.start({field: getattr(config, field) for field in config.__dataclass_fields__}, seed=loop.seed)
     with step_progress(label, loop.steps, shown=progress) as observe:
         return train(
             model,
