@@ -1,10 +1,15 @@
 """Tokenizers side by side: training, encoding, decoding. One thread, interleaved rounds, medians with p10 and p90.
 
-    python bench/tokenizer.py [--rounds 7] [--only train,encode,...] [--text FILE]
+    python bench/tokenizer.py [--rounds 7] [--seconds 45] [--only train,encode,...] [--text FILE]
 
 Peers: tokenizers (HF), rustbpe, gigatoken, tiktoken; one that is not installed is left out. Texts: ../shared/data where it
 lies beside the repository, and the code of the Python packages installed here. Each measurement runs in a process of its
 own per tokenizer, which stays alive through all rounds, so that peak memory is that tokenizer's.
+
+`first-call` is the first encode in a process that has imported the library and loaded the vocabulary. `fresh-start` is
+the wall time of a whole new process, from its start to the ids: interpreter, imports, vocabulary from GPT-2's two files
+(for gigatoken from tokenizer.json) and that first encode. Before its rounds each peer starts once, so that all files,
+graft's compiled loops among them, lie in memory.
 """
 
 import argparse
@@ -20,7 +25,12 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-THREADS = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+SETTINGS = {
+    "RAYON_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
+    "TIKTOKEN_CACHE_DIR": "",
+}
 SHARED = Path(__file__).resolve().parents[1] / "../shared/data"
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"  # tiktoken's own for GPT-2
 
@@ -65,10 +75,15 @@ TEXTS = {"english": english, "scripts": many_scripts, "code": code, "mixed": mix
 # ------------------------------------------------------------------------------------------------- one peer, one job
 
 
-def gpt2_ranks() -> dict[bytes, int]:
+def write_vocabulary(folder: Path) -> None:
+    """GPT-2's files as tiktoken wants them (its reader drops the first line of the merges), and as tokenizer.json."""
     import graft
 
-    return {token: index for index, token in graft.Tokenizer.load(SHARED / "gpt2_bpe").definition.vocab.items()}
+    gpt2 = SHARED / "gpt2_bpe"
+    merges = (gpt2 / "gpt2_merges.txt").read_text(encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
+    (folder / "vocab.json").write_bytes((gpt2 / "gpt2_vocab.json").read_bytes())
+    graft.Tokenizer.load(gpt2).save(folder / "one_file")
 
 
 def trainer(peer: str, file: str, vocab_size: int):
@@ -101,39 +116,78 @@ def trainer(peer: str, file: str, vocab_size: int):
     return lambda: gigatoken.train_bpe(Path(file), vocab_size, [])
 
 
-def coder(peer: str):
+def coder(peer: str, vocabulary: Path):
     """Functions text -> array of ids and ids -> text, with GPT-2's vocabulary; and how decode takes its ids."""
     if peer == "graft":
         import graft
 
-        tok = graft.Tokenizer.load(SHARED / "gpt2_bpe")
+        tok = graft.Tokenizer.load(vocabulary)
         return tok.encode, tok.decode, lambda ids: ids
     if peer == "tiktoken":
         import tiktoken
+        from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-        enc = tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=gpt2_ranks(), special_tokens={})
+        ranks = data_gym_to_mergeable_bpe_ranks(str(vocabulary / "merges.txt"), str(vocabulary / "vocab.json"))
+        enc = tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
         return enc.encode_to_numpy, enc.decode, lambda ids: ids.tolist()
     import gigatoken
 
-    import graft
-
-    with tempfile.TemporaryDirectory() as folder:
-        graft.Tokenizer.load(SHARED / "gpt2_bpe").save(folder)
-        tok = gigatoken.Tokenizer(str(Path(folder) / "tokenizer.json"))
+    tok = gigatoken.Tokenizer(str(vocabulary / "one_file/tokenizer.json"))
     return tok.encode, tok.decode, lambda ids: ids
 
 
-def serve(peer: str, job: str, file: str, vocab_size: int) -> None:
-    """The child: prepare, then time one round for each line on standard input; `first` has no round to warm up."""
-    import resource
+# The same as whole programs, which import nothing else; arguments: the text file and the vocabulary's folder.
+FRESH = {
+    "graft": """
+import sys
+import graft
+tok = graft.Tokenizer.load(sys.argv[2])
+ids = tok.encode(open(sys.argv[1], "rb").read().decode())
+""",
+    "tiktoken": f"""
+import sys
+import tiktoken
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+ranks = data_gym_to_mergeable_bpe_ranks(sys.argv[2] + "/merges.txt", sys.argv[2] + "/vocab.json")
+enc = tiktoken.Encoding("gpt2", pat_str={PATTERN!r}, mergeable_ranks=ranks, special_tokens={{}})
+ids = enc.encode_to_numpy(open(sys.argv[1], "rb").read().decode())
+""",
+    "gigatoken": """
+import sys
+import gigatoken
+tok = gigatoken.Tokenizer(sys.argv[2] + "/one_file/tokenizer.json")
+ids = tok.encode(open(sys.argv[1], "rb").read().decode())
+""",
+}
+SAY_PEAK = "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0], flush=True)"
 
+
+def start_fresh(peer: str, file: Path, vocabulary: Path) -> tuple[float, int]:
+    """Seconds from the start of a new process to its ids, and its peak memory."""
+    command = [sys.executable, "-c", FRESH[peer] + SAY_PEAK, str(file), str(vocabulary)]
+    start = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | SETTINGS) as process:
+        peak = process.stdout.readline()
+        took = time.perf_counter() - start
+    if not peak:
+        raise RuntimeError(f"{peer} could not start")
+    return took, int(peak) * 1024
+
+
+def peak_memory() -> int:
+    """Bytes. Not getrusage's: that counts what the parent of the process held when it started it."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+
+
+def serve(peer: str, job: str, file: str, vocab_size: int, vocabulary: Path) -> None:
+    """The child: prepare, then time one round for each line on standard input; `first` has no round to warm up."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # some peers print
     if job == "train":
         action = trainer(peer, file, vocab_size)
     else:
         text = Path(file).read_bytes().decode()
-        encode, decode, form = coder(peer)
+        encode, decode, form = coder(peer, vocabulary)
         if job == "decode":
             ids = form(encode(text))
             action = lambda: decode(ids)  # noqa: E731
@@ -146,7 +200,7 @@ def serve(peer: str, job: str, file: str, vocab_size: int) -> None:
         start = time.perf_counter()
         action()
         took = time.perf_counter() - start
-        print(json.dumps([took, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]), file=out, flush=True)
+        print(json.dumps([took, peak_memory()]), file=out, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ rounds
@@ -155,10 +209,10 @@ def serve(peer: str, job: str, file: str, vocab_size: int) -> None:
 class Child:
     """A peer in its own process."""
 
-    def __init__(self, peer: str, job: str, file: Path, vocab_size: int):
-        command = [sys.executable, __file__, "--serve", peer, job, str(file), str(vocab_size)]
+    def __init__(self, peer: str, job: str, file: Path, vocab_size: int, vocabulary: Path):
+        command = [sys.executable, __file__, "--serve", peer, job, str(file), str(vocab_size), str(vocabulary)]
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=os.environ | THREADS)
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=os.environ | SETTINGS)
         if self.process.stdout.readline() != "ready\n":
             raise RuntimeError(f"{peer} could not do {job}")
 
@@ -172,20 +226,29 @@ class Child:
         self.process.wait()
 
 
-def measure(peers: list[str], job: str, file: Path, rounds: int, vocab_size: int) -> dict[str, list[tuple[float, int]]]:
-    """Peer -> (seconds, peak bytes) of each round, one peer after the other in each round."""
+def measure(
+    peers: list[str], job: str, file: Path, vocabulary: Path, options: argparse.Namespace
+) -> dict[str, list[tuple[float, int]]]:
+    """Peer -> (seconds, peak bytes) of each round, one peer after the other in each round; 3 rounds or more."""
     results: dict[str, list[tuple[float, int]]] = {peer: [] for peer in peers}
-    if job == "first":
-        for _ in range(rounds):
-            for peer in peers:
-                child = Child(peer, job, file, vocab_size)
-                results[peer].append(child.round())
-                child.close()
-        return results
-    children = {peer: Child(peer, job, file, vocab_size) for peer in peers}
-    for _ in range(rounds):
-        for peer, child in children.items():
+    start = time.perf_counter()
+    children = {}
+    if job == "fresh":
+        for peer in peers:
+            start_fresh(peer, file, vocabulary)
+    elif job != "first":
+        children = {peer: Child(peer, job, file, options.vocab_size, vocabulary) for peer in peers}
+    for done in range(options.rounds):
+        if done >= 3 and time.perf_counter() - start > options.seconds:
+            break
+        for peer in peers:
+            if job == "fresh":
+                results[peer].append(start_fresh(peer, file, vocabulary))
+                continue
+            child = children.get(peer) or Child(peer, job, file, options.vocab_size, vocabulary)
             results[peer].append(child.round())
+            if job == "first":
+                child.close()
     for child in children.values():
         child.close()
     return results
@@ -211,6 +274,7 @@ JOBS = {  # row -> what is done, with which text, by whom
     "encode-scripts": ("encode", many_scripts, CODERS),
     "encode-code": ("encode", code, CODERS),
     "first-call": ("first", english, CODERS),
+    "fresh-start": ("fresh", english, CODERS),
     "decode": ("decode", english, CODERS),
     "million-a": ("encode", lambda: "a" * 1_000_000, CODERS),
 }
@@ -219,13 +283,14 @@ JOBS = {  # row -> what is done, with which text, by whom
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=45, help="no new round of a row after this time, 3 apart")
     parser.add_argument("--vocab-size", type=int, default=10_000)
     parser.add_argument("--only", help=f"some of {', '.join(JOBS)}")
-    parser.add_argument("--serve", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        peer, job, file, vocab_size = options.serve
-        serve(peer, job, file, int(vocab_size))
+        peer, job, file, vocab_size, vocabulary = options.serve
+        serve(peer, job, file, int(vocab_size), Path(vocabulary))
         return
     names = ("graftlm", "numba", "tokenizers", "tiktoken", "rustbpe", "gigatoken")
     versions = [f"{name} {version(name)}" for name in names if name == "graftlm" or name in installed(names[1:])]
@@ -234,23 +299,27 @@ def main() -> None:
     )
     print(", ".join(versions))
     print(f"{'':16}{'peer':12}{'median ms':>10}{'p10':>9}{'p90':>9}{'MB/s':>8}{'x graft':>9}{'peak MB':>9}")
-    for row in options.only.split(",") if options.only else JOBS:
-        job, text, peers = JOBS[row]
-        with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
+        write_vocabulary(Path(folder))
+        for row in options.only.split(",") if options.only else JOBS:
+            job, text, peers = JOBS[row]
             file = Path(folder) / "text.txt"
             file.write_bytes(text().encode())
-            results = measure(installed(peers), job, file, options.rounds, options.vocab_size)
-            size = file.stat().st_size
-        own = statistics.median(took for took, _ in results["graft"])
-        for peer, rounds in results.items():
-            times = sorted(took * 1e3 for took, _ in rounds)
-            middle = statistics.median(times)
-            low, high = times[len(times) // 10], times[-1 - len(times) // 10]
-            print(
-                f"{row:16}{peer:12}{middle:10.1f}{low:9.1f}{high:9.1f}{size / middle / 1e3:8.1f}"
-                f"{middle / 1e3 / own:9.2f}{max(peak for _, peak in rounds) / 1e6:9.0f}",
-                flush=True,
-            )
+            show(row, measure(installed(peers), job, file, Path(folder), options), file.stat().st_size)
+
+
+def show(row: str, results: dict[str, list[tuple[float, int]]], size: int) -> None:
+    """One line a peer."""
+    own = statistics.median(took for took, _ in results["graft"])
+    for peer, rounds in results.items():
+        times = sorted(took * 1e3 for took, _ in rounds)
+        middle = statistics.median(times)
+        low, high = times[len(times) // 10], times[-1 - len(times) // 10]
+        print(
+            f"{row:16}{peer:12}{middle:10.1f}{low:9.1f}{high:9.1f}{size / middle / 1e3:8.1f}"
+            f"{middle / 1e3 / own:9.2f}{max(peak for _, peak in rounds) / 1e6:9.0f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

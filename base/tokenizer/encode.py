@@ -12,16 +12,14 @@ import numpy as np
 
 from . import reference
 from .definition import Definition
-from .jit import PADDING, aligned_zeros, compiled, eight_view, inlined, padded
+from .jit import PADDING, aligned_zeros, collector_paused, compiled, eight_view, inlined, padded
 from .pair_index import new_index, pair_slot
 from .patterns import WHOLE, kind_of
 from .scan import cut_words, new_buffers, unicode_classes
 from .words import SLOT, VALUE, N, count_words, first_look, put_key, search
 
-FIRST_SLOTS, LAST_SLOTS = (
-    1 << 15,
-    1 << 19,
-)  # of the cache, 32 bytes each; when half are used it gives way to a larger one
+FIRST_SLOTS = 1 << 17  # of the cache, 32 bytes each; when half are used it gives way to a larger one
+LAST_SLOTS = 1 << 19
 LONGEST = 128  # bytes of a cached word; longer ones are rare and go through a heap
 _NONE = np.int32(2**31 - 1)
 _LONG = np.uint64(16)  # the size of a token that is written byte by byte
@@ -289,6 +287,7 @@ class Encoder:
         self._cache: Cache | None = None
 
     @cached_property
+    @collector_paused()
     def _ranks(self) -> Ranks:
         vocab, merges = self._definition.vocab, self._definition.merges
         id_of = {token: index for index, token in vocab.items()}

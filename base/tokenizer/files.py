@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from .definition import AddedToken, Definition, Pair
+from .jit import collector_paused
 from .patterns import GPT2, WHOLE, kind_of, resolve
 
 Json = dict[str, Any]
@@ -28,6 +29,7 @@ def byte_characters() -> list[str]:
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
+@collector_paused()
 def read(path: Path) -> Definition:
     """Read a folder (or a tokenizer.json). A folder may instead hold GPT-2's older pair vocab.json and merges.txt.
 
@@ -154,18 +156,31 @@ def _vocab(model: Json, added: set[str], path: Path) -> tuple[dict[int, bytes], 
     absent = [byte for byte in range(256) if bytes([byte]) not in known]
     if absent:
         raise ValueError(f"{path}: the vocabulary has no token for byte 0x{absent[0]:02x} ({len(absent)} bytes absent)")
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    try:
+        merges = [(spelt[left], spelt[right]) for left, right in pairs]
+        if known.issuperset(left + right for left, right in merges):
+            return vocab, merges
+    except (KeyError, ValueError):
+        pass
+    return vocab, _known_merges(pairs, spelt, known, added, path)
+
+
+def _known_merges(
+    pairs: list[list[str]], spelt: dict[str, bytes], known: set[bytes], added: set[str], path: Path
+) -> list[Pair]:
+    """The merges without those that join or make an added token; ValueError for any other that the vocabulary lacks."""
     merges: list[Pair] = []
-    for rank, merge in enumerate(model["merges"]):
-        pair = merge.split(" ") if isinstance(merge, str) else merge
+    for rank, pair in enumerate(pairs):
         if len(pair) != 2:
-            raise ValueError(f"{path}: merge {rank} is {merge!r}; two tokens are due")
+            raise ValueError(f"{path}: merge {rank} is {pair!r}; two tokens are due")
         left, right = spelt.get(pair[0]), spelt.get(pair[1])
         if left is not None and right is not None and left + right in known:
             merges.append((left, right))
         elif added.isdisjoint((*pair, pair[0] + pair[1])):
-            raise ValueError(f"{path}: merge {rank} {merge!r} joins or makes a token that is not in the vocabulary")
+            raise ValueError(f"{path}: merge {rank} {pair!r} joins or makes a token that is not in the vocabulary")
         # else plain text would merge into an added token; other libraries never let it come to that
-    return vocab, merges
+    return merges
 
 
 def _spell_all(texts: list[str], path: Path) -> dict[str, bytes]:

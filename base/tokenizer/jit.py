@@ -1,7 +1,9 @@
 """How the hot loops are compiled: Numba, on first use, kept on disk, said aloud once."""
 
+import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,19 @@ from numba.core import event
 from numba.core.runtime import rtsys
 
 _log = logging.getLogger(__name__)
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """No garbage collection meanwhile: it would go over Numba's 300 modules each time that many objects are made."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def compiled(function: Callable[..., Any]) -> Any:
@@ -33,8 +48,8 @@ def _load(cache: Any, signature: Any, context: Any) -> Any:
     Numba first imports its whole library of functions, and every installed package that extends it. The loops here call
     Numba's memory manager and nothing else; when a loop has to be compiled, Numba makes up for the imports.
     """
-    rtsys.initialize(context)
-    with cache._guard_against_spurious_io_errors():
+    with collector_paused(), cache._guard_against_spurious_io_errors():
+        rtsys.initialize(context)
         return cache._load_overload(signature, context)
 
 
