@@ -82,16 +82,20 @@ def run_pretrain(
         vocab_size=tok.vocab_size,
     )
     config = replace(config, model=with_special_ids(config.model, tok))
-    run.start(
-        {"data": config.data, "tokenizer": config.tokenizer, "model": config.model, "train": config.train},
-        seed=config.train.seed,
+    loop = config.train
+    batches = WindowBatches(
+        train_tokens,
+        seq_len=config.model.max_seq_len,
+        batch_size=loop.batch_size,
+        micro_batch=loop.micro_batch,
+        seed=loop.seed,
     )
-    predicted = predict(config.model, config.train, device) if predict else None
+    predicted = predict(config.model, loop, device) if predict else None
     model = Transformer(config.model).to(device)
-    initialize_(model, seed=config.train.seed)
-    model.checkpointing = config.train.checkpointing
+    initialize_(model, seed=loop.seed)
+    model.checkpointing = loop.checkpointing
     reset_peak(device)
-    result = _train(model, config, train_tokens, val_tokens, run, device, progress)
+    result = _train(model, config, batches, val_tokens, run, device, progress)
     save_model(model.cpu(), config.out)
     tok.save(config.out)
     summary = {
@@ -100,7 +104,7 @@ def run_pretrain(
         "train_loss": result.loss,
         **(result.evals[-1] if result.evals else {}),
         "n_train_tokens": len(train_tokens),
-        "tokens_read": config.train.steps * config.train.batch_size * config.model.max_seq_len,
+        "tokens_read": loop.steps * loop.batch_size * config.model.max_seq_len,
         "seconds": round(result.seconds, 2),
         "tokens_per_s": round(result.n_tokens / result.seconds, 1) if result.seconds else None,
         "predicted_peak_bytes": predicted,
@@ -114,16 +118,13 @@ def run_pretrain(
 def _train(
     model: Transformer,
     config: PretrainConfig,
-    train_tokens: TokenShards,
+    batches: WindowBatches,
     val_tokens: TokenShards,
     run: RunFolder,
     device: str,
     progress: bool,
 ) -> Any:
     loop, seq_len = config.train, config.model.max_seq_len
-    batches = WindowBatches(
-        train_tokens, seq_len=seq_len, batch_size=loop.batch_size, micro_batch=loop.micro_batch, seed=loop.seed
-    )
     held_out = evaluation_batches(val_tokens, seq_len=seq_len, batch_size=loop.micro_batch, n_batches=loop.eval_batches)
 
     def evaluate() -> dict[str, float]:
@@ -132,6 +133,10 @@ def _train(
         return {"val_loss": loss, "val_bits_per_byte": bpb}
 
     optimizer = make_optimizer(model.named_parameters(), loop)
+    # From here on nothing is refused any more: now a run that is started over may lose its log.
+    run.start(
+        {"data": config.data, "tokenizer": config.tokenizer, "model": config.model, "train": loop}, seed=loop.seed
+    )
     with step_progress("pretrain", loop.steps, shown=progress) as observe:
         return train(
             model,

@@ -37,7 +37,10 @@ def plain(value: Any) -> Any:
 
 
 class RunFolder:
-    """A run's output folder. Opening it refuses to overwrite a run unless told to resume or to start over."""
+    """A run's output folder. Opening it refuses to overwrite a run unless told to resume or to start over.
+
+    Nothing of a former run is touched before `start`, so a command that is refused in between loses none of it.
+    """
 
     def __init__(self, folder: Path | str, *, stage: str, resume: bool = False, force: bool = False) -> None:
         self.folder, self.stage = Path(folder), stage
@@ -59,8 +62,6 @@ class RunFolder:
             done = "a finished run" if state.get("status") == "finished" else "an unfinished run"
             raise FileExistsError(f"{folder} holds {done}; use --resume to go on, or --force to start over")
         self.previous = state if resume else None
-        if force and not resume and self.folder.exists():
-            self._forget()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._metrics: TextIO | None = None
 
@@ -80,7 +81,9 @@ class RunFolder:
         return self.folder / "checkpoints"
 
     def start(self, config: dict[str, Any], *, seed: int) -> None:
-        """Write run.json with the resolved config."""
+        """Write run.json with the resolved config; when not resuming, a former run's log and checkpoints go first."""
+        if self.previous is None:
+            self._forget()
         self._state = {
             "stage": self.stage,
             "status": "running",
@@ -91,12 +94,13 @@ class RunFolder:
         }
         write_json(self.folder / RUN_FILE, self._state)
 
-    def open_metrics(self, *, after_step: int) -> None:
-        """Open metrics.jsonl to append; lines past `after_step` (from before a crash) are dropped first."""
+    def open_metrics(self, *, after_step: int) -> list[dict[str, Any]]:
+        """Open metrics.jsonl to append; lines past `after_step` (from before a crash) are dropped. Returns those kept."""
         path = self.folder / METRICS_FILE
         kept = [line for line in read_metrics(path) if line["step"] <= after_step] if path.exists() else []
         write_file(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._metrics = path.open("a", encoding="utf-8")
+        return kept
 
     def log(self, line: dict[str, Any]) -> None:
         """Append one line and hand it to the system, so that a killed process loses none."""

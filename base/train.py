@@ -146,8 +146,7 @@ def train(
     """
     scaler = LossScaler(config.dtype)
     start = load_checkpoint(run.checkpoints, optimizer, scaler)
-    run.open_metrics(after_step=start)
-    result = Result(start, math.nan, None, 0, 0.0)
+    result = resumed_result(start, run.open_metrics(after_step=start))
     model.train()
     began = time.perf_counter()
     with stop_on_signal() as stop, closing(run):
@@ -175,6 +174,17 @@ def train(
     result.seconds = time.perf_counter() - began
     model.eval()
     return result
+
+
+def resumed_result(start: int, lines: Sequence[Mapping[str, Any]]) -> Result:
+    """What a run knows from its log before its first new step: a resumed run may have none left to do."""
+    evals = [
+        {name: value for name, value in line.items() if name == "step" or name.startswith("val_")}
+        for line in lines
+        if "val_loss" in line
+    ]
+    loss = lines[-1]["loss"] if lines else math.nan
+    return Result(start, loss, evals[-1]["val_loss"] if evals else None, 0, 0.0, evals)
 
 
 def one_step(

@@ -201,6 +201,12 @@ def start(command: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
 
 
+def ends_well(process: subprocess.Popen[str]) -> bool:
+    """Wait for its end, and close its pipe: pytest reports one that is left open."""
+    process.communicate(timeout=240)
+    return process.returncode == 0
+
+
 def wait_for_steps(out: Path, steps: int, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
@@ -216,14 +222,14 @@ def wait_for_steps(out: Path, steps: int, process: subprocess.Popen[str]) -> Non
 @pytest.mark.slow
 def test_kill_9_then_resume_ends_with_the_same_weights(prepared: tuple[Path, Path], tmp_path: Path) -> None:
     """Law: a run killed twice without warning, at whatever moment, ends bit-identical to one that was never killed."""
-    assert start(pretrain_command(prepared, tmp_path / "whole")).wait(240) == 0
+    assert ends_well(start(pretrain_command(prepared, tmp_path / "whole")))
     for steps, more in ((5, ()), (20, ("--resume",))):
         process = start(pretrain_command(prepared, tmp_path / "killed", *more))
         wait_for_steps(tmp_path / "killed", steps, process)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.communicate()
     assert not (tmp_path / "killed/model.safetensors").exists(), "killed too late for this test to mean anything"
-    assert start(pretrain_command(prepared, tmp_path / "killed", "--resume")).wait(240) == 0
+    assert ends_well(start(pretrain_command(prepared, tmp_path / "killed", "--resume")))
     whole, killed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed"))
     assert whole == killed
     losses = [
