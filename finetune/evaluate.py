@@ -30,9 +30,11 @@ def run_evaluate(
     device: str = "auto",
 ) -> dict[str, Any]:
     """Score a base, or a base with an adapter, on a file of records or of plain text; returns named figures."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit} must be >= 1; leave it out to score every record")
     data, device = Path(data), resolve_device(device)
-    tokenizer = Tokenizer.load(base)
     model = load_model(base, dtype=dtype, device=device)
+    tokenizer = Tokenizer.load(base)
     source = None
     if adapter is not None:
         bank = AdapterBank(model)
@@ -137,6 +139,8 @@ def _text_figures(
     batches = [collate_padded(pieces[i : i + batch_size]) for i in range(0, len(pieces), batch_size)]
     loss = mean_loss(model, batches, device=device)
     n_bytes = sum(len(record.text.encode()) for record in records if record.text is not None)
+    if not n_bytes:
+        raise ValueError("the data holds no text to score; give a file with text, or records with answers")
     n_tokens = sum(len(document.ids) - 1 for document in whole)
     return {
         "n_documents": len(records),
