@@ -20,8 +20,13 @@ NOT_PACKAGED = {"tests", "bench", "build", "dist", "docs", "runs"}
 
 def modules() -> list[Path]:
     """Every source of the package, relative to the root."""
-    found = [path.relative_to(ROOT) for path in ROOT.rglob("*.py")]
-    return sorted(path for path in found if path.parts[0] not in NOT_PACKAGED and not path.parts[0].startswith("."))
+    folders = [path for path in ROOT.iterdir() if path.name[0] != "." and path.name not in NOT_PACKAGED]
+    return sorted(
+        p.relative_to(ROOT)
+        for path in folders
+        for p in ([path] if path.is_file() else path.rglob("*"))
+        if p.suffix == ".py"
+    )
 
 
 def settings() -> dict:
