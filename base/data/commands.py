@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from ..tokenizer.commands import Errors, check_errors
+
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
 
@@ -24,9 +26,7 @@ def prepare(
     seed: Annotated[int, typer.Option(help="Draws the documents that validate.")] = 0,
     field: Annotated[str, typer.Option(help="Which field of JSON and parquet rows holds the text.")] = "text",
     workers: Annotated[int | None, typer.Option(help="Processes that encode; by size when not given.")] = None,
-    errors: Annotated[
-        str, typer.Option(help="strict, or replace: what to do with bytes that are not UTF-8.")
-    ] = "strict",
+    errors: Errors = "strict",
     force: Annotated[bool, typer.Option("--force", help="Replace finished token shards.")] = False,
 ) -> None:
     """Encode files into memory-mapped token shards.
@@ -34,8 +34,8 @@ def prepare(
     Example: graft data prepare book.txt --tokenizer tokenizer --out data
     """
     from rich import print as show
+    from rich.markup import escape
 
-    from ..tokenizer.commands import check_errors
     from ..tokenizer.progress import progress_bar
     from ..tokenizer.tokenizer import Tokenizer
     from .shards import prepare as run_prepare
@@ -59,4 +59,4 @@ def prepare(
             f"[bold]{split}[/bold]: {entry['n_tokens']:,} tokens from {entry['n_documents']:,} documents, "
             f"{ratio:.2f} bytes a token"
         )
-    show(f"Train on it: graft pretrain --data {out} --tokenizer {tokenizer} --out run")
+    show(escape(f"Train on it: graft pretrain --data {out} --tokenizer {tokenizer} --out run"))

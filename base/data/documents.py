@@ -166,18 +166,19 @@ def _text_pieces(
         done = 0
         for match in splitter.finditer(rest) if splitter else ():
             if match.start() > done:
-                yield Piece(_checked(rest[done : match.start()], file, offset + done, errors), True, file)
+                yield Piece(checked(rest[done : match.start()], file, offset + done, errors), True, file)
             done = match.end()
         rest, offset = rest[done:], offset + done
         cut = find_cut(rest, len(rest) - longest) if piece_bytes and len(rest) >= piece_bytes else 0
         if cut:
-            yield Piece(_checked(rest[:cut], file, offset, errors), False, file)
+            yield Piece(checked(rest[:cut], file, offset, errors), False, file)
             rest, offset = rest[cut:], offset + cut
     if rest:
-        yield Piece(_checked(rest, file, offset, errors), True, file)
+        yield Piece(checked(rest, file, offset, errors), True, file)
 
 
-def _checked(data: bytes, file: Path, offset: int, errors: Errors) -> bytes:
+def checked(data: bytes, file: Path, offset: int, errors: Errors) -> bytes:
+    """The bytes, which lie at `offset` of the file, as valid UTF-8. Raises ValueError with the offset of one that isn't."""
     try:
         data.decode()
     except UnicodeDecodeError as error:
@@ -208,7 +209,7 @@ def _field(row: object, field: str, where: str) -> str:
 def _jsonl_rows(stream: IO[bytes], file: Path, field: str, errors: Errors) -> Iterator[str]:
     offset = 0
     for number, line in enumerate(stream, 1):
-        text = _checked(line, file, offset, errors).decode()
+        text = checked(line, file, offset, errors).decode()
         offset += len(line)
         if not text.strip():
             continue
@@ -223,7 +224,7 @@ def _json_rows(stream: IO[bytes], file: Path, field: str, errors: Errors) -> Ite
     """A JSON array, held in memory as a whole; a file of JSON lines under this name is read as such."""
     data = stream.read()
     try:
-        rows = json.loads(_checked(data, file, 0, errors))
+        rows = json.loads(checked(data, file, 0, errors))
     except json.JSONDecodeError as error:
         if error.msg != "Extra data":
             raise ValueError(f"{file} line {error.lineno}: not JSON ({error.msg} at column {error.colno})") from None

@@ -8,6 +8,7 @@ import typer
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+Errors = Annotated[str, typer.Option(help="strict, or replace: what to do with bytes that are not UTF-8.")]
 Folder = Annotated[Path, typer.Option("--tokenizer", help="Folder with tokenizer.json.")]
 
 
@@ -21,9 +22,7 @@ def train(
     pattern: Annotated[str, typer.Option(help="gpt2, gpt4, llama3, qwen2, or a regular expression.")] = "gpt2",
     special: Annotated[list[str] | None, typer.Option(help="A special token; may be repeated.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that count words; by size when not given.")] = None,
-    errors: Annotated[
-        str, typer.Option(help="strict, or replace: what to do with bytes that are not UTF-8.")
-    ] = "strict",
+    errors: Errors = "strict",
     force: Annotated[bool, typer.Option("--force", help="Replace a tokenizer that is there.")] = False,
 ) -> None:
     """Train a byte-level BPE tokenizer on files.
@@ -31,6 +30,7 @@ def train(
     Example: graft tokenizer train book.txt --vocab-size 1000 --out tokenizer
     """
     from rich import print as show
+    from rich.markup import escape
 
     from .progress import progress_bar
     from .tokenizer import Tokenizer
@@ -49,8 +49,9 @@ def train(
         )
     tokenizer.save(out)
     longest = max(tokenizer.definition.vocab.values(), key=len)
-    show(f"[bold]{out}[/bold]: {tokenizer.vocab_size:,} tokens, the longest {longest.decode('utf-8', 'replace')!r}")
-    show(f"Look at it: graft tokenizer show --tokenizer {out} 'some text'")
+    spelt = escape(repr(longest.decode("utf-8", "replace")))
+    show(f"[bold]{escape(str(out))}[/bold]: {tokenizer.vocab_size:,} tokens, the longest {spelt}")
+    show(f"Look at it: graft tokenizer show --tokenizer {escape(str(out))} 'some text'")
 
 
 def check_errors(errors: str) -> Literal["strict", "replace"]:
@@ -71,6 +72,7 @@ def encode(
         Path | None, typer.Option(help="Write the ids here as a .npy array instead of printing them.")
     ] = None,
     special: Annotated[bool, typer.Option("--special", help="Let special tokens in the text count as such.")] = False,
+    errors: Errors = "strict",
 ) -> None:
     """Turn text into ids.
 
@@ -84,7 +86,7 @@ def encode(
 
     tok = Tokenizer.load(tokenizer)
     if file is not None:
-        text = read_text(file)
+        text = read_text(file, errors)
     ids = tok.encode(sys.stdin.read() if text is None else text, allowed_special="all" if special else ())
     if out is None:
         print(" ".join(map(str, ids.tolist())))
@@ -92,12 +94,11 @@ def encode(
         np.save(out, ids)
 
 
-def read_text(file: Path) -> str:
-    """A UTF-8 file. Raises ValueError with the offset of a byte that isn't."""
-    try:
-        return file.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8: byte 0x{error.object[error.start]:02x} at {error.start}") from None
+def read_text(file: Path, errors: str) -> str:
+    """A UTF-8 file. Raises ValueError with the offset of a byte that isn't, unless errors is "replace"."""
+    from ..data.documents import checked
+
+    return checked(file.read_bytes(), file, 0, check_errors(errors)).decode()
 
 
 @app.command()
@@ -159,6 +160,7 @@ def compare(
     gpt2: Annotated[
         Path | None, typer.Option(help="Folder with GPT-2's tokenizer.json, or vocab.json and merges.txt.")
     ] = None,
+    errors: Errors = "strict",
 ) -> None:
     """Put characters, bytes, words, graft's BPE and GPT-2's side by side on your text.
 
@@ -170,5 +172,5 @@ def compare(
 
     from .compare import comparison_table
 
-    text = "".join(read_text(file) for file in files)
+    text = "".join(read_text(file, errors) for file in files)
     Console().print(comparison_table(text, tokenizer, vocab_size, gpt2))

@@ -163,22 +163,23 @@ def _vocab(model: Json, added: set[str], path: Path) -> tuple[dict[int, bytes], 
             return vocab, merges
     except (KeyError, ValueError):
         pass
-    return vocab, _known_merges(pairs, spelt, known, added, path)
+    return vocab, _known_merges(model["merges"], spelt, known, added, path)
 
 
 def _known_merges(
-    pairs: list[list[str]], spelt: dict[str, bytes], known: set[bytes], added: set[str], path: Path
+    found: list[Any], spelt: dict[str, bytes], known: set[bytes], added: set[str], path: Path
 ) -> list[Pair]:
     """The merges without those that join or make an added token; ValueError for any other that the vocabulary lacks."""
     merges: list[Pair] = []
-    for rank, pair in enumerate(pairs):
+    for rank, merge in enumerate(found):
+        pair = merge.split(" ") if isinstance(merge, str) else merge
         if len(pair) != 2:
-            raise ValueError(f"{path}: merge {rank} is {pair!r}; two tokens are due")
+            raise ValueError(f"{path}: merge {rank} is {merge!r}; two tokens are due")
         left, right = spelt.get(pair[0]), spelt.get(pair[1])
         if left is not None and right is not None and left + right in known:
             merges.append((left, right))
         elif added.isdisjoint((*pair, pair[0] + pair[1])):
-            raise ValueError(f"{path}: merge {rank} {pair!r} joins or makes a token that is not in the vocabulary")
+            raise ValueError(f"{path}: merge {rank} {merge!r} joins or makes a token that is not in the vocabulary")
         # else plain text would merge into an added token; other libraries never let it come to that
     return merges
 
