@@ -5,7 +5,7 @@ No module of ours but the commands' own is imported before a command runs, so th
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import typer.core
@@ -128,10 +128,16 @@ def sft(
     out: Out,
     lora: Annotated[bool, typer.Option("--lora", help="Train an adapter on the frozen base.")] = False,
     qlora: Annotated[bool, typer.Option("--qlora", help="Train an adapter on the base in 4 bits.")] = False,
-    rank: Annotated[int, typer.Option("--rank", help="Rank of the adapter.")] = 16,
-    alpha: Annotated[float, typer.Option("--alpha", help="The update is scaled by alpha / rank.")] = 32.0,
-    dropout: Annotated[float, typer.Option("--dropout", help="On the adapter's input, while training.")] = 0.0,
-    targets: Annotated[str, typer.Option("--targets", help="Linears to adapt, such as q_proj,v_proj.")] = "all-linear",
+    rank: Annotated[int | None, typer.Option("--rank", help="Rank of the adapter. [default: 16]")] = None,
+    alpha: Annotated[
+        float | None, typer.Option("--alpha", help="The update is scaled by alpha / rank. [default: 32]")
+    ] = None,
+    dropout: Annotated[
+        float | None, typer.Option("--dropout", help="On the adapter's input, while training. [default: 0]")
+    ] = None,
+    targets: Annotated[
+        str | None, typer.Option("--targets", help="Linears to adapt, such as q_proj,v_proj. [default: all-linear]")
+    ] = None,
     eval_data: Annotated[
         Path | None, typer.Option("--eval-data", help="Held-out records for a validation loss.")
     ] = None,
@@ -154,13 +160,17 @@ def sft(
 
     if lora and qlora:
         raise ValueError("--lora and --qlora exclude each other; QLoRA is LoRA on a base in 4 bits")
-    chosen = LoraConfig(rank, alpha, dropout, tuple(t.strip() for t in targets.split(",") if t.strip()))
+    names = tuple(t.strip() for t in targets.split(",") if t.strip()) if targets else None
+    asked = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": names}
+    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    if given and not (lora or qlora):
+        raise ValueError(f"--{next(iter(given))} is about an adapter; add --lora or --qlora, or leave it out")
     summary = run_sft(
         base=base,
         data=data,
         out=out,
         method="lora" if lora else "qlora" if qlora else "full",
-        lora=chosen,
+        lora=LoraConfig(**given) if given else None,
         settings=_settings(None, settings, seed=seed, steps=steps, quant_backend=quant_backend),
         eval_data=eval_data,
         resume=resume,
@@ -329,6 +339,9 @@ def main() -> None:
         typer.echo(f"graft: {message}", err=True)
         sys.exit(1)
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            typer.echo(f"graft: out of memory: {str(error).splitlines()[0]}; see graft vram estimate --fit", err=True)
+            sys.exit(1)
         if type(error).__name__ != "Interrupted":  # base.train's; its module would import torch
             raise
         typer.echo(f"graft: {error}", err=True)

@@ -94,10 +94,12 @@ def run_sft(
     Raises ValueError or OSError for bad input, Interrupted after a signal.
     """
     device = resolve_device(device)
+    if Path(out).resolve() == Path(base).resolve():
+        raise ValueError(f"--out {out} is the base itself; choose another folder")
     records = read_records(data)
     held_out = read_records(eval_data) if eval_data else []
     run = RunFolder(out, stage=f"sft {method}", resume=resume, force=force)
-    lora, settings = _resumed(run, lora or LoraConfig(), dict(settings or {}))
+    lora, settings = _resumed(run, lora, dict(settings or {}))
     config = resolve(settings, base=Path(base), data=Path(data), method=method, n_records=len(records), lora=lora)
     limit = _limit(config.options.max_seq_len, load_config(base))
     tokenizer = Tokenizer.load(base)
@@ -140,21 +142,27 @@ def run_sft(
     return summary
 
 
-def _resumed(run: RunFolder, lora: LoraConfig, settings: dict[str, Any]) -> tuple[LoraConfig, dict[str, Any]]:
+def _resumed(run: RunFolder, lora: LoraConfig | None, settings: dict[str, Any]) -> tuple[LoraConfig, dict[str, Any]]:
     """On --resume the saved config, with what may change taken from the settings."""
     if not run.previous:
-        return lora, settings
+        return lora or LoraConfig(), settings
     saved = run.previous["config"]
     flat = {**saved["options"], **saved["train"]}
     for key, value in settings.items():
         if key in flat and flat[key] != value and key not in RESUMABLE:
-            raise ValueError(
-                f"--resume goes on with {key}={flat[key]!r}, asked was {value!r}; leave it out, or --force a new run"
-            )
+            raise _another_run(key, flat[key], value)
         flat[key] = value
-    if saved["lora"] is not None:
-        lora = LoraConfig(**saved["lora"] | {"targets": tuple(saved["lora"]["targets"])})
-    return lora, flat
+    if saved["lora"] is None:
+        return LoraConfig(), flat
+    before = LoraConfig(**saved["lora"] | {"targets": tuple(saved["lora"]["targets"])})
+    for key in before.__dataclass_fields__:
+        if lora is not None and getattr(lora, key) != getattr(before, key):
+            raise _another_run(key, getattr(before, key), getattr(lora, key))
+    return before, flat
+
+
+def _another_run(key: str, saved: object, asked: object) -> ValueError:
+    return ValueError(f"--resume goes on with {key}={saved!r}, asked was {asked!r}; leave it out, or --force a new run")
 
 
 def _limit(asked: int | None, model: ModelConfig) -> int:

@@ -418,6 +418,7 @@ def test_flags_that_contradict(refused: Callable[..., str], base_dir: Path, rows
     sft = ("sft", "--base", base_dir, "--data", rows, "--out", tmp_path / "o")
     assert "--lora and --qlora exclude each other" in refused(*sft, "--lora", "--qlora")
     assert "unknown device 'tpux'" in refused(*sft, "--device", "tpux")
+    assert "--rank is about an adapter; add --lora or --qlora" in refused(*sft, "--rank", 4)
     assert "lora targets {'q_proj2'} match no linear" in refused(*sft, "--lora", "--targets", "q_proj2")
     assert "rank=0 must be >= 1" in refused(*sft, "--lora", "--rank", 0)
     assert "max_seq_len=98 must lie in [2, 97]" in refused(*sft, "--set", "max_seq_len=98")
