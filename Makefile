@@ -7,7 +7,7 @@ DEMO_OUT ?= runs/demo
 
 .PHONY: demo test setup lint bench clean
 
-demo: .stamp-demo
+demo: $(VENV)/.stamp-demo
 	$(BIN)/graft demo --out $(DEMO_OUT) --force
 
 test: lint
@@ -18,27 +18,29 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --level error
 
-bench: .stamp-bench
+bench: $(VENV)/.stamp-bench
 	$(BIN)/python bench/tokenizer.py
 	$(BIN)/python bench/quant.py
 
-setup: .stamp-test
+setup: $(VENV)/.stamp-test
 
-.stamp-demo: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.stamp-demo: pyproject.toml constraints.txt | $(VENV)/.stamp-venv
 	$(PIP) --editable .
 	touch $@
 
-.stamp-test: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.stamp-test: pyproject.toml constraints.txt | $(VENV)/.stamp-venv
 	$(PIP) --editable ".[test,lint]"
-	touch $@ .stamp-demo
+	touch $@ $(VENV)/.stamp-demo
 
-.stamp-bench: .stamp-test
+$(VENV)/.stamp-bench: $(VENV)/.stamp-test
 	$(PIP) --editable ".[test,lint,bench]"
 	touch $@
 
-$(BIN)/python:
+# Stamps lie in the environment, so that they go with it.
+$(VENV)/.stamp-venv:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else f"graft needs Python 3.11 or 3.12, {sys.executable} is {v[0]}.{v[1]}; run make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
+	touch $@
 
 clean:
-	rm -rf $(VENV) .stamp-* runs build dist *.egg-info
+	rm -rf $(VENV) runs build dist *.egg-info

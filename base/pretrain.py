@@ -5,12 +5,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .data.batches import WindowBatches, evaluation_batches
 from .data.shards import TokenShards, open_tokens
 from .device import peak_bytes, reset_peak, resolve_device
 from .evaluate import bits_per_byte, mean_loss
 from .model.config import ModelConfig, preset, with_sizes
-from .model.huggingface import save_model
+from .model.huggingface import config_to_dict, save_model
 from .model.transformer import Transformer, initialize_
 from .progress import step_progress
 from .runlog import RunFolder
@@ -42,6 +44,7 @@ def resolve(
     if sizes.pop("vocab_size", vocab_size) != vocab_size:
         raise ValueError(f"vocab_size={checked['vocab_size']} differs from the tokenizer's {vocab_size}; leave it out")
     config = with_sizes(replace(preset(preset_name or "micro"), vocab_size=vocab_size), **sizes)
+    config_to_dict(config, dtype=torch.float32)  # raises for switches that no architecture has together
     return PretrainConfig(data, tokenizer, out, config, TrainConfig(**loop))
 
 
@@ -71,8 +74,11 @@ def run_pretrain(
     run = RunFolder(out, stage="pretrain", resume=resume, force=force)
     settings = dict(settings or {})
     if run.previous:
-        settings = resumed_settings(settings, run.previous["config"])
-        preset_name = None
+        saved = run.previous["config"]
+        same_input(saved, data=data, tokenizer=tokenizer)
+        if preset_name is not None:
+            raise ValueError(f"--resume goes on with the run's own model, asked was preset {preset_name}; leave it out")
+        settings = resumed_settings(settings, saved)
     config = resolve(
         settings,
         data=Path(data),
@@ -125,7 +131,7 @@ def _train(
     progress: bool,
 ) -> Any:
     loop, seq_len = config.train, config.model.max_seq_len
-    held_out = evaluation_batches(val_tokens, seq_len=seq_len, batch_size=loop.micro_batch, n_batches=loop.eval_batches)
+    held_out = evaluation_batches(val_tokens, seq_len=seq_len, batch_size=loop.batch_size, n_batches=loop.eval_batches)
 
     def evaluate() -> dict[str, float]:
         loss = mean_loss(model, held_out, dtype=loop.dtype, device=device)
@@ -158,6 +164,13 @@ def with_special_ids(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def same_input(saved: Mapping[str, Any], **asked: Path | str) -> None:
+    """Raise ValueError when a resumed run is given another file or folder than it was started with."""
+    for name, path in asked.items():
+        if Path(saved[name]).resolve() != Path(path).resolve():
+            raise ValueError(f"--resume goes on with {name} {saved[name]}, asked was {path}; give the same")
 
 
 def resumed_settings(asked: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:

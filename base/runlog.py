@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import math
 import platform
+import re
 import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -47,9 +49,14 @@ class RunFolder:
         if self.folder.exists() and not self.folder.is_dir():
             raise NotADirectoryError(f"{folder} is a file; an output folder is due")
         state = read_json(self.folder / RUN_FILE) if (self.folder / RUN_FILE).exists() else None
-        if self.folder.exists():
-            self._sweep()
-        if state is None and not force and self.folder.exists() and any(self.folder.iterdir()):
+        if resume and force:
+            raise ValueError("--resume and --force exclude each other: go on with the run, or start it over")
+        if (
+            state is None
+            and not force
+            and self.folder.exists()
+            and any(not _is_leftover(p) for p in self.folder.iterdir())
+        ):
             raise FileExistsError(f"{folder} is not empty and holds no graft run; choose another folder or --force")
         if state is not None and state.get("stage") != stage and not force:
             raise FileExistsError(
@@ -62,18 +69,24 @@ class RunFolder:
             done = "a finished run" if state.get("status") == "finished" else "an unfinished run"
             raise FileExistsError(f"{folder} holds {done}; use --resume to go on, or --force to start over")
         self.previous = state if resume else None
+        self._ours = state is not None
         self.folder.mkdir(parents=True, exist_ok=True)
         self._metrics: TextIO | None = None
 
     def _sweep(self) -> None:
         """Remove half-written files of a process that was killed; see checkpoint.beside."""
-        for leftover in [*self.folder.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")]:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        for leftover in [*self.folder.iterdir(), *self.checkpoints.glob("*")]:
+            if _is_leftover(leftover):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
     def _forget(self) -> None:
-        """Remove what a former run of ours wrote; files that are not ours stay."""
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
-        for name in (RUN_FILE, METRICS_FILE, SUMMARY_FILE):
+        """Remove what a former run of ours wrote; files that are not ours stay.
+
+        The config.json of its result goes too, so that a folder whose new run is not finished never loads as the old one.
+        """
+        for checkpoint in self.checkpoints.glob("step-*"):
+            shutil.rmtree(checkpoint)
+        for name in (METRICS_FILE, SUMMARY_FILE, "config.json", "adapter_config.json"):
             (self.folder / name).unlink(missing_ok=True)
 
     @property
@@ -81,9 +94,11 @@ class RunFolder:
         return self.folder / "checkpoints"
 
     def start(self, config: dict[str, Any], *, seed: int) -> None:
-        """Write run.json with the resolved config; when not resuming, a former run's log and checkpoints go first."""
-        if self.previous is None:
-            self._forget()
+        """Write run.json with the resolved config; when not resuming, what a former run left goes.
+
+        `starting` stands in run.json while it goes, so that a process killed then is resumed as the new run it was.
+        """
+        self._sweep()
         self._state = {
             "stage": self.stage,
             "status": "running",
@@ -92,6 +107,10 @@ class RunFolder:
             "versions": versions(),
             "config": plain(config),
         }
+        if self.previous is None or self.previous.get("status") == "starting":
+            write_json(self.folder / RUN_FILE, self._state | {"status": "starting"})
+            if self._ours:
+                self._forget()
         write_json(self.folder / RUN_FILE, self._state)
 
     def open_metrics(self, *, after_step: int) -> list[dict[str, Any]]:
@@ -105,13 +124,13 @@ class RunFolder:
     def log(self, line: dict[str, Any]) -> None:
         """Append one line and hand it to the system, so that a killed process loses none."""
         assert self._metrics is not None, "open_metrics comes first"
-        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.write(json.dumps(finite(line), allow_nan=False) + "\n")
         self._metrics.flush()
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write summary.json and mark the run as finished."""
         self.close()
-        write_json(self.folder / SUMMARY_FILE, plain(summary))
+        write_json(self.folder / SUMMARY_FILE, finite(plain(summary)))
         write_json(self.folder / RUN_FILE, self._state | {"status": "finished"})
 
     def close(self) -> None:
@@ -119,6 +138,16 @@ class RunFolder:
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
+
+
+def finite(line: dict[str, Any]) -> dict[str, Any]:
+    """NaN and infinity, which JSON doesn't have, as null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+
+
+def _is_leftover(path: Path) -> bool:
+    """A temporary name of checkpoint.beside (.NAME.PID.tmp) or of a checkpoint being removed."""
+    return re.fullmatch(r"\..+\.\d+\.tmp|\.step-\d+\.tmp", path.name) is not None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

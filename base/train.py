@@ -66,7 +66,10 @@ class TrainConfig:
         for name in ("steps", "batch_size", "micro_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be >= 1")
-        for name in ("warmup_steps", "checkpoint_every", "eval_every", "weight_decay", "grad_clip", "learning_rate"):
+        for name in (
+            *("warmup_steps", "checkpoint_every", "eval_every", "eval_batches", "seed"),
+            *("weight_decay", "grad_clip", "learning_rate", "final_lr_fraction", "eps"),
+        ):
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"{name}={value} must be >= 0 and finite")
@@ -145,6 +148,7 @@ def train(
     Raises Interrupted after SIGINT or SIGTERM, ValueError when the loss or the gradient is no longer finite.
     """
     scaler = LossScaler(config.dtype)
+    torch.manual_seed(config.seed)  # dropout; a checkpoint's own state takes its place on resume
     start = load_checkpoint(run.checkpoints, optimizer, scaler)
     result = resumed_result(start, run.open_metrics(after_step=start))
     model.train()

@@ -23,6 +23,8 @@ def run_quantize(
     base, out = Path(base), Path(out)
     if out.exists() and any(out.iterdir()) and not force:
         raise FileExistsError(f"{out} is not empty; choose another folder or --force")
+    if out.resolve() == base.resolve():
+        raise ValueError(f"--out {out} is the base itself; choose another folder")
     if (base / "config.json").exists() and read_json(base / "config.json").get("quantization_config"):
         raise ValueError(f"{base} is quantized already; quantize the base in full precision")
     model = load_model(base, dtype=None, quantize="nf4", double_quant=double_quant)

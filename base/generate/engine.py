@@ -41,11 +41,32 @@ def generate_ids(
     cache = KVCache(model.config, len(prompts), ids.shape[1] + max_new_tokens, dtype=dtype, device=device)
     was_training = model.training
     model.eval()
+    try:
+        return _decode(
+            model, ids, lengths, cache, max_new_tokens, stop_ids, on_token,
+            lambda logits: sample(logits, generators, temperature=temperature, top_k=top_k, top_p=top_p),
+        )  # fmt: skip
+    finally:
+        model.train(was_training)
+
+
+def _decode(
+    model: Transformer,
+    ids: Tensor,  # (B, T), padded on the right
+    lengths: Tensor,  # (B,) real ids of each row
+    cache: KVCache,
+    max_new_tokens: int,
+    stop_ids: Collection[int],
+    on_token: Callable[[int, int], None] | None,
+    choose: Callable[[Tensor], Tensor],  # logits (B, V) -> ids (B,)
+) -> list[list[int]]:
+    """Read the prompts, then one token a row a step until all rows have stopped."""
+    prompts = range(ids.shape[0])
     produced: list[list[int]] = [[] for _ in prompts]
     done = [False] * len(prompts)
     logits = read_tokens(model, ids, lengths, cache)
     for step in range(max_new_tokens):
-        chosen = sample(logits, generators, temperature=temperature, top_k=top_k, top_p=top_p)  # (B,)
+        chosen = choose(logits)  # (B,)
         for row, token in enumerate(chosen.tolist()):
             if done[row]:
                 continue
@@ -58,7 +79,6 @@ def generate_ids(
         if all(done) or step + 1 == max_new_tokens:
             break
         logits = read_tokens(model, chosen[:, None], torch.ones_like(lengths), cache)
-    model.train(was_training)
     return produced
 
 

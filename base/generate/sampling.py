@@ -42,7 +42,7 @@ def sample(
     top_p: float | None = None,
 ) -> Tensor:
     """The next token of each row, (B,) int64. Temperature 0 takes the most probable one."""
-    if temperature < 0:
+    if not temperature >= 0:
         raise ValueError(f"temperature={temperature} must be >= 0; 0 is greedy")
     if temperature == 0:
         return logits.argmax(-1)

@@ -1,5 +1,6 @@
 """The sizes and switches of a decoder, and the presets that graft names."""
 
+import math
 from dataclasses import dataclass, replace
 
 ROPE_TYPES = ("default", "linear", "llama3")
@@ -54,6 +55,11 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a whole number >= 1")
+        for name in ("rope_theta", "norm_eps", "init_std"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be > 0 and finite")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window={self.sliding_window} must be >= 1, or none")
         if self.n_heads % self.n_kv_heads:
             fits = [k for k in range(1, self.n_heads + 1) if self.n_heads % k == 0]
             raise ValueError(

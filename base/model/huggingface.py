@@ -52,6 +52,7 @@ def config_from_dict(found: dict[str, Any], *, where: str = "config.json") -> Mo
         raise ValueError(
             f"{where}: hidden_act {found['hidden_act']!r} is not covered; graft's feed-forward is silu-gated"
         )
+    _refuse_uncovered(found, model_type, where)
     n_heads = found["num_attention_heads"]
     bias = bool(found.get("attention_bias", model_type == "qwen2"))
     window = found.get("sliding_window")
@@ -81,6 +82,16 @@ def config_from_dict(found: dict[str, Any], *, where: str = "config.json") -> Mo
         eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
         pad_token_id=found.get("pad_token_id"),
     )
+
+
+def _refuse_uncovered(found: dict[str, Any], model_type: str | None, where: str) -> None:
+    """Features that would be computed wrongly in silence."""
+    if found.get("partial_rotary_factor", 1.0) not in (None, 1.0):
+        raise ValueError(f"{where}: partial_rotary_factor {found['partial_rotary_factor']} is not covered, only 1")
+    mixed = set(found.get("layer_types") or []) - {"full_attention"}
+    used = found.get("use_sliding_window", False)
+    if model_type in ("qwen2", "qwen3") and ((used and found.get("max_window_layers", 0)) or (mixed and not used)):
+        raise ValueError(f"{where}: a sliding window on some layers only is not covered; on all or on none it is")
 
 
 def _rope_theta(found: dict[str, Any]) -> float:
@@ -123,6 +134,20 @@ def config_to_dict(config: ModelConfig, *, dtype: torch.dtype) -> dict[str, Any]
             "high_freq_factor": config.rope_scaling.high_freq_factor,
             "original_max_position_embeddings": config.rope_scaling.original_max_seq_len,
         }
+    plain = not (config.attention_bias or config.attention_out_bias or config.mlp_bias)
+    as_qwen2 = config.attention_bias and not config.attention_out_bias and not config.mlp_bias
+    same_attention_bias = config.attention_bias == config.attention_out_bias
+    fits = {
+        "Qwen3ForCausalLM": same_attention_bias and not config.mlp_bias,
+        "Qwen2ForCausalLM": as_qwen2,
+        "MistralForCausalLM": plain,
+        "LlamaForCausalLM": same_attention_bias,
+    }
+    if not fits[architecture]:
+        raise ValueError(
+            f"no known architecture has qk_norm={config.qk_norm}, attention_bias={config.attention_bias}, "
+            f"attention_out_bias={config.attention_out_bias}, mlp_bias={config.mlp_bias} together; leave the biases out"
+        )
     name = str(dtype).removeprefix("torch.")
     found: dict[str, Any] = {
         "architectures": [architecture],
@@ -240,6 +265,8 @@ def load_weights(
 ) -> None:
     """Fill a meta model from (name, tensor) pairs. Raises ValueError that names weights which are missing."""
     for name, tensor in weights:
+        if name == "model.embed_tokens.weight":
+            model.fingerprint = fingerprint_of(model.config, tensor)
         if take is not None and take(name, tensor):
             continue
         if name.endswith("rotary_emb.inv_freq"):  # older Llama files keep a table that follows from the config
@@ -307,6 +334,8 @@ def write_weights(folder: Path, tensors: dict[str, Tensor]) -> None:
         size += n_bytes
     if len(shards) == 1:
         save_tensors(folder / "model.safetensors", shards[0])
+        # An index of a former, larger model would be read in place of this file.
+        (folder / "model.safetensors.index.json").unlink(missing_ok=True)
         return
     weight_map = {}
     for i, shard in enumerate(shards, 1):
@@ -320,11 +349,16 @@ def write_weights(folder: Path, tensors: dict[str, Tensor]) -> None:
 def fingerprint(model: Transformer) -> str:
     """A short name for these very weights: SHA-256 over the config's sizes and a sample of the embedding's values.
 
-    An adapter keeps its base's, so that it is refused on another base of the same shape. The embedding is sampled (and
-    rounded to bfloat16) because it is never quantized: the same base in 4 bits has the same fingerprint.
+    Of a loaded model it is that of the file, whatever dtype it was loaded in. An adapter keeps its base's, so that it is
+    refused on another base of the same shape. The embedding is sampled (and rounded to bfloat16) because it is never
+    quantized: the same base in 4 bits has the same fingerprint.
     """
-    c = model.config
-    weight = model.model.embed_tokens.weight.detach()
+    return model.fingerprint or fingerprint_of(model.config, model.model.embed_tokens.weight.detach())
+
+
+def fingerprint_of(config: ModelConfig, weight: Tensor) -> str:
+    """`fingerprint` from the embedding (V, D)."""
+    c = config
     rows = torch.linspace(0, weight.shape[0] - 1, min(64, weight.shape[0])).long().to(weight.device)
     sample = weight[rows].to(torch.bfloat16).float().cpu().contiguous().numpy()
     shape = f"{c.vocab_size} {c.d_model} {c.n_layers} {c.n_heads} {c.n_kv_heads} {c.d_head} {c.d_ff}"

@@ -51,6 +51,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.checkpointing = False
+        self.fingerprint: str | None = None  # of the files it was loaded from; see huggingface.fingerprint
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:

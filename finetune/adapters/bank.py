@@ -88,6 +88,7 @@ class AdapterBank:
             raise ValueError("an adapter needs a name; the empty string is none")
         adapter = read_adapter(folder)
         check_fits(adapter, self.model, fingerprint=self._fingerprint)
+        active = self.selection.active
         if name in self.adapters:
             self.unload(name)
         weight = self.model.model.embed_tokens.weight
@@ -98,6 +99,7 @@ class AdapterBank:
                 replace_module(self.model, path, module)
             module.layers[name] = layer
         self.adapters[name] = adapter
+        self.selection.active = active
 
     def unload(self, name: str) -> None:
         """Forget an adapter; layers that no adapter touches any more become plain linears again."""

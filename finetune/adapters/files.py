@@ -1,5 +1,6 @@
 """An adapter on disk: a PEFT folder, read and written as it is, plus graft.json that other readers ignore."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,17 +135,24 @@ def read_adapter(folder: Path | str) -> Adapter:
 def _refuse_uncovered(config: dict[str, Any], folder: Path) -> None:
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{folder}: peft_type {config.get('peft_type')!r} is not covered; graft reads LORA")
-    for key, plain in (("use_dora", (False, None)), ("bias", ("none", None)), ("modules_to_save", ([], None))):
+    for key, plain in (
+        ("use_dora", (False, None)),
+        ("bias", ("none", None)),
+        ("modules_to_save", ([], None)),
+        ("fan_in_fan_out", (False, None)),
+        ("init_lora_weights", (True, False, None, "gaussian", "eva")),  # the others change the base's weights too
+    ):
         if config.get(key) not in plain:
             raise ValueError(f"{folder}: {key}={config[key]!r} is not covered; merge that adapter in PEFT first")
 
 
 def _scale(config: dict[str, Any], path: str, rank: int) -> float:
-    """alpha / r (or / sqrt(r)) with PEFT's per-layer patterns, whose keys match the path's end."""
+    """alpha / r (or / sqrt(r)) with PEFT's per-layer patterns: regular expressions that match the path's end, first hit."""
     alpha = config.get("lora_alpha", 8)
     for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if path == pattern or path.endswith(f".{pattern}"):
+        if re.match(rf"(.*\.)?({pattern})$", path):
             alpha = value
+            break
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 

@@ -61,6 +61,8 @@ def run_merge(base: Path | str, adapter: Path | str, out: Path | str, *, force: 
     A base in 4 bits stays in 4 bits. Raises FileExistsError for an `out` that is not empty.
     """
     out = Path(out)
+    if out.resolve() in (Path(base).resolve(), Path(adapter).resolve()):
+        raise ValueError(f"--out {out} is the base or the adapter itself; choose another folder")
     if out.exists() and any(out.iterdir()) and not force:
         raise FileExistsError(f"{out} is not empty; choose another folder or --force")
     found = read_adapter(adapter)
