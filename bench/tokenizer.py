@@ -10,6 +10,7 @@ own per tokenizer, which stays alive through all rounds, so that peak memory is 
 the wall time of a whole new process, from its start to the ids: interpreter, imports, vocabulary from GPT-2's two files
 (for gigatoken from tokenizer.json) and that first encode. Before its rounds each peer starts once, so that all files,
 graft's compiled loops among them, lie in memory.
+`cpu ms` and `x cpu` are about CPU time, which tells more when the machine does other things too.
 """
 
 import argparse
@@ -32,6 +33,7 @@ SETTINGS = {
     "TIKTOKEN_CACHE_DIR": "",
 }
 SHARED = Path(__file__).resolve().parents[1] / "../shared/data"
+Round = tuple[float, float, int]  # seconds, seconds of CPU, peak bytes
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"  # tiktoken's own for GPT-2
 
 
@@ -159,19 +161,22 @@ tok = gigatoken.Tokenizer(sys.argv[2] + "/one_file/tokenizer.json")
 ids = tok.encode(open(sys.argv[1], "rb").read().decode())
 """,
 }
-SAY_PEAK = "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0], flush=True)"
+SAY_COST = """
+import time
+print(time.process_time(), open("/proc/self/status").read().split("VmHWM:")[1].split()[0], flush=True)
+"""
 
 
-def start_fresh(peer: str, file: Path, vocabulary: Path) -> tuple[float, int]:
-    """Seconds from the start of a new process to its ids, and its peak memory."""
-    command = [sys.executable, "-c", FRESH[peer] + SAY_PEAK, str(file), str(vocabulary)]
+def start_fresh(peer: str, file: Path, vocabulary: Path) -> Round:
+    """From the start of a new process to its ids."""
+    command = [sys.executable, "-c", FRESH[peer] + SAY_COST, str(file), str(vocabulary)]
     start = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | SETTINGS) as process:
-        peak = process.stdout.readline()
+        cost = process.stdout.readline().split()
         took = time.perf_counter() - start
-    if not peak:
+    if not cost:
         raise RuntimeError(f"{peer} could not start")
-    return took, int(peak) * 1024
+    return took, float(cost[0]), int(cost[1]) * 1024
 
 
 def peak_memory() -> int:
@@ -197,10 +202,10 @@ def serve(peer: str, job: str, file: str, vocab_size: int, vocabulary: Path) -> 
         action()
     print("ready", file=out, flush=True)
     for _ in sys.stdin:
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), time.process_time()
         action()
-        took = time.perf_counter() - start
-        print(json.dumps([took, peak_memory()]), file=out, flush=True)
+        took, took_cpu = time.perf_counter() - start, time.process_time() - start_cpu
+        print(json.dumps([took, took_cpu, peak_memory()]), file=out, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ rounds
@@ -216,7 +221,7 @@ class Child:
         if self.process.stdout.readline() != "ready\n":
             raise RuntimeError(f"{peer} could not do {job}")
 
-    def round(self) -> tuple[float, int]:
+    def round(self) -> Round:
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
         return tuple(json.loads(self.process.stdout.readline()))
@@ -228,9 +233,9 @@ class Child:
 
 def measure(
     peers: list[str], job: str, file: Path, vocabulary: Path, options: argparse.Namespace
-) -> dict[str, list[tuple[float, int]]]:
-    """Peer -> (seconds, peak bytes) of each round, one peer after the other in each round; 3 rounds or more."""
-    results: dict[str, list[tuple[float, int]]] = {peer: [] for peer in peers}
+) -> dict[str, list[Round]]:
+    """Peer -> its rounds, one peer after the other in each round; 3 rounds or more."""
+    results: dict[str, list[Round]] = {peer: [] for peer in peers}
     start = time.perf_counter()
     children = {}
     if job == "fresh":
@@ -298,7 +303,9 @@ def main() -> None:
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; one thread"
     )
     print(", ".join(versions))
-    print(f"{'':16}{'peer':12}{'median ms':>10}{'p10':>9}{'p90':>9}{'MB/s':>8}{'x graft':>9}{'peak MB':>9}")
+    print(
+        f"{'':16}{'peer':12}{'median ms':>10}{'p10':>9}{'p90':>9}{'MB/s':>8}{'x graft':>9}{'cpu ms':>9}{'x cpu':>7}{'peak MB':>9}"
+    )
     with tempfile.TemporaryDirectory() as folder:
         write_vocabulary(Path(folder))
         for row in options.only.split(",") if options.only else JOBS:
@@ -308,16 +315,17 @@ def main() -> None:
             show(row, measure(installed(peers), job, file, Path(folder), options), file.stat().st_size)
 
 
-def show(row: str, results: dict[str, list[tuple[float, int]]], size: int) -> None:
+def show(row: str, results: dict[str, list[Round]], size: int) -> None:
     """One line a peer."""
-    own = statistics.median(took for took, _ in results["graft"])
+    own, own_cpu = (statistics.median(one[clock] for one in results["graft"]) for clock in (0, 1))
     for peer, rounds in results.items():
-        times = sorted(took * 1e3 for took, _ in rounds)
+        times = sorted(took * 1e3 for took, _, _ in rounds)
         middle = statistics.median(times)
+        cpu = statistics.median(took * 1e3 for _, took, _ in rounds)
         low, high = times[len(times) // 10], times[-1 - len(times) // 10]
         print(
-            f"{row:16}{peer:12}{middle:10.1f}{low:9.1f}{high:9.1f}{size / middle / 1e3:8.1f}"
-            f"{middle / 1e3 / own:9.2f}{max(peak for _, peak in rounds) / 1e6:9.0f}",
+            f"{row:16}{peer:12}{middle:10.1f}{low:9.1f}{high:9.1f}{size / middle / 1e3:8.1f}{middle / 1e3 / own:9.2f}"
+            f"{cpu:9.1f}{cpu / 1e3 / own_cpu:7.2f}{max(peak for _, _, peak in rounds) / 1e6:9.0f}",
             flush=True,
         )
 

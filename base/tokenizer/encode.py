@@ -391,9 +391,11 @@ class Decoder:
 
     def decode(self, ids: np.ndarray) -> np.ndarray:
         """The tokens' bytes in a row, uint8. Raises ValueError for an id that the vocabulary doesn't have."""
-        size = int(decoded_size(ids, self._sizes))
-        if size < 0:
-            raise ValueError(f"id {ids[-1 - size]} is not in the vocabulary (0 to {self._n - 1})")
+        narrow = np.ascontiguousarray(ids, np.int32)
+        size = int(decoded_size(narrow, self._sizes))
+        if size < 0 or not (narrow is ids or np.array_equal(narrow, ids)):
+            wrong = -1 - size if size < 0 else int((narrow != ids).argmax())
+            raise ValueError(f"id {ids[wrong]} is not in the vocabulary (0 to {self._n - 1})")
         out = np.empty(size + 2 * PADDING, np.uint8)
-        decode_ids(ids, self._heads, self._sizes, self._starts, self._spelling, out, eight_view(out))
+        decode_ids(narrow, self._heads, self._sizes, self._starts, self._spelling, out, eight_view(out))
         return out[:size]

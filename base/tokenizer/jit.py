@@ -34,6 +34,7 @@ def compiled(function: Callable[..., Any]) -> Any:
     try:
         loop: Any = numba.njit(cache=True)(function)
     except RuntimeError:  # numba found no folder that it may write
+        _Announcer.how_often = "in each process, for want of a cache folder (NUMBA_CACHE_DIR can name one)"
         return numba.njit(function)
     # Numba asks only whether the function's own file changed, but each loop holds parts of the files beside it.
     loop._cache._cache_file._source_stamp = _stamp()
@@ -69,12 +70,13 @@ class _Announcer(event.Listener):
     """Says once that compilation has begun. Numba sends no event when it finds the code on disk."""
 
     said = False
+    how_often = "once per machine"
 
     def on_start(self, event: event.Event) -> None:
         details: Any = event.data
         if not self.said and details["dispatcher"].py_func.__module__.startswith(__package__ or "?"):
             self.said = True
-            _log.warning("graft: compiling the tokenizer's loops, once per machine, about ten seconds ...")
+            _log.warning("graft: compiling the tokenizer's loops, %s, about ten seconds ...", self.how_often)
 
     def on_end(self, event: event.Event) -> None:
         pass

@@ -213,10 +213,10 @@ class StreamDecoder:
 def _as_ids(ids: Iterable[int] | np.ndarray) -> np.ndarray:
     array = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids))
     if array.size == 0:
-        return np.zeros(0, np.int64)
+        return np.zeros(0, np.int32)
     if array.dtype.kind not in "iu" or array.ndim != 1:
         raise ValueError(f"ids are {array.dtype} of shape {array.shape}; give a flat sequence of whole numbers")
-    return array.astype(np.int64, copy=False)
+    return array
 
 
 def _matcher(tokens: Sequence[AddedToken]) -> regex.Pattern[str]:

@@ -257,6 +257,16 @@ def test_a_changed_file_makes_the_compiled_loops_stale():
     assert "pair_index.py" in jit._stamp()
 
 
+def test_without_a_writable_cache_folder_each_process_compiles(tmp_path):
+    """Numba's folders are taken away as it finds them when the user may write none."""
+    code = "from numba.core import caching; caching.FunctionCache._impl_class._locator_classes = []; "
+    code += "import numpy as np; from graft.base.tokenizer.pair_index import new_index; "
+    code += "print(new_index(np.ones(1, np.int32), np.ones(1, np.int32), 1).any())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
+    assert "in each process, for want of a cache folder (NUMBA_CACHE_DIR can name one)" in done.stderr
+
+
 def test_importing_compiles_nothing_and_the_compiling_is_announced(tmp_path):
     """In fresh processes with an empty cache folder: the first says it once, the second not at all."""
     code = "import sys; import graft.base.tokenizer.tokenizer as t; print('imported', file=sys.stderr); "
