@@ -1,0 +1,161 @@
+"""Muon: orthogonal updates for hidden matrices, AdamW for the rest, resume to the bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from graft.base.loss import next_token_loss
+from graft.base.model.config import ModelConfig
+from graft.base.model.transformer import Transformer, initialize_
+from graft.base.optim.adamw import AdamW
+from graft.base.optim.muon import COEFFICIENTS, Muon, is_hidden_matrix, orthogonalize
+from graft.base.runlog import RunFolder
+from graft.base.train import Batch, TrainConfig, make_optimizer, train
+
+TINY = ModelConfig(61, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_head=8, d_ff=64, max_seq_len=16)
+
+
+def tiny() -> Transformer:
+    model = Transformer(TINY)
+    initialize_(model, seed=0)
+    return model
+
+
+def batch(seed: int) -> Batch:
+    ids = torch.randint(0, 61, (4, 17), generator=torch.Generator().manual_seed(seed))
+    return {"ids": ids[:, :-1], "targets": ids[:, 1:]}
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (64, 16), (16, 64), (3, 20, 12)])
+def test_orthogonalize_keeps_the_singular_vectors(shape: tuple[int, ...]) -> None:
+    """Parity with torch.linalg.svd: the result is U f(S) V^T with f(S) within the quintic's band.
+
+    f alone decides it: five iterations of x -> a x + b x^3 + c x^5 on each singular value s / |S|_2, computed here apart
+    in float64. For values above 1% of the norm they all end in (0.65, 1.25), the band that Jordan et al. give.
+    """
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+    s = torch.linspace(0.02, 1, s.shape[-1], dtype=torch.float64).expand(s.shape)
+    found = orthogonalize((u * s[..., None, :]) @ vt)
+    x = s / s.norm(dim=-1, keepdim=True)
+    a, b, c = COEFFICIENTS
+    for _ in range(5):
+        x = a * x + b * x**3 + c * x**5
+    expected = (u * x[..., None, :]) @ vt
+    torch.testing.assert_close(found, expected.float(), atol=1e-4, rtol=0)  # float32, amplified by 3.4^5 at s near 0
+    large = s / s.norm(dim=-1, keepdim=True) > 0.01
+    values = torch.linalg.svdvals(found)
+    assert ((x[large] > 0.65) & (x[large] < 1.25)).all()
+    assert values.max() < 1.25
+    near = (found.double() * (u @ vt)).sum() / (found.norm() * (u @ vt).norm())
+    assert near > 0.95  # the cosine with U V^T itself, as every value is within a quarter of one
+
+
+def test_the_update_by_hand() -> None:
+    """Worked by hand: the first step's momentum is 0.05 g, the look-ahead 0.05 g + 0.95 (0.05 g) is a multiple of g, and
+    orthogonalize forgets the size: W' = W (1 - lr * decay) - lr * 0.2 sqrt(max(out, in)) * orthogonalize(g)."""
+    g = torch.randn(6, 10, generator=torch.Generator().manual_seed(2))
+    hidden, norm = torch.ones(6, 10, requires_grad=True), torch.ones(6, requires_grad=True)
+    hidden.grad, norm.grad = g.clone(), torch.ones(6)
+    optimizer = Muon([("mlp.weight", hidden), ("norm.weight", norm)], weight_decay=0.5)
+    optimizer.step(0.1)
+    expected = 1 - 0.1 * 0.5 - 0.1 * 0.2 * 10**0.5 * orthogonalize(g)
+    torch.testing.assert_close(hidden.detach(), expected, atol=1e-4, rtol=0)  # the 1e-7 in its norm
+    assert norm.tolist() == pytest.approx([0.9] * 6)  # AdamW's first step is lr * sign, and norms don't decay
+    torch.testing.assert_close(optimizer.momenta[0], 0.05 * g)
+    optimizer.zero_grad()
+    assert hidden.grad is None
+
+
+def test_its_size_is_adamws() -> None:
+    """Law: the root mean square of an update is 0.2 lr, whatever the shape (arXiv:2502.16982, eq. 4), within the band of
+    orthogonalize: it serves with AdamW's learning rate."""
+    for shape in ((32, 32), (64, 16), (8, 100)):
+        p, other = torch.zeros(shape, requires_grad=True), torch.zeros(3, requires_grad=True)
+        p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 1e-3
+        Muon([("w", p), ("n", other)]).step(1.0)
+        assert p.square().mean().sqrt().item() == pytest.approx(0.2, rel=0.25)
+
+
+def test_embeddings_head_and_norms_go_to_adamw() -> None:
+    """Law: after a step those parameters are exactly AdamW's, and the hidden ones are not."""
+    model, twin = tiny(), tiny()
+    muon, adamw = Muon(model.named_parameters()), AdamW(twin.named_parameters())
+    for one, optimizer in ((model, muon), (twin, adamw)):
+        (next_token_loss(one, batch(0)) / 64).backward()
+        optimizer.step(1e-2)
+    theirs = dict(twin.named_parameters())
+    for name, parameter in model.named_parameters():
+        to_adamw = "embed" in name or "norm" in name
+        assert is_hidden_matrix(name, parameter) != to_adamw
+        assert torch.equal(parameter, theirs[name]) == to_adamw, name
+    assert {name for name, _ in muon.adamw.named} == {name for name in theirs if "embed" in name or "norm" in name}
+    assert not is_hidden_matrix("lm_head.weight", torch.ones(4, 4))
+
+
+def test_parameters_without_gradient_are_left_alone() -> None:
+    ps = [torch.ones(4, 4, requires_grad=True) for _ in range(2)] + [torch.ones(4, requires_grad=True)]
+    ps[1].grad = torch.eye(4)
+    Muon(zip(("a", "b", "n"), ps, strict=True)).step()
+    assert torch.equal(ps[0], torch.ones(4, 4))
+    assert torch.equal(ps[2], torch.ones(4))
+    assert not torch.equal(ps[1], torch.ones(4, 4))
+
+
+def test_resume_is_bit_identical(tmp_path: Path) -> None:
+    """Law: five steps, and three that die and two more, give the same weights and state."""
+    config = TrainConfig(steps=5, optimizer="muon", checkpoint_every=3, warmup_steps=1, learning_rate=1e-2)
+
+    def run(name: str, *, stop: int | None = None, resume: bool = False) -> tuple[Transformer, Muon]:
+        model = tiny()
+        optimizer = make_optimizer(model.named_parameters(), config)
+        assert isinstance(optimizer, Muon)
+        folder = RunFolder(tmp_path / name, stage="test", resume=resume)
+        folder.start({}, seed=0)
+
+        def batches(step: int) -> list[Batch]:
+            if step == stop:
+                raise RuntimeError("the power fails")
+            return [batch(step)]
+
+        train(model, optimizer, batches, config, folder)
+        return model, optimizer
+
+    whole, first = run("whole")
+    with pytest.raises(RuntimeError, match="the power fails"):
+        run("cut", stop=4)
+    resumed, second = run("cut", resume=True)
+    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+    one, other = first.state_tensors(), second.state_tensors()
+    assert set(one) == set(other)
+    assert any(name.endswith(".momentum") for name in one)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_learns_one_batch() -> None:
+    """Learning: 40 steps at one rate bring the loss on one batch under 0.1."""
+    model = tiny()
+    optimizer = Muon(model.named_parameters(), learning_rate=2e-2, weight_decay=0.0)
+    for _ in range(40):
+        loss = next_token_loss(model, batch(0)) / 64
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.1
+
+
+def test_refusals() -> None:
+    w, n = ("w", torch.ones(2, 2, requires_grad=True)), ("n", torch.ones(2, requires_grad=True))
+    with pytest.raises(ValueError, match=r"momentum=1 must lie in \[0, 1\)"):
+        Muon([w, n], momentum=1)
+    for named in ([w], [n]):
+        with pytest.raises(ValueError, match="muon needs hidden matrices and other parameters; use optimizer adamw"):
+            Muon(named)
+    optimizer = Muon([w, n])
+    state = optimizer.state_tensors()
+    with pytest.raises(ValueError, match=r"optimizer state w\.momentum: nothing saved, \(2, 2\) due"):
+        optimizer.load_state_tensors({k: v for k, v in state.items() if k != "w.momentum"})
+    with pytest.raises(ValueError, match=r"optimizer state w\.momentum: \(3, 2\) saved, \(2, 2\) due"):
+        optimizer.load_state_tensors(state | {"w.momentum": torch.ones(3, 2)})

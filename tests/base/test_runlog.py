@@ -1,0 +1,140 @@
+"""What a run leaves: config and versions, a line a step that a crash can cut, nothing lost before the start."""
+
+import json
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from graft.base.runlog import RunFolder, plain, read_metrics, versions
+
+
+@dataclass
+class Inner:
+    path: Path
+    sizes: tuple[int, ...]
+
+
+@dataclass
+class Outer:
+    inner: Inner
+    by_name: dict[str, Inner]
+
+
+def started(folder: Path, *, resume: bool = False, force: bool = False) -> RunFolder:
+    run = RunFolder(folder, stage="test", resume=resume, force=force)
+    run.start({"x": 1}, seed=7)
+    return run
+
+
+def test_plain_by_hand() -> None:
+    inner = Inner(Path("a/b"), (1, 2))
+    expected = {"path": "a/b", "sizes": [1, 2]}
+    assert plain(Outer(inner, {"k": inner})) == {"inner": expected, "by_name": {"k": expected}}
+    assert plain([None, True, 1.5, (Path("x"),)]) == [None, True, 1.5, ["x"]]
+    json.dumps(plain(Outer(inner, {})))
+
+
+def test_run_json(tmp_path: Path) -> None:
+    """Law: seed, versions, config and state of the run are there from the start, the summary at the end."""
+    run = started(tmp_path / "a")
+    state = json.loads((tmp_path / "a/run.json").read_text())
+    assert (state["stage"], state["status"], state["seed"], state["config"]) == ("test", "running", 7, {"x": 1})
+    assert state["versions"] == versions()
+    assert versions()["python"] == platform.python_version()
+    assert versions()["torch"] == torch.__version__
+    run.finish({"loss": 1.5, "where": Path("p")})
+    assert json.loads((tmp_path / "a/run.json").read_text()) == state | {"status": "finished"}
+    assert json.loads((tmp_path / "a/summary.json").read_text()) == {"loss": 1.5, "where": "p"}
+
+
+def test_each_line_is_on_disk_at_once(tmp_path: Path) -> None:
+    """Law: a process that is killed loses no line it has logged."""
+    run = started(tmp_path / "a")
+    assert run.open_metrics(after_step=0) == []
+    for step in (1, 2):
+        run.log({"step": step, "loss": 0.1 * step})
+        assert read_metrics(tmp_path / "a/metrics.jsonl")[-1]["step"] == step
+    run.close()
+    run.close()
+
+
+def test_resuming_drops_the_lines_past_the_checkpoint(tmp_path: Path) -> None:
+    """Law: what a crash left behind the last checkpoint goes, a line that it cut too; nothing is there twice."""
+    run = started(tmp_path / "a")
+    run.open_metrics(after_step=0)
+    for step in (1, 2, 3):
+        run.log({"step": step})
+    run.close()
+    path = tmp_path / "a/metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 4, "lo')
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3]
+    again = started(tmp_path / "a", resume=True)
+    assert [line["step"] for line in again.open_metrics(after_step=2)] == [1, 2]
+    again.log({"step": 3, "second": True})
+    again.close()
+    assert read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3, "second": True}]
+
+
+def test_starting_over_takes_only_what_was_the_runs(tmp_path: Path) -> None:
+    """Law: --force removes log, summary and checkpoints, at the start and not before; other files stay."""
+    started(tmp_path / "a").finish({})
+    checkpoint = tmp_path / "a/checkpoints/step-00000001"
+    checkpoint.mkdir(parents=True)
+    (tmp_path / "a/notes.txt").write_text("mine")
+    run = RunFolder(tmp_path / "a", stage="another", force=True)
+    assert checkpoint.exists()
+    assert (tmp_path / "a/summary.json").exists()
+    run.start({}, seed=0)
+    assert not checkpoint.exists()
+    assert not (tmp_path / "a/summary.json").exists()
+    assert (tmp_path / "a/notes.txt").read_text() == "mine"
+    assert run.previous is None
+    with pytest.raises(ValueError, match="--resume and --force exclude each other"):
+        RunFolder(tmp_path / "a", stage="another", resume=True, force=True)
+
+
+def test_a_folder_that_is_not_ours_keeps_everything(tmp_path: Path) -> None:
+    """Law: --force into a folder without a run.json removes nothing, even under names that graft uses."""
+    for name in ("config.json", "metrics.jsonl", "summary.json"):
+        (tmp_path / name).write_text(name)
+    run = started(tmp_path, force=True)
+    for name in ("config.json", "metrics.jsonl", "summary.json"):
+        assert (tmp_path / name).read_text() == name
+    del run
+
+
+def test_killed_while_starting_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: a --force that dies while it clears the folder is resumed as the new run, without the old one's checkpoints."""
+    started(tmp_path / "a").finish({})
+    checkpoint = tmp_path / "a/checkpoints/step-00000001"
+    checkpoint.mkdir(parents=True)
+    run = RunFolder(tmp_path / "a", stage="test", force=True)
+    monkeypatch.setattr(RunFolder, "_forget", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.start({"x": 2}, seed=0)
+    monkeypatch.undo()
+    assert checkpoint.exists()
+    again = RunFolder(tmp_path / "a", stage="test", resume=True)
+    assert again.previous is not None
+    assert again.previous["config"] == {"x": 2}
+    again.start({"x": 2}, seed=0)
+    assert not checkpoint.exists()
+
+
+def test_an_empty_folder_can_be_resumed(tmp_path: Path) -> None:
+    """Law: a run killed before its first file left a folder; the same command with --resume starts it."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/.run.json.17.tmp").write_text("{")  # and the half-written file is swept away
+    run = RunFolder(tmp_path / "a", stage="test", resume=True)
+    assert run.previous is None
+    run.start({}, seed=0)
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["run.json"]
+
+
+def test_a_broken_run_json(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"stage": "test",')
+    with pytest.raises(ValueError, match=r"run\.json line 1: not JSON"):
+        RunFolder(tmp_path, stage="test", resume=True)
