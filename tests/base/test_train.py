@@ -272,6 +272,10 @@ def test_pretrain_leaves_a_base_folder(prepared: tuple[Path, Path], tmp_path: Pa
         run_pretrain(**arguments, out=tmp_path / "a", settings=tiny)
     with pytest.raises(ValueError, match="--resume goes on with d_model=32, asked was 64"):
         run_pretrain(**arguments, out=tmp_path / "a", settings={"d_model": 64}, resume=True)
+    with pytest.raises(ValueError, match="asked was preset medium"):
+        run_pretrain(**arguments, out=tmp_path / "a", preset_name="medium", resume=True)
+    with pytest.raises(ValueError, match="--resume goes on with tokenizer"):
+        run_pretrain(**arguments | {"tokenizer": tmp_path / "b"}, out=tmp_path / "a", resume=True)
     longer = run_pretrain(**arguments, out=tmp_path / "a", settings={"steps": 7}, resume=True)
     assert longer["steps"] == 7
 
@@ -283,6 +287,8 @@ def test_pretrain_refuses(prepared: tuple[Path, Path], tmp_path: Path) -> None:
         run_pretrain(**arguments, settings={"vocab_size": 9})
     with pytest.raises(ValueError, match=r"one window of max_seq_len=100000 needs 100001"):
         run_pretrain(**arguments | {"out": tmp_path / "y"}, settings={"max_seq_len": 100_000, "n_layers": 1})
+    with pytest.raises(ValueError, match="no known architecture has qk_norm=True, attention_bias=True"):
+        run_pretrain(**arguments | {"out": tmp_path / "z"}, settings={"attention_bias": True})
     with pytest.raises(ValueError, match="unknown device 'tpux'"):
         run_pretrain(**arguments | {"device": "tpux"})
     (tmp_path / "other.txt").write_text("another text with other words, other words and more words " * 20)

@@ -148,6 +148,52 @@ def test_checkpointing_changes_no_gradient() -> None:
         assert torch.equal(plain, recomputed)
 
 
+def test_fingerprint_is_of_the_file_in_every_dtype(tmp_path: Path) -> None:
+    """Law: loading in float16 or bfloat16 doesn't make another base of it; another file is another base."""
+    save_model(random_model(TINY), tmp_path / "a")
+    found = {fingerprint(load_full_precision(tmp_path / "a", dtype=d)) for d in ("float32", "float16", "bfloat16")}
+    assert len(found) == 1
+    other = random_model(TINY)
+    initialize_(other, seed=1)
+    save_model(other, tmp_path / "b")
+    assert fingerprint(load_full_precision(tmp_path / "b")) not in found
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("flags", range(8))
+def test_biases_are_stored_exactly_or_refused(qk_norm: bool, flags: int) -> None:
+    """Law: whatever switches are on, the config comes back the same from the file, or can't be written."""
+    names = ("attention_bias", "attention_out_bias", "mlp_bias")
+    config = replace(TINY, qk_norm=qk_norm, **{name: bool(flags >> i & 1) for i, name in enumerate(names)})
+    try:
+        stored = config_to_dict(config, dtype=torch.float32)
+    except ValueError:
+        assert flags, "no bias at all is always writable"
+        return
+    assert config_from_dict(stored) == config
+
+
+def test_a_smaller_model_replaces_a_sharded_one(tmp_path: Path) -> None:
+    """Law: an index left by a former model is not read in place of the new file."""
+    save_model(random_model(TINY), tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00001.safetensors"}}')
+    save_model(random_model(TINY), tmp_path)
+    assert load_full_precision(tmp_path).config == TINY
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not covered"),
+        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}, "on some layers only"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "on some layers only"),
+    ],
+)
+def test_what_would_be_computed_wrongly_is_refused(found: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config_from_dict(config_to_dict(TINY, dtype=torch.float32) | found)
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
@@ -155,6 +201,9 @@ def test_checkpointing_changes_no_gradient() -> None:
         ({"n_heads": 8, "n_kv_heads": 3}, "n_heads=8 is not divisible by n_kv_heads=3"),
         ({"d_head": 7}, "d_head=7 is odd"),
         ({"n_layers": 0}, "n_layers=0 must be a whole number >= 1"),
+        ({"init_std": -1.0}, "init_std=-1.0 must be > 0"),
+        ({"rope_theta": 0.0}, "rope_theta=0.0 must be > 0"),
+        ({"sliding_window": 0}, "sliding_window=0 must be >= 1"),
     ],
 )
 def test_sizes_that_do_not_fit(sizes: dict[str, int], message: str) -> None:

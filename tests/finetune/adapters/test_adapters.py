@@ -112,7 +112,7 @@ def test_our_bank_opens_pefts_folder(base_dir: Path, tmp_path: Path) -> None:
     base = transformers.AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
     config = peft.LoraConfig(
         r=3, lora_alpha=6, target_modules=["q_proj", "up_proj"], init_lora_weights=False, task_type="CAUSAL_LM",
-        rank_pattern={"up_proj": 5}, alpha_pattern={"layers.0.self_attn.q_proj": 11},
+        rank_pattern={"up_proj": 5}, alpha_pattern={r"layers\.0\.self_attn\.q_.*": 11},
     )  # fmt: skip
     theirs = peft.get_peft_model(base, config, adapter_name="mine").eval()
     theirs.save_pretrained(tmp_path)
@@ -144,6 +144,8 @@ def test_swapping_is_exact(base_dir: Path, two_adapters: tuple[Path, Path]) -> N
         bank.use(name)
         assert torch.equal(logits(model), expected)
     assert not torch.allclose(alone[0], alone[1], atol=1e-3)
+    bank.load("one", two_adapters[0])
+    assert bank.active == "one", "reloading the adapter in use keeps it in use"
     bank.unload("one")
     assert bank.active is None
     assert torch.equal(logits(model), base)
@@ -185,6 +187,11 @@ def test_merged_is_unmerged(base_dir: Path, two_adapters: tuple[Path, Path], tmp
         folder = theirs(IDS).logits
     for found in (logits(merged), folder):
         torch.testing.assert_close(found, expected, atol=2e-5 * expected.abs().max().item(), rtol=0)
+    for taken in (base_dir, two_adapters[0]):
+        with pytest.raises(ValueError, match="is the base or the adapter itself"):
+            run_merge(base_dir, two_adapters[0], taken, force=True)
+    with pytest.raises(ValueError, match="is the base itself"):
+        run_quantize(base_dir, base_dir, force=True)
     with pytest.raises(FileExistsError, match="is not empty"):
         run_merge(base_dir, two_adapters[0], tmp_path / "merged")
 
@@ -251,6 +258,8 @@ def test_broken_adapter_folders(two_adapters: tuple[Path, Path], tmp_path: Path)
         ({"peft_type": "IA3"}, "peft_type 'IA3' is not covered"),
         ({"use_dora": True}, "use_dora=True is not covered"),
         ({"bias": "all"}, "bias='all' is not covered"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out=True is not covered"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not covered"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\] is not covered"),
     ):
         (one / "adapter_config.json").write_text(json.dumps(config | change))
