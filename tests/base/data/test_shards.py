@@ -144,7 +144,10 @@ print(*peaks)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("megabytes", [110, pytest.param(1024, marks=[pytest.mark.slow, WITH_TIME])])
 def test_memory_does_not_grow_with_the_file(tmp_path, tok, megabytes):
-    """After 50 MB twice (the allocator settles then), a larger file of one document may add at most 60 MB, whatever its size; 1 GB stays under 1 GB."""
+    """After 50 MB twice (the allocator settles then), a larger file of one document may add at most 60 MB, whatever its size.
+
+    1 GB stays under 1 GB.
+    """
     tok.save(tmp_path / "tok")
     small, large = tmp_path / "small.txt", tmp_path / "large.txt"
     block = "".join(f"the cat number {n} sat on the mat.\n" for n in range(28_000)).encode()[: 1 << 20]
