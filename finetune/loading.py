@@ -1,9 +1,11 @@
 """A base from disk, in full precision or in 4 bits: the one `load_model` that users call."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from ..base.checkpoint import read_json
 from ..base.device import resolve_device
@@ -51,17 +53,27 @@ def load_model(
         quantize_linears_(model, keep=KEPT, double_quant=double_quant, quant_type=quantize)
     if stored is not None or quantize is not None:
         stream = WeightStream(model, device=device)
+    weights = iterate_weights(folder)
     load_weights(
         model,
-        iterate_weights(folder),
+        weights if stream is None else _checked(weights, stream, folder),
         dtype=dtype_named(dtype) if dtype else None,
         device=device,
         where=str(folder),
         take=stream.take if stream else None,
     )
-    if stream is not None:
-        stream.finish()
     return model.eval()
+
+
+def _checked(
+    weights: Iterator[tuple[str, Tensor]], stream: WeightStream, folder: Path | str
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights, and at their end an error by the file's own keys when one of a 4-bit layer has not come."""
+    yield from weights
+    try:
+        stream.finish()
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
 
 
 def save_any(model: Transformer, folder: Path | str, *, stored: dict[str, Any] | None) -> None:
