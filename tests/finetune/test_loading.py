@@ -1,0 +1,173 @@
+"""A base in 4 bits: quantized as it streams in or loaded from a folder, one weight at a time, and what transformers reads."""
+
+import json
+import shutil
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import graft
+from graft.finetune import loading
+from graft.finetune.loading import load_model, save_any, weight_bytes
+from graft.finetune.quantize import run_quantize, stored_bytes
+from graft.quant.linear import NF4Linear, quantize_linears_
+
+IDS = torch.randint(0, 290, (2, 15), generator=torch.Generator().manual_seed(0))
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(IDS)
+
+
+@pytest.fixture(scope="module")
+def nf4_dir(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("nf4") / "nf4"
+    run_quantize(base_dir, folder)
+    return folder
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_three_ways_to_four_bits_agree(double_quant: bool, base_dir: Path, tmp_path: Path) -> None:
+    """Law: quantized as it streams in, in memory afterwards, and written and read again: the very same logits."""
+    streamed = load_model(base_dir, quantize="nf4", double_quant=double_quant)
+    in_memory = load_model(base_dir)
+    full = logits(in_memory)
+    quantize_linears_(in_memory, double_quant=double_quant)
+    run_quantize(base_dir, tmp_path / "nf4", double_quant=double_quant)
+    from_folder = load_model(tmp_path / "nf4")
+    expected = logits(streamed)
+    assert torch.equal(logits(in_memory), expected)
+    assert torch.equal(logits(from_folder), expected)
+    assert not torch.equal(full, expected)
+    assert {type(m) for m in from_folder.modules()} >= {NF4Linear}
+    kept = [name for name, m in from_folder.named_modules() if type(m) is nn.Linear]
+    assert kept == ["lm_head"]
+
+
+def test_no_full_precision_copy(base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: when a weight is read from the file, at most the one before it is still alive in full precision."""
+    read: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+    original = loading.iterate_weights
+
+    def watched(folder: Path, **options: Any) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in original(folder, **options):
+            alive.append(sum(ref() is not None for ref in read))
+            if name.endswith("_proj.weight"):
+                read.append(weakref.ref(tensor))
+            yield name, tensor
+            del tensor
+
+    monkeypatch.setattr(loading, "iterate_weights", watched)
+    model = load_model(base_dir, quantize="nf4")
+    assert len(read) == 2 * 7
+    assert max(alive) <= 1
+    assert sum(ref() is not None for ref in read) == 0
+    alive.clear()
+    read.clear()
+    leaked: list[Tensor] = []
+    take = loading.WeightStream.take
+    monkeypatch.setattr(loading.WeightStream, "take", lambda self, n, t: leaked.append(t) or take(self, n, t))
+    load_model(base_dir, quantize="nf4")
+    assert max(alive) > 10, "the test would see a copy that stays"
+    layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
+    assert max(t.numel() for layer in layers for t in layer.buffers() if t.is_floating_point()) <= 256  # constants
+
+
+def test_bits_by_hand(base_dir: Path, tmp_path: Path) -> None:
+    """Worked by hand: 4 bits, and a scale of 32 bits for 64 weights, are 4.5 bits a weight; with the scales in 8 bits and
+    one of 32 bits and a mean a layer for up to 256 of them, 4 + 8/64 + (32 n_groups + 32) / n."""
+    single = run_quantize(base_dir, tmp_path / "single", double_quant=False)
+    double = run_quantize(base_dir, tmp_path / "double")
+    assert single["bits_per_weight"] == 4.5
+    sizes = 2 * [64 * 64, 64 * 64, 64 * 32, 64 * 32, 64 * 128, 64 * 128, 64 * 128]
+    assert double["n_quantized_weights"] == sum(sizes)
+    assert double["n_quantized_layers"] == 14
+    extra = sum(8 * n // 64 + 32 * -(-(n // 64) // 256) + 32 for n in sizes)
+    assert double["bits_per_weight"] == pytest.approx(4 + extra / sum(sizes))
+    assert double["file_bytes"] == (tmp_path / "double/model.safetensors").stat().st_size
+    assert double["file_bytes"] < (base_dir / "model.safetensors").stat().st_size / 2
+    model = load_model(tmp_path / "double")
+    assert sum(stored_bytes(m) for m in model.modules() if isinstance(m, NF4Linear)) * 8 == 4 * sum(sizes) + extra
+
+
+@pytest.mark.slow
+def test_transformers_opens_the_folder(nf4_dir: Path) -> None:
+    """Parity: transformers with bitsandbytes reads our folder; in float32 its logits are ours."""
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(nf4_dir, dtype=torch.float32)
+    assert isinstance(theirs.model.layers[0].mlp.up_proj, bitsandbytes.nn.Linear4bit)
+    for module in theirs.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.compute_dtype = torch.float32
+    theirs.train()  # in eval mode its CPU path repacks the weights and multiplies in bfloat16
+    with torch.no_grad():
+        expected = theirs(IDS).logits
+    # float32 sums in another order: a few ulps of the largest logit
+    torch.testing.assert_close(logits(load_model(nf4_dir)), expected, atol=2e-5 * expected.abs().max().item(), rtol=0)
+
+
+def test_round_trip_of_a_four_bit_model(nf4_dir: Path, tmp_path: Path) -> None:
+    """Law: loaded and saved again it is the same file and the same config."""
+    stored = json.loads((nf4_dir / "config.json").read_text())["quantization_config"]
+    save_any(load_model(nf4_dir, dtype=None), tmp_path, stored=stored)
+    one, other = (load_file(folder / "model.safetensors") for folder in (nf4_dir, tmp_path))
+    assert set(one) == set(other)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads((nf4_dir / "config.json").read_text())
+
+
+def test_dtype_and_size(base_dir: Path, nf4_dir: Path) -> None:
+    """Law: dtype is that of all weights that are not quantized; None keeps the file's; tied weights count once."""
+    for folder in (base_dir, nf4_dir):
+        for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32), (None, torch.float32)):
+            model = load_model(folder, dtype=name)
+            assert {p.dtype for p in model.parameters()} == {dtype}
+            assert logits(model).isfinite().all()
+            assert not model.training
+    assert weight_bytes(load_model(base_dir)) == 4 * load_model(base_dir).config.n_params
+    assert weight_bytes(load_model(nf4_dir)) < 0.5 * weight_bytes(load_model(base_dir))
+    assert graft.load_model is load_model
+
+
+def test_folders_that_do_not_load(base_dir: Path, nf4_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        load_model(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="unknown dtype 'int4'; choose float32"):
+        load_model(base_dir, dtype="int4")
+    with pytest.raises(ValueError, match="unknown device 'tpux'"):
+        load_model(base_dir, device="tpux")
+    with pytest.raises(ValueError, match="is quantized already"):
+        run_quantize(nf4_dir, tmp_path / "again")
+    with pytest.raises(FileExistsError, match="is not empty; choose another folder or --force"):
+        run_quantize(base_dir, nf4_dir)
+    copy = tmp_path / "copy"
+    for base, key, message in (
+        (base_dir, "model.layers.1.mlp.up_proj.weight", r"lacks the weights model\.layers\.1\.mlp\.up_proj\.weight"),
+        (
+            nf4_dir,
+            "model.layers.1.mlp.up_proj.weight.absmax",
+            r"copy: .* lacks model\.layers\.1\.mlp\.up_proj\.weight\.absmax;",
+        ),
+        (nf4_dir, "model.norm.weight", r"lacks the weights model\.norm\.weight"),
+    ):
+        shutil.copytree(base, copy)
+        tensors = load_file(copy / "model.safetensors")
+        del tensors[key]
+        save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=message):
+            load_model(copy)
+        shutil.rmtree(copy)
+    shutil.copytree(base_dir, copy)
+    tensors = load_file(copy / "model.safetensors")
+    save_file({k: t for k, t in tensors.items() if "mlp.down" not in k}, copy / "model.safetensors")
+    with pytest.raises(ValueError, match=r"lacks model\.layers\.0\.mlp\.down_proj\.weight"):
+        load_model(copy, quantize="nf4")
