@@ -81,3 +81,12 @@ def test_the_python_block_runs(base_dir: Path, text_file: Path, tmp_path: Path) 
         cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_pictures_are_there_and_nothing_is_left_to_fill() -> None:
+    """Law: each picture that the README shows is a PNG in the repository; no placeholder stands in its text."""
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README)
+    assert len(pictures) >= 2
+    for name in pictures:
+        assert (Path(graft.__file__).parent / name).read_bytes().startswith(b"\x89PNG"), name
+    assert not re.findall(r"\b[A-Z]{3,}_[A-Z_]+\b", README.replace("README", ""))
