@@ -75,7 +75,8 @@ LORA = LoraConfig(rank=8, alpha=16.0)
 RATES = {"lora": 3e-3, "qlora": 3e-3, "full": 1e-3}
 SFT = {"batch_size": 16, "warmup_steps": 20, "checkpoint_every": 0}
 STEPS = {"base": 600, "sms": 300, "sst2": 500}
-QUICK_STEPS = {"base": 300, "sms": 150, "sst2": 250}  # --quick
+QUICK_STEPS = {"base": 260, "sms": 150, "sst2": 400}  # --quick
+QUICK_WINDOWS = 128  # of validation text; otherwise all
 SST2_TRAIN = 8000  # phrases, of the 60,614
 MAX_TEXT_TOKENS = 96  # of a message; what is beyond is cut off, in training and in testing
 SPLIT_SEED = 0  # of the data; the runs' seeds are given on the command line
@@ -145,8 +146,8 @@ def stage_base(data: Path, out: Path, seeds: Sequence[int]) -> dict[str, Any]:
     summary = read_json(out / "base/summary.json")
     lines = [json.loads(line) for line in (out / "base/metrics.jsonl").read_text().splitlines()]
     train, val = open_tokens(out / "tokens", "train"), open_tokens(out / "tokens", "val")
-    model = load_model(out / "base")
-    loss = mean_loss(model, validation(out))
+    model, scored = load_model(out / "base"), validation(out)
+    loss = mean_loss(model, scored)
     bigram = bigram_loss(train, val, vocab_size=VOCAB_SIZE)
     sizes = {"n_tokens": len(val), "n_bytes": val.n_bytes}
     plot_run(out / "base", lines={"bigram model": bigram}, title="TinyStories: pretraining the base")
@@ -157,6 +158,7 @@ def stage_base(data: Path, out: Path, seeds: Sequence[int]) -> dict[str, Any]:
         "tokens_read": sum(line["n_tokens"] for line in lines),
         "train_s": round(sum(line["step_s"] for line in lines), 1),
         "n_val_tokens": len(val),
+        "n_scored_tokens": sum(batch["ids"].numel() for batch in scored),
         "n_val_bytes": val.n_bytes,
         "val_loss": loss,
         "val_bits_per_byte": bits_per_byte(loss, **sizes),
@@ -165,10 +167,10 @@ def stage_base(data: Path, out: Path, seeds: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def validation(out: Path, n_windows: int | None = None) -> list[dict[str, torch.Tensor]]:
-    """Validation windows of the model's length, 16 a batch; None: all of them."""
+def validation(out: Path) -> list[dict[str, torch.Tensor]]:
+    """Validation windows of the model's length, 16 a batch: all of them, or with --quick some, evenly spread."""
     val = open_tokens(out / "tokens", "val")
-    n_batches = math.ceil((n_windows or len(val)) / 16)
+    n_batches = math.ceil((QUICK_WINDOWS if STEPS == QUICK_STEPS else len(val)) / 16)
     return evaluation_batches(val, seq_len=MODEL["max_seq_len"], batch_size=16, n_batches=n_batches)
 
 
@@ -194,7 +196,7 @@ def sst2_rows(data: Path) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     def rows_of(file: str) -> list[dict[str, str]]:
         lines = [line for line in read_text(data / "sst2" / file).split("\n")[1:] if line.strip()]
         pairs = dict(line.rsplit("\t", 1) for line in lines)
-        names = {"1": "positive", "0": "negative"}
+        names = {"1": "good", "0": "bad"}  # words that the base knows, one token each
         return [{"prompt": text.strip(), "completion": names[label.strip()]} for text, label in pairs.items()]
 
     train = rows_of("train.tsv.gz")
@@ -203,13 +205,13 @@ def sst2_rows(data: Path) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
 
 
 def as_prompts(rows: list[dict[str, str]], tokenizer: Tokenizer, question: str) -> tuple[list[dict[str, str]], int]:
-    """`text\\nquestion` -> ` answer`, long texts cut; also how many were."""
+    """`text, newline, question` -> ` answer`, long texts cut; also how many were."""
     made, n_cut = [], 0
     for row in rows:
         text, ids = row["prompt"], tokenizer.encode(row["prompt"])
         if len(ids) > MAX_TEXT_TOKENS:
             text, n_cut = tokenizer.decode(ids[:MAX_TEXT_TOKENS]), n_cut + 1
-        made.append({"prompt": f"{text}\n{question}:", "completion": f" {row['completion']}"})
+        made.append({"prompt": f"{text}\n{question}", "completion": f" {row['completion']}"})
     return made, n_cut
 
 
@@ -274,7 +276,7 @@ def compare_methods(
     seeds: Sequence[int],
 ) -> dict[str, Any]:
     """Every method with every seed on the same records in the same order, and the base alone."""
-    rows_of, question = {"sms": (sms_rows, "Label"), "sst2": (sst2_rows, "Sentiment")}[task]
+    rows_of, question = {"sms": (sms_rows, "Label:"), "sst2": (sst2_rows, "It was")}[task]
     tokenizer = Tokenizer.load(out / "tokenizer")
     (train, n_cut), (test, n_cut_test) = (as_prompts(rows, tokenizer, question) for rows in rows_of(data))
     write_file(out / task / "train.jsonl", "".join(json.dumps(row) + "\n" for row in train))
@@ -381,7 +383,7 @@ def table_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
                 f"{base['bigram_loss']:.3f}; {base['bigram_bits_per_byte']:.3f}",
             ),
         ]
-    for task, metric in (("sms", "f1_spam"), ("sst2", "f1_positive")):
+    for task, metric in (("sms", "f1_spam"), ("sst2", "f1_good")):
         if not (result := results.get(task)):
             continue
         n = f"n = {result['n_test']:,}"
@@ -459,7 +461,7 @@ def main() -> None:
     parser.add_argument("--stages", default=",".join(STAGES), help=f"of {', '.join(STAGES)}; comma-separated")
     parser.add_argument("--seeds", default="0,1", help="of the fine-tuning runs, comma-separated")
     parser.add_argument("--fresh", action="store_true", help="run these stages again; an unfinished base goes on")
-    parser.add_argument("--quick", action="store_true", help="half the steps in every stage")
+    parser.add_argument("--quick", action="store_true", help="half the steps or less, less validation text")
     args = parser.parse_args()
     if args.quick:
         STEPS.update(QUICK_STEPS)
