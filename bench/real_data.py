@@ -379,7 +379,7 @@ def table_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
             (f"{what}: validation loss, nats a token", f"{base['val_loss']:.3f}"),
             (f"{what}: validation bits a byte", f"{base['val_bits_per_byte']:.3f}"),
             (
-                "a bigram model on the same tokens: loss; bits a byte",
+                "a bigram model, all validation tokens: loss; bits a byte",
                 f"{base['bigram_loss']:.3f}; {base['bigram_bits_per_byte']:.3f}",
             ),
         ]
