@@ -68,6 +68,23 @@ def test_the_update_by_hand() -> None:
     assert hidden.grad is None
 
 
+def test_the_second_update_by_hand() -> None:
+    """Worked by hand: after g1 and g2 the momentum is 0.95 (0.05 g1) + 0.05 g2, and Nesterov's look-ahead, which is what
+    is orthogonalized, 0.05 g2 + 0.95 of that."""
+    one, two = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(3))
+    hidden, norm = torch.zeros(5, 7, requires_grad=True), torch.ones(6, requires_grad=True)
+    optimizer = Muon([("w", hidden), ("n", norm)], weight_decay=0.0)
+    hidden.grad = one.clone()
+    optimizer.step(0.1)
+    before = hidden.detach().clone()
+    hidden.grad = two.clone()
+    optimizer.step(0.1)
+    momentum = 0.95 * 0.05 * one + 0.05 * two
+    torch.testing.assert_close(optimizer.momenta[0], momentum)
+    update = orthogonalize(0.05 * two + 0.95 * momentum)
+    torch.testing.assert_close(hidden.detach() - before, -0.1 * 0.2 * 7**0.5 * update, atol=1e-5, rtol=0)
+
+
 def test_its_size_is_adamws() -> None:
     """Law: the root mean square of an update is 0.2 lr, whatever the shape (arXiv:2502.16982, eq. 4), within the band of
     orthogonalize: it serves with AdamW's learning rate."""

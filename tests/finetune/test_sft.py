@@ -1,6 +1,7 @@
 """Fine-tuning, full, LoRA and QLoRA: what carries loss, learning, bit-identical resume, what is trained and what is not."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def train(base: Path, rows: Path, out: Path, method: str = "lora", *, resume: bo
         data=rows,
         out=out,
         method=method,
-        lora=LORA,
+        lora=replace(LORA, dropout=settings.pop("dropout", 0.0)) if not resume else None,
         settings=settings if resume else {"batch_size": 4, "steps": 4} | settings,
         resume=resume,
         device="cpu",
@@ -163,6 +164,7 @@ def test_learns_four_answers(method: str, loud_base: Path, rows: Path, tmp_path:
         ("lora", {}),
         ("qlora", {}),
         ("lora", {"packing": True}),
+        ("lora", {"dropout": 0.5}),  # the random state must come back too
         ("full", {"optimizer": "adamw8bit"}),
         ("full", {"optimizer": "muon"}),
         ("lora", {"dtype": "bfloat16", "batch_size": 3, "micro_batch": 1}),
@@ -192,20 +194,6 @@ def test_resume_is_bit_identical(
     assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
     assert len(losses(tmp_path / "cut")) == 5
-
-
-def test_resume_with_dropout_is_bit_identical(base_dir: Path, rows: Path, tmp_path: Path) -> None:
-    """Law: the random state is restored too. Here the run ends at step 2 of 2 and goes on to 4 beside one that ended
-    there as well, so that only the process differs."""
-    lora = LoraConfig(rank=4, alpha=8.0, dropout=0.5)
-    for name in ("one", "two"):
-        for steps, resume in ((2, False), (4, True)):
-            torch.manual_seed(0 if not resume else hash(name) % 1000)
-            sft.run_sft(
-                base=base_dir, data=rows, out=tmp_path / name, method="lora", lora=lora,
-                settings={"batch_size": 4, "steps": steps}, resume=resume, device="cpu", progress=False,
-            )  # fmt: skip
-    assert losses(tmp_path / "one") == losses(tmp_path / "two")
 
 
 # --- what is trained, what is left ---------------------------------------------------------------------------------
