@@ -8,6 +8,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def stdlib_documents(limit: int) -> Iterator[tuple[str, str]]:
         path for path in root.rglob("*.py") if not {"site-packages", "test", "tests", "idlelib"} & set(path.parts)
     )
     size = 0
-    for name, text in [*_topics(), *_docstrings(files), *_sources(files)]:
+    for name, text in chain(_topics(), _docstrings(files), _sources(files)):
         if size >= limit:
             return
         size += len(text.encode())

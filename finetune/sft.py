@@ -12,7 +12,7 @@ from ..base.evaluate import mean_loss
 from ..base.model.config import ModelConfig
 from ..base.model.huggingface import fingerprint, load_config, save_model
 from ..base.model.transformer import Transformer
-from ..base.pretrain import RESUMABLE
+from ..base.pretrain import RESUMABLE, same_input
 from ..base.progress import step_progress
 from ..base.runlog import RunFolder
 from ..base.settings import check_settings, split_settings
@@ -99,6 +99,8 @@ def run_sft(
     records = read_records(data)
     held_out = read_records(eval_data) if eval_data else []
     run = RunFolder(out, stage=f"sft {method}", resume=resume, force=force)
+    if run.previous:
+        same_input(run.previous["config"], base=base, data=data)
     lora, settings = _resumed(run, lora, dict(settings or {}))
     config = resolve(settings, base=Path(base), data=Path(data), method=method, n_records=len(records), lora=lora)
     limit = _limit(config.options.max_seq_len, load_config(base))
