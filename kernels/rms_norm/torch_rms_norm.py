@@ -1,7 +1,8 @@
 """RMSNorm from PyTorch operators with a hand-written backward, for the CPU.
 
 It saves h and one number per row, where autograd through the definition saves four tensors of x's size. Forward + backward
-of (4096, 1024) float32 on one core: 22 ms, against 48 ms for F.rms_norm and 60 ms for the definition.
+of (4096, 1024) float32 on one core, medians of 22 interleaved rounds (p10-p90 overlap for the slower two): F.rms_norm takes
+2.8 times as long, the definition 2.5 times.
 """
 
 from typing import Any
