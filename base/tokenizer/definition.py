@@ -4,7 +4,10 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
+
+import numpy as np
 
 Pair = tuple[bytes, bytes]
 
@@ -40,6 +43,18 @@ class Definition:
     add_bos: bool = False  # the file asks for BOS before each text
     chat_template: str | None = None
     raw: dict[str, Any] = field(default_factory=dict)  # sections of the files that were read, to write them back
+
+    @cached_property
+    def merge_ids(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The ids of each merge's left and right token and of the one that it makes, int32 (n_merges,) each.
+
+        Raises KeyError for a token that the vocabulary doesn't have.
+        """
+        id_of = {token: index for index, token in self.vocab.items()}
+        left, right = zip(*self.merges, strict=True) if self.merges else ((), ())
+        made = map(bytes.__add__, left, right)
+        n = len(self.merges)
+        return tuple(np.fromiter(map(id_of.__getitem__, tokens), np.int32, n) for tokens in (left, right, made))  # pyright: ignore[reportReturnType]
 
     def fingerprint(self) -> str:
         """32 hex digits that change when any text could get other ids."""

@@ -6,14 +6,13 @@ A word that was met before costs one look into the cache, a hash table (words.py
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
 from . import reference
 from .definition import Definition
 from .jit import PADDING, aligned_zeros, collector_paused, compiled, eight_view, inlined, padded
-from .pair_index import new_index, pair_slot
 from .patterns import WHOLE, kind_of
 from .scan import cut_words, new_buffers, unicode_classes
 from .words import SLOT, VALUE, N, count_words, first_look, put_key, search
@@ -24,13 +23,19 @@ LONGEST = 128  # bytes of a cached word; longer ones are rare and go through a h
 _NONE = np.int32(2**31 - 1)
 _LONG = np.uint64(16)  # the size of a token that is written byte by byte
 _1, _2, _8, _32, _56 = (np.uint64(number) for number in (1, 2, 8, 32, 56))
+ID_BITS = 21  # a merge lies in 64 bits: two ids and its rank plus one; Qwen 3 needs 18 of each
+RANK_BITS = 64 - 2 * ID_BITS
+_ID_BITS, _RANK_BITS = np.uint64(ID_BITS), np.uint64(RANK_BITS)
+_RANK_MASK = np.uint64((1 << RANK_BITS) - 1)
+_MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Ranks(NamedTuple):
     """The vocabulary as the merge loop needs it."""
 
     byte_id: np.ndarray  # int32 (256,)
-    pair_rank: np.ndarray  # uint64, pair_index: two ids -> the rank of their merge
+    byte_pair_rank: np.ndarray  # int32 (65536,), two bytes -> the rank of their merge, _NONE when they have none
+    pair_rank: np.ndarray  # uint64, open addressing by two ids: the ids and the rank plus one, or 0
     merged_id: np.ndarray  # int32, the id that the merge of each rank makes
     whole: np.ndarray  # uint64, words.py: each token -> its id plus one, when whole words need no merges; else empty
     whole_long: np.ndarray  # uint8
@@ -48,10 +53,35 @@ class Cache(NamedTuple):
 
 
 @inlined
+def first_place(table, pair):
+    """Where to look for a pair of ids first."""
+    mixed = pair * _MIX
+    return (mixed ^ mixed >> _32) & np.uint64(len(table) - 1)
+
+
+@inlined
 def rank_of(ranks, left, right):
     """The rank of a pair's merge, _NONE when it has none."""
-    at = pair_slot(ranks.pair_rank, left, right)
-    return np.int32(ranks.pair_rank[at + 1]) if ranks.pair_rank[at] else _NONE
+    table = ranks.pair_rank
+    pair = np.uint64(left) << _ID_BITS | np.uint64(right)
+    at = first_place(table, pair)
+    while table[at]:
+        if table[at] >> _RANK_BITS == pair:
+            return np.int32(table[at] & _RANK_MASK) - np.int32(1)
+        at = (at + _1) & np.uint64(len(table) - 1)
+    return _NONE
+
+
+@compiled
+def index_merges(table, left, right):
+    """Fill the table of `rank_of`; of equal pairs the first counts."""
+    for rank in range(len(left)):
+        pair = np.uint64(left[rank]) << _ID_BITS | np.uint64(right[rank])
+        at = first_place(table, pair)
+        while table[at] and table[at] >> _RANK_BITS != pair:
+            at = (at + _1) & np.uint64(len(table) - 1)
+        if not table[at]:
+            table[at] = pair << _RANK_BITS | np.uint64(rank + 1)
 
 
 @compiled
@@ -61,19 +91,21 @@ def merge_short(ranks, text, at, size, ids, rank):
     for place in range(n):
         ids[place] = ranks.byte_id[text[at + place]]
     for place in range(n - 1):
-        rank[place] = rank_of(ranks, ids[place], ids[place + 1])
+        rank[place] = ranks.byte_pair_rank[np.int64(text[at + place]) << 8 | text[at + place + 1]]
     while n > 1:
-        best = 0
-        for place in range(1, n - 1):
-            if rank[place] < rank[best]:
-                best = place
-        if rank[best] == _NONE:
+        least = np.int64(_NONE) << 8
+        for place in range(n - 1):
+            least = min(least, np.int64(rank[place]) << 8 | place)  # no branch to guess wrong
+        best, least_rank = least & 0xFF, np.int32(least >> 8)
+        if least_rank == _NONE:
             break
-        ids[best] = ranks.merged_id[rank[best]]
+        ids[best] = ranks.merged_id[least_rank]
         n -= 1
-        for place in range(best + 1, n):
+        place = best + 1
+        while place < n:  # a for loop becomes a call of memmove, which costs more than these few
             ids[place] = ids[place + 1]
             rank[place] = rank[place + 1]
+            place += 1
         if best + 1 < n:
             rank[best] = rank_of(ranks, ids[best], ids[best + 1])
         if best > 0:
@@ -248,33 +280,38 @@ def encode_text(text, eight, ends, kind, classes, ranks, cache, out, out_ends, s
 
 
 @compiled
-def decoded_size(ids, sizes):
-    """How many bytes the ids have; -1 - i when id number i is not in the vocabulary."""
-    total = 0
+def all_below(ids, limit):
+    """Whether each id is at least 0 and below the limit."""
+    wrong = np.uint32(0)
     for place in range(len(ids)):
-        index = ids[place]
-        if index < 0 or index >= len(sizes) or sizes[index] < 0:
-            return -1 - place
-        total += sizes[index]
-    return total
+        wrong |= np.uint32(np.uint32(ids[place]) >= np.uint32(limit))  # a negative id is a large one
+    return wrong == 0
 
 
 @compiled
-def decode_ids(ids, heads, sizes, starts, spelling, out, out_eight):
-    """Write the tokens' bytes: sixteen at once, of which the next token overwrites what was too much."""
-    at = np.uint64(0)
-    for place in range(len(ids)):
+def decode_ids(ids, place, at, heads, sizes, starts, spelling, out, out_eight):
+    """Write the bytes of the tokens from `place` on: sixteen at once, of which the next token overwrites the surplus.
+
+    Returns where it stopped, in the ids and in `out`: at the end, at an id without a token, or at a long token for which
+    `out` has no room beside 16 bytes for each id behind it.
+    """
+    at = np.uint64(at)
+    for place in range(place, len(ids)):  # noqa: B020
         index = np.uint64(ids[place])
         high = heads[index * _2 + _1]
         out_eight[at] = heads[index * _2]
         out_eight[at + _8] = high
         size = high >> _56
         if size == _LONG:
+            long_size = sizes[index]
+            if long_size < 0 or np.int64(at) + long_size + 16 * (len(ids) - place) > len(out):
+                return place, np.int64(at)
+            size = np.uint64(long_size)
             start = starts[index]
-            size = np.uint64(sizes[index])
             for more in range(size):
                 out[at + np.uint64(more)] = spelling[start + np.uint64(more)]
         at += size
+    return len(ids), np.int64(at)
 
 
 class Encoder:
@@ -289,19 +326,25 @@ class Encoder:
     @cached_property
     @collector_paused()
     def _ranks(self) -> Ranks:
-        vocab, merges = self._definition.vocab, self._definition.merges
-        id_of = {token: index for index, token in vocab.items()}
-        byte_id = np.array([id_of[bytes([byte])] for byte in range(256)], np.int32)
-        first, second = zip(*merges, strict=True) if merges else ((), ())
-        both = map(bytes.__add__, first, second)
-        left, right, merged_id = (
-            np.fromiter(map(id_of.__getitem__, tokens), np.int32, len(merges)) for tokens in (first, second, both)
-        )
-        index = new_index(left, right, len(merges))
+        left, right, merged_id = self._definition.merge_ids
+        n_merges = len(merged_id)
+        largest = max(self._definition.vocab)
+        if largest >= 1 << ID_BITS or n_merges >= 1 << RANK_BITS:
+            raise ValueError(f"the vocabulary has ids up to {largest:,}; graft encodes with ids below {1 << ID_BITS:,}")
+        byte_of = np.full(largest + 1, -1)
+        byte_id = np.zeros(256, np.int32)
+        for index, token in self._definition.vocab.items():
+            if len(token) == 1:
+                byte_of[index], byte_id[token[0]] = token[0], index
+        pair_rank = np.zeros(max(1 << 10, 1 << (2 * n_merges).bit_length()), np.uint64)  # at most half full
+        index_merges(pair_rank, left, right)
+        of_bytes = np.flatnonzero((byte_of[left] >= 0) & (byte_of[right] >= 0))[::-1]  # backwards: the first counts
+        byte_pairs = np.full(1 << 16, _NONE)
+        byte_pairs[byte_of[left[of_bytes]] << 8 | byte_of[right[of_bytes]]] = of_bytes
         whole, whole_long = (
             self._whole_words() if self._definition.ignore_merges else (aligned_zeros(0), np.zeros(PADDING, np.uint8))
         )
-        return Ranks(byte_id, index, merged_id, whole, whole_long, eight_view(whole_long))
+        return Ranks(byte_id, byte_pairs, pair_rank, merged_id, whole, whole_long, eight_view(whole_long))
 
     def _whole_words(self) -> tuple[np.ndarray, np.ndarray]:
         """The vocabulary as a table of words whose value is the id plus one."""
@@ -384,18 +427,32 @@ class Decoder:
         sizes = np.fromiter(map(len, tokens), np.int32, self._n)
         self._starts = (np.cumsum(sizes, dtype=np.int64) - sizes).astype(np.uint64)
         self._spelling = np.frombuffer(b"".join(tokens) + bytes(PADDING), np.uint8)
-        heads = np.array(tokens, "S15").view(np.uint8).reshape(self._n, 15)
-        self._heads = np.column_stack([heads, np.minimum(sizes, _LONG).astype(np.uint8)]).view(np.uint64).ravel()
         sizes[[index for index in range(self._n) if index not in vocab]] = -1
         self._sizes = sizes
+        heads = np.array(tokens, "S15").view(np.uint8).reshape(self._n, 15)
+        last = np.where((sizes < 0) | (sizes > 15), _LONG, sizes).astype(np.uint8)
+        self._heads = np.column_stack([heads, last]).view(np.uint64).ravel()
 
     def decode(self, ids: np.ndarray) -> np.ndarray:
         """The tokens' bytes in a row, uint8. Raises ValueError for an id that the vocabulary doesn't have."""
         narrow = np.ascontiguousarray(ids, np.int32)
-        size = int(decoded_size(narrow, self._sizes))
-        if size < 0 or not (narrow is ids or np.array_equal(narrow, ids)):
-            wrong = -1 - size if size < 0 else int((narrow != ids).argmax())
-            raise ValueError(f"id {ids[wrong]} is not in the vocabulary (0 to {self._n - 1})")
-        out = np.empty(size + 2 * PADDING, np.uint8)
-        decode_ids(narrow, self._heads, self._sizes, self._starts, self._spelling, out, eight_view(out))
-        return out[:size]
+        if not (all_below(narrow, self._n) and (narrow is ids or np.array_equal(narrow, ids))):
+            self._refuse(int(ids[((narrow < 0) | (narrow >= self._n) | (narrow != ids)).argmax()]))
+        place = at = extra = 0
+        out = np.empty(0, np.uint8)
+        while True:
+            larger = np.empty(at + extra + 16 * (len(narrow) - place) + 2 * PADDING, np.uint8)  # untouched, it's free
+            larger[:at] = out[:at]
+            out = larger
+            place, at = decode_ids(
+                narrow, place, at, self._heads, self._sizes, self._starts, self._spelling, out, eight_view(out)
+            )
+            if place == len(narrow):
+                return out[:at]
+            size = int(self._sizes[narrow[place]])
+            if size < 0:
+                self._refuse(int(narrow[place]))
+            extra = at + size
+
+    def _refuse(self, index: int) -> NoReturn:
+        raise ValueError(f"id {index} is not in the vocabulary (0 to {self._n - 1})")

@@ -5,6 +5,7 @@ Byte-level means that the file spells each byte as one printable character (GPT-
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,15 +103,15 @@ def _complete(main: Json, config: Json, template: str | None, path: Path) -> Def
     _refuse_unlike_bpe(model, path)
     added = _added_tokens(main, model)
     splits, prefix_space = _splits(main.get("pre_tokenizer"), path)
-    vocab, merges = _vocab(model, {token.content for token in added}, path)
     names = {token.content for token in added}
+    vocab, merges = _vocab(model, names, path)
     template = template if template is not None else _template_of(config.get("chat_template"))
     eos = _name(config.get("eos_token"), names)
     if eos is None and "eos_token" not in config and "<|endoftext|>" in names:
         eos = "<|endoftext|>"
     bos = _name(config.get("bos_token"), names)
     leading = _leading_token(main.get("post_processor"))
-    return Definition(
+    definition = Definition(
         vocab,
         merges,
         added,
@@ -125,6 +126,11 @@ def _complete(main: Json, config: Json, template: str | None, path: Path) -> Def
         chat_template=template,
         raw={"config": config} | {name: main[name] for name in _SECTIONS if main.get(name) is not None},
     )
+    try:
+        _ = definition.merge_ids  # encoding needs them anyway
+    except KeyError:  # a merge makes a token that isn't there
+        return replace(definition, merges=_known_merges(model, names, path))
+    return definition
 
 
 def _refuse_unlike_bpe(model: Json, path: Path) -> None:
@@ -149,7 +155,7 @@ def _added_tokens(main: Json, model: Json) -> tuple[AddedToken, ...]:
 
 
 def _vocab(model: Json, added: set[str], path: Path) -> tuple[dict[int, bytes], list[Pair]]:
-    """Undo the byte table. Raises ValueError for text that isn't in it, for absent bytes and for broken merges."""
+    """Undo the byte table. Raises ValueError for text that isn't in it, for absent bytes and for merges of unknown tokens."""
     spelt = _spell_all([text for text in model["vocab"] if text not in added], path)
     vocab = {model["vocab"][text]: token for text, token in spelt.items()}
     known = set(spelt.values())
@@ -158,20 +164,17 @@ def _vocab(model: Json, added: set[str], path: Path) -> tuple[dict[int, bytes], 
         raise ValueError(f"{path}: the vocabulary has no token for byte 0x{absent[0]:02x} ({len(absent)} bytes absent)")
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     try:
-        merges = [(spelt[left], spelt[right]) for left, right in pairs]
-        if known.issuperset(left + right for left, right in merges):
-            return vocab, merges
-    except (KeyError, ValueError):
-        pass
-    return vocab, _known_merges(model["merges"], spelt, known, added, path)
+        return vocab, [(spelt[left], spelt[right]) for left, right in pairs]
+    except (KeyError, ValueError):  # an unknown token, or other than two
+        return vocab, _known_merges(model, added, path)
 
 
-def _known_merges(
-    found: list[Any], spelt: dict[str, bytes], known: set[bytes], added: set[str], path: Path
-) -> list[Pair]:
+def _known_merges(model: Json, added: set[str], path: Path) -> list[Pair]:
     """The merges without those that join or make an added token; ValueError for any other that the vocabulary lacks."""
+    spelt = _spell_all([text for text in model["vocab"] if text not in added], path)
+    known = set(spelt.values())
     merges: list[Pair] = []
-    for rank, merge in enumerate(found):
+    for rank, merge in enumerate(model["merges"]):
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if len(pair) != 2:
             raise ValueError(f"{path}: merge {rank} is {merge!r}; two tokens are due")

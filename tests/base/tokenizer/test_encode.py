@@ -132,6 +132,26 @@ def test_invalid_utf8_can_be_raised(gpt2):
         gpt2.decode([index], errors="strict")
 
 
+def test_tokens_of_any_size_come_back():
+    """The first buffer has 16 bytes an id; tokens of hundreds of bytes make decoding start a larger one, again and again."""
+    vocab = {byte: bytes([byte]) for byte in range(256)} | {256 + size: b"x" * size for size in range(14, 600, 3)}
+    decoder = encode_module.Decoder(vocab)
+    ids = np.random.default_rng(0).choice(sorted(vocab), 5000).astype(np.int32)
+    expected = b"".join(vocab[index] for index in ids.tolist())
+    assert decoder.decode(ids).tobytes() == expected
+    assert decoder.decode(ids[:1]).tobytes() == vocab[int(ids[0])]
+    for bad in (256, 271, -1, 2**31 - 1):  # two in the vocabulary's gaps
+        with pytest.raises(ValueError, match=f"id {bad} is not in the vocabulary"):
+            decoder.decode(np.append(ids, np.int32(bad)))
+
+
+def test_an_id_that_a_merge_cannot_hold(monkeypatch):
+    """A merge's two ids share 64 bits with its rank; the limit is far above any vocabulary, and said when met."""
+    monkeypatch.setattr(encode_module, "ID_BITS", 8)
+    with pytest.raises(ValueError, match="ids below 256"):
+        graft_tokenizer("aaaa bbbb", n_merges=2).encode("a")
+
+
 @pytest.mark.parametrize("bad", [-1, 50257, 10**12])
 def test_ids_out_of_range(gpt2, bad):
     with pytest.raises(ValueError, match=rf"id {bad} is not in the vocabulary \(0 to 50256\)"):
