@@ -1,6 +1,7 @@
 """Blockwise 4-bit quantization of one tensor: a code per value, an absmax per block of 64."""
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ def dequantize_nf4(
     `out` is memory to use again, contiguous and of the state's shape; its dtype is the result's. Raises ValueError when
     packed does not have the bytes that the state's shape needs, and when `out` does not fit.
     """
-    n_bytes = (torch.Size(state.shape).numel() + 1) // 2
+    n_bytes = (prod(state.shape) + 1) // 2
     if packed.dtype != torch.uint8 or packed.numel() != n_bytes:
         raise ValueError(
             f"packed is {tuple(packed.shape)} {name_of(packed.dtype)}, but shape {state.shape} needs {n_bytes} uint8; "
@@ -81,7 +82,7 @@ def dequantize_nf4(
         )
     absmax, nested = split_scales(state.scales)
     if out is not None:
-        if tuple(out.shape) != state.shape or not out.is_contiguous() or (dtype or out.dtype) != out.dtype:
+        if out.shape != state.shape or not out.is_contiguous() or (dtype or out.dtype) != out.dtype:
             raise ValueError(
                 f"out is {tuple(out.shape)} {name_of(out.dtype)} with strides {out.stride()}; "
                 f"a contiguous {state.shape} tensor is due"

@@ -10,9 +10,10 @@ from typing import NamedTuple, NoReturn
 
 import numpy as np
 
+from ...kernels.numba_jit import collector_paused, compiled, inlined
 from . import reference
 from .definition import Definition
-from .jit import PADDING, aligned_zeros, collector_paused, compiled, eight_view, inlined, padded
+from .padding import PADDING, aligned_zeros, eight_view, padded
 from .patterns import WHOLE, kind_of
 from .scan import cut_words, new_buffers, unicode_classes
 from .words import SLOT, VALUE, N, count_words, first_look, put_key, search

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from ...kernels.numba_jit import collector_paused
 from .definition import AddedToken, Definition, Pair
-from .jit import collector_paused
 from .patterns import GPT2, WHOLE, kind_of, resolve
 
 Json = dict[str, Any]

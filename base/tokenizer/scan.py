@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .jit import compiled, inlined
+from ...kernels.numba_jit import compiled, inlined
 from .patterns import KIND_GPT2, KIND_GPT4, KIND_QWEN2, WHOLE
 
 OTHER, LETTER, NUMBER, BLANK, SPACE, NEWLINE = range(6)  # BLANK is U+0020, SPACE other white space, NEWLINE CR and LF

@@ -8,7 +8,8 @@ and n the word's size; in encode.py both hold ids.
 
 import numpy as np
 
-from .jit import PADDING, aligned_zeros, compiled, eight_view, inlined, padded
+from ...kernels.numba_jit import compiled, inlined
+from .padding import PADDING, aligned_zeros, eight_view, padded
 from .patterns import WHOLE
 from .scan import cut_words, new_buffers, unicode_classes
 

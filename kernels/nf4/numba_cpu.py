@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
+from ..numba_jit import compiled
 from . import reference
-from .numba_lookup import STEP, decode_block_, is_supported
+from .numba_dequantize import dequantize_any, dequantize_avx512, is_supported
 
 SMALLEST_SCALE = np.float32(reference.SMALLEST_SCALE)
 NOT_FINITE = np.uint32(0x7F800000)  # float32 bits from here on are infinity and NaN
@@ -24,6 +24,7 @@ MAGNITUDE = np.uint32(0x7FFFFFFF)
 ONE, HALF = np.float32(1), np.float32(0.5)
 PART = 2**19  # weights a thread: 30 us of dequantization, about what handing it over costs
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TENSORS = ("packed", "absmax", "codebook", "absmax_scale", "absmax_mean", "nested_codebook")  # of a 4-bit weight
 
 
 def quantize_4bit(weight: Tensor, codebook: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:
@@ -56,45 +57,44 @@ def dequantize_4bit_(
     block_size: int,
 ) -> None:
     """reference.dequantize_4bit into `out`, with reference.dequantize_absmax before it when there is a second level."""
-    flat, n = out.view(-1), out.numel()
-    n_blocks = n // block_size  # whole ones
-    n_full = n_blocks * block_size
-    direct = is_supported() or out.dtype == torch.float32
-    full = flat[:n_full] if direct else torch.empty(n_full)
-    codes, scales, values, target = packed.view(-1).numpy(), absmax.numpy(), codebook.numpy(), bits(full)
-    if nested:
-        run = _dequantize_nested_fast if is_supported() else _dequantize_nested
-        level2, mean, nested_values = nested[0].numpy(), nested[1].view(1).numpy(), nested[2].numpy()
-
-        def part(first: int, last: int) -> None:  # `first` is a multiple of 256, so that level2 splits there too
-            halves, weights = slice(first * block_size // 2, None), slice(first * block_size, last * block_size)
-            run(
-                codes[halves],
-                scales[first:last],
-                level2[first // 256 :],
-                mean,
-                nested_values,
-                values,
-                block_size,
-                target[weights],
+    n = out.numel()
+    n_blocks, n_scales = n // block_size, -(-n // block_size)  # whole blocks, and with a shorter last one
+    tensors = [packed, absmax, codebook, *nested]
+    due = ((n + 1) // 2, n_scales if nested else 4 * n_scales, 64, 4 * -(-n_scales // 256), 4, 1024)  # bytes
+    for place, tensor in enumerate(tensors):
+        if tensor.nbytes != due[place] or not tensor.is_cpu:
+            raise ValueError(
+                f"{TENSORS[place]} has {tensor.nbytes} bytes on {tensor.device}; {due[place]} on cpu are due"
             )
-
+        if not tensor.is_contiguous():
+            tensors[place] = tensor.contiguous()
+    addresses = [tensor.data_ptr() for tensor in tensors]  # good for as long as `tensors` lives
+    if not nested:
+        addresses += [0, 0, 0]
+    if is_supported():
+        _run(dequantize_avx512, addresses, n_blocks, block_size, out)
+    elif out.dtype == torch.float32:
+        _run(dequantize_any, addresses, n_blocks, block_size, out)
     else:
-        run = _dequantize_fast if is_supported() else _dequantize
-
-        def part(first: int, last: int) -> None:
-            halves, weights = slice(first * block_size // 2, None), slice(first * block_size, last * block_size)
-            run(codes[halves], scales[first:last], values, block_size, target[weights])
-
-    in_parts(part, n_blocks, block_size)
-    if not direct:
-        flat[:n_full] = full
-    if n_full < n:
+        exact = torch.empty(n_blocks * block_size)
+        _run(dequantize_any, addresses, n_blocks, block_size, exact)
+        out.view(-1)[: len(exact)] = exact
+    if n_blocks < n_scales:
+        first = n_blocks * block_size
         last = dequantize_absmax(absmax, *nested)[-1:] if nested else absmax[-1:]
-        rest, shape = packed.view(-1)[n_full // 2 :], (n - n_full,)
-        flat[n_full:] = reference.dequantize_4bit(
+        rest, shape = packed.view(-1)[first // 2 :], (n - first,)
+        out.view(-1)[first:] = reference.dequantize_4bit(
             rest, last, codebook, block_size=block_size, shape=shape, dtype=out.dtype
         )
+
+
+def _run(loop: Any, addresses: list[int], n_blocks: int, block_size: int, out: Tensor) -> None:
+    """A dequantizing loop over all whole blocks, in threads where they pay."""
+    at, kind = out.data_ptr(), DTYPES.index(out.dtype)
+    if n_blocks * block_size < 2 * PART:
+        loop(*addresses, 0, n_blocks, block_size, at, kind)
+    else:
+        in_parts(lambda first, last: loop(*addresses, first, last, block_size, at, kind), n_blocks, block_size)
 
 
 def in_parts(part: Callable[[int, int], Any], n_blocks: int, block_size: int) -> list[Any]:
@@ -181,7 +181,7 @@ def first_guess(borders: bytes) -> np.ndarray:
     return np.searchsorted(ascending, np.nan_to_num(lowest), side="left").astype(np.uint8)
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _largest(values):
     """The bits of the largest magnitude: as integers magnitudes keep their order, and without NaN's rules that vectorizes."""
     magnitudes = values.view(np.uint32)
@@ -191,7 +191,7 @@ def _largest(values):
     return largest
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _pack_block(values, scale, divide, midpoints, order, codes, packed):
     """Codes of up to a block's values: how many midpoints lie below each. 15 comparisons vectorize; a search does not."""
     for i in range(values.size):
@@ -206,7 +206,7 @@ def _pack_block(values, scale, divide, midpoints, order, codes, packed):
         packed[i] = order[codes[2 * i]] << 4 | order[codes[2 * i + 1]]
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _quantize_block(values, first, midpoints, order, block_size, codes, packed, absmax):
     """One block, whole (times the reciprocal) or shorter (divided); False if a value is not finite."""
     b = first // block_size
@@ -222,7 +222,7 @@ def _quantize_block(values, first, midpoints, order, block_size, codes, packed, 
     return largest < NOT_FINITE
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _quantize_float32(flat, midpoints, order, block_size, packed, absmax):
     """Blocks of a float32 array."""
     codes = np.empty(block_size, np.int32)
@@ -233,7 +233,7 @@ def _quantize_float32(flat, midpoints, order, block_size, packed, absmax):
     return finite
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _quantize_bfloat16(flat, midpoints, order, block_size, packed, absmax):
     """Blocks of a bfloat16 array given as uint16: its bits are float32's upper half."""
     codes = np.empty(block_size, np.int32)
@@ -248,7 +248,7 @@ def _quantize_bfloat16(flat, midpoints, order, block_size, packed, absmax):
     return finite
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _dequantize_absmax(codes, scale, mean, codebook, out):
     """A product and a sum, each rounded, as the reference does them."""
     shift = mean[0]
@@ -258,44 +258,7 @@ def _dequantize_absmax(codes, scale, mean, codebook, out):
             out[i] = codebook[codes[i]] * factor + shift
 
 
-@njit(cache=True, nogil=True)
-def _dequantize(packed, absmax, codebook, block_size, out):
-    """Whole blocks to float32 on any processor: 16 products a block, then lookups."""
-    scaled = np.empty(16, np.float32)
-    half = block_size // 2
-    for b in range(out.size // block_size):
-        for k in range(16):
-            scaled[k] = codebook[k] * absmax[b]
-        for i in range(b * half, (b + 1) * half):
-            out[2 * i] = scaled[packed[i] >> 4]
-            out[2 * i + 1] = scaled[packed[i] & 15]
-
-
-@njit(cache=True, nogil=True)
-def _dequantize_fast(packed, absmax, codebook, block_size, out):
-    """Whole blocks, 32 values at a time (blocks are multiples of 32)."""
-    half = block_size // 2
-    for b in range(out.size // block_size):
-        decode_block_(packed, b * half, half // STEP, codebook, absmax[b], out)  # pyright: ignore[reportCallIssue]
-
-
-@njit(cache=True, nogil=True)
-def _dequantize_nested(packed, absmax_q, scale, mean, nested_codebook, codebook, block_size, out):
-    """Both levels in one call."""
-    absmax = np.empty(absmax_q.size, np.float32)
-    _dequantize_absmax(absmax_q, scale, mean, nested_codebook, absmax)
-    _dequantize(packed, absmax, codebook, block_size, out)
-
-
-@njit(cache=True, nogil=True)
-def _dequantize_nested_fast(packed, absmax_q, scale, mean, nested_codebook, codebook, block_size, out):
-    """Both levels in one call."""
-    absmax = np.empty(absmax_q.size, np.float32)
-    _dequantize_absmax(absmax_q, scale, mean, nested_codebook, absmax)
-    _dequantize_fast(packed, absmax, codebook, block_size, out)
-
-
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _quantize_by_table(values, lookup, block_size, codes, scale):
     """float64 stands in for the fused multiply-add: the product is exact there, so the sum is rounded once."""
     for first in range(0, values.size, block_size):
@@ -312,7 +275,7 @@ def _quantize_by_table(values, lookup, block_size, codes, scale):
             codes[first + i] = lookup[np.int32(step) if step == step else 0]
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _quantize_8bit(values, borders, first_guess, block_size, codes, absmax):
     """The number of borders below each scaled value."""
     one_value = np.empty(1, np.float32)
@@ -332,7 +295,7 @@ def _quantize_8bit(values, borders, first_guess, block_size, codes, absmax):
             codes[first + i] = code
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _dequantize_8bit(codes, absmax, codebook, block_size, out):
     """codebook[code] * absmax[block]."""
     for b in range(absmax.size):

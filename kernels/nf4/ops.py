@@ -6,6 +6,8 @@ same in fewer lines and 16 us a call instead of 6: as much as a small weight's d
 """
 
 from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -37,9 +39,7 @@ for name, schema in SCHEMAS.items():
 @torch.library.impl("graft::quantize_4bit", "default")
 def _quantize_4bit(weight: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     if weight.device.type == "cpu" and weight.dtype in COMPILED_DTYPES:
-        from . import numba_cpu
-
-        return numba_cpu.quantize_4bit(weight, codebook, block_size=block_size)
+        return _numba_cpu().quantize_4bit(weight, codebook, block_size=block_size)
     parts = [reference.quantize_4bit(part, codebook, block_size=block_size) for part in weight.reshape(-1).split(CHUNK)]
     return parts[0] if len(parts) == 1 else (torch.cat([p for p, _ in parts]), torch.cat([a for _, a in parts]))
 
@@ -54,9 +54,7 @@ def _(weight: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor
 @torch.library.impl("graft::quantize_absmax", "default")
 def _quantize_absmax(shifted: Tensor, nested_codebook: Tensor) -> tuple[Tensor, Tensor]:
     if shifted.device.type == "cpu":
-        from . import numba_cpu
-
-        return numba_cpu.quantize_absmax(shifted, nested_codebook, block_size=NESTED_BLOCK_SIZE)
+        return _numba_cpu().quantize_absmax(shifted, nested_codebook, block_size=NESTED_BLOCK_SIZE)
     return reference.quantize_8bit_by_table(shifted, nested_codebook, block_size=NESTED_BLOCK_SIZE)
 
 
@@ -107,9 +105,7 @@ def _(
 @torch.library.impl("graft::dequantize_absmax", "default")
 def _dequantize_absmax(absmax_q: Tensor, absmax_scale: Tensor, absmax_mean: Tensor, nested_codebook: Tensor) -> Tensor:
     if absmax_q.device.type == "cpu":
-        from . import numba_cpu
-
-        return numba_cpu.dequantize_absmax(absmax_q, absmax_scale, absmax_mean, nested_codebook)
+        return _numba_cpu().dequantize_absmax(absmax_q, absmax_scale, absmax_mean, nested_codebook)
     if choose_backend("nf4", "auto", (nested_codebook,)) == "triton":
         from .triton_dequantize import dequantize_absmax_triton
 
@@ -185,9 +181,7 @@ def _(
 @torch.library.impl("graft::quantize_8bit", "default")
 def _quantize_8bit(values: Tensor, borders: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     if values.device.type == "cpu":
-        from . import numba_cpu
-
-        return numba_cpu.quantize_8bit(values, borders, block_size=block_size)
+        return _numba_cpu().quantize_8bit(values, borders, block_size=block_size)
     return reference.quantize_8bit(values, borders, block_size=block_size)
 
 
@@ -200,9 +194,7 @@ def _(values: Tensor, borders: Tensor, block_size: int) -> tuple[Tensor, Tensor]
 @torch.library.impl("graft::dequantize_8bit", "default")
 def _dequantize_8bit(codes: Tensor, absmax: Tensor, codebook: Tensor, block_size: int) -> Tensor:
     if codes.device.type == "cpu":
-        from . import numba_cpu
-
-        return numba_cpu.dequantize_8bit(codes, absmax, codebook, block_size=block_size)
+        return _numba_cpu().dequantize_8bit(codes, absmax, codebook, block_size=block_size)
     return reference.dequantize_8bit(codes, absmax, codebook, block_size=block_size)
 
 
@@ -243,9 +235,15 @@ def dequantize_4bit_(
     block_size: int,
 ) -> None:
     """`dequantize_4bit` into memory that is there already: fresh pages cost several times the arithmetic."""
+    _numba_cpu().dequantize_4bit_(out, packed, absmax, nested, codebook, block_size=block_size)
+
+
+@cache
+def _numba_cpu() -> ModuleType:
+    """numba_cpu, imported late: an import statement asks the import system each time, a tenth of a small weight's time."""
     from . import numba_cpu
 
-    numba_cpu.dequantize_4bit_(out, packed, absmax, nested, codebook, block_size=block_size)
+    return numba_cpu
 
 
 def dequantize_absmax(absmax_q: Tensor, absmax_scale: Tensor, absmax_mean: Tensor, nested_codebook: Tensor) -> Tensor:

@@ -99,3 +99,23 @@ def test_threads_change_nothing(n_threads: int, double_quant: bool, monkeypatch:
     weight[-1, -1] = float("nan")
     with pytest.raises(ValueError, match="1 of 77100 values are not finite"):
         numba_cpu.quantize_4bit(weight, values, block_size=64)
+
+
+def test_a_state_of_another_weight_is_refused() -> None:
+    """The loops read by address, so each tensor's size is asked for before: a wrong one is an error, never foreign memory."""
+    weight = weight_of((64, 256), torch.float32, "randn")
+    values, out = torch.tensor(codebook("nf4")), torch.empty(64, 256)
+    packed, absmax = numba_cpu.quantize_4bit(weight, values, block_size=64)
+    mean = absmax.mean()
+    level1, scale = numba_cpu.quantize_absmax(absmax - mean, DYNAMIC, block_size=256)
+    right = [packed, level1, values, scale, mean, DYNAMIC]
+    for place, name in enumerate(numba_cpu.TENSORS):
+        wrong = list(right)
+        wrong[place] = wrong[place].flatten()[:-1].clone()
+        with pytest.raises(ValueError, match=rf"^{name} has \d+ bytes on cpu; \d+ on cpu are due"):
+            numba_cpu.dequantize_4bit_(out, wrong[0], wrong[1], wrong[3:], wrong[2], block_size=64)
+    turned = torch.stack([absmax, absmax], 1)[:, 0]  # the right numbers, not side by side
+    numba_cpu.dequantize_4bit_(out, packed, turned, (), values, block_size=64)
+    assert torch.equal(
+        out, reference.dequantize_4bit(packed, absmax, values, block_size=64, shape=out.shape, dtype=out.dtype)
+    )
