@@ -87,7 +87,7 @@ def dequantize_nf4(
                 f"out is {tuple(out.shape)} {name_of(out.dtype)} with strides {out.stride()}; "
                 f"a contiguous {state.shape} tensor is due"
             )
-        if out.device.type == "cpu" and out.dtype in FLOATS:
+        if out.is_cpu and out.dtype in FLOATS:
             nf4.dequantize_4bit_(out, packed, absmax, nested, state.codebook, state.block_size)
             return out
         return out.copy_(dequantize_nf4(packed, state, dtype=out.dtype))

@@ -101,7 +101,7 @@ def read_state(key: str, packed_json: Tensor) -> dict[str, Any]:
     try:
         about = json.loads(bytes(packed_json.cpu().tolist()))
         dtype, nested = about["dtype"], about.get("nested_blocksize", NESTED_BLOCK_SIZE)
-        about["quant_type"], about["blocksize"], list(about["shape"])
+        _ = about["quant_type"], about["blocksize"], list(about["shape"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{key} is not bitsandbytes' JSON ({error}); the file is damaged, copy it again") from None
     if dtype not in FLOATS:

@@ -8,15 +8,16 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from numba import carray
 from torch import Tensor
 
 from ..numba_jit import compiled
 from . import reference
-from .numba_dequantize import dequantize_any, dequantize_avx512, is_supported
+from .numba_dequantize import dequantize_any, dequantize_avx512, is_supported, pointer
 
 SMALLEST_SCALE = np.float32(reference.SMALLEST_SCALE)
 NOT_FINITE = np.uint32(0x7F800000)  # float32 bits from here on are infinity and NaN
@@ -24,25 +25,31 @@ MAGNITUDE = np.uint32(0x7FFFFFFF)
 ONE, HALF = np.float32(1), np.float32(0.5)
 PART = 2**19  # weights a thread: 30 us of dequantization, about what handing it over costs
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TENSORS = ("packed", "absmax", "codebook", "absmax_scale", "absmax_mean", "nested_codebook")  # of a 4-bit weight
 
 
 def quantize_4bit(weight: Tensor, codebook: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:
     """reference.quantize_4bit."""
-    flat = weight.detach().reshape(-1)
+    flat = weight.detach().reshape(-1).contiguous()
     flat = flat.float() if flat.dtype == torch.float16 else flat
-    packed = torch.empty((flat.numel() + 1) // 2, 1, dtype=torch.uint8)
-    absmax = torch.empty(-(-flat.numel() // block_size), dtype=torch.float32)
-    run = _quantize_bfloat16 if flat.dtype == torch.bfloat16 else _quantize_float32
-    values, codes, scales = bits(flat), packed.view(-1).numpy(), absmax.numpy()
+    n, n_blocks = flat.numel(), -(-flat.numel() // block_size)
+    packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8)
+    absmax = torch.empty(n_blocks, dtype=torch.float32)
     midpoints, order = borders(codebook.numpy().tobytes())
 
     def part(first: int, last: int) -> bool:
-        weights = slice(first * block_size, last * block_size)
-        halves = slice(first * block_size // 2, last * block_size // 2)
-        return bool(run(values[weights], midpoints, order, block_size, codes[halves], scales[first:last]))
+        start = first * block_size
+        return _quantize_blocks(
+            flat.data_ptr() + start * flat.element_size(),
+            packed.data_ptr() + start // 2,
+            absmax.data_ptr() + 4 * first,
+            min(last * block_size, n) - start,
+            block_size,
+            midpoints,
+            order,
+            DTYPES.index(flat.dtype),
+        )
 
-    if not all(in_parts(part, len(scales), block_size)):
+    if not all(in_parts(part, n_blocks, block_size)):
         raise ValueError(reference.not_finite(weight))
     return packed, absmax
 
@@ -59,15 +66,13 @@ def dequantize_4bit_(
     """reference.dequantize_4bit into `out`, with reference.dequantize_absmax before it when there is a second level."""
     n = out.numel()
     n_blocks, n_scales = n // block_size, -(-n // block_size)  # whole blocks, and with a shorter last one
-    tensors = [packed, absmax, codebook, *nested]
-    due = ((n + 1) // 2, n_scales if nested else 4 * n_scales, 64, 4 * -(-n_scales // 256), 4, 1024)  # bytes
-    for place, tensor in enumerate(tensors):
-        if tensor.nbytes != due[place] or not tensor.is_cpu:
-            raise ValueError(
-                f"{TENSORS[place]} has {tensor.nbytes} bytes on {tensor.device}; {due[place]} on cpu are due"
-            )
-        if not tensor.is_contiguous():
-            tensors[place] = tensor.contiguous()
+    tensors = (packed, absmax, codebook, *nested)
+    due = [(n + 1) // 2, n_scales if nested else 4 * n_scales, 64]  # bytes
+    if nested:
+        due += [4 * -(-n_scales // 256), 4, 1024]
+    if [tensor.nbytes if tensor.is_cpu else -1 for tensor in tensors] != due:
+        _refuse(tensors, due)
+    tensors = [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in tensors]
     addresses = [tensor.data_ptr() for tensor in tensors]  # good for as long as `tensors` lives
     if not nested:
         addresses += [0, 0, 0]
@@ -88,13 +93,30 @@ def dequantize_4bit_(
         )
 
 
+def _refuse(tensors: Sequence[Tensor], due: list[int]) -> NoReturn:
+    """Say which tensor is not the one that the weight needs."""
+    names = ("packed", "absmax", "codebook", "absmax_scale", "absmax_mean", "nested_codebook")
+    for name, tensor, n_bytes in zip(names, tensors, due, strict=True):
+        if tensor.nbytes != n_bytes or not tensor.is_cpu:
+            raise ValueError(f"{name} has {tensor.nbytes} bytes on {tensor.device}; {n_bytes} on cpu are due")
+    raise AssertionError("every tensor fits")
+
+
 def _run(loop: Any, addresses: list[int], n_blocks: int, block_size: int, out: Tensor) -> None:
     """A dequantizing loop over all whole blocks, in threads where they pay."""
-    at, kind = out.data_ptr(), DTYPES.index(out.dtype)
+    at, kind, size = out.data_ptr(), DTYPES.index(out.dtype), out.element_size()
     if n_blocks * block_size < 2 * PART:
-        loop(*addresses, 0, n_blocks, block_size, at, kind)
-    else:
-        in_parts(lambda first, last: loop(*addresses, first, last, block_size, at, kind), n_blocks, block_size)
+        loop(*addresses, n_blocks, block_size, at, kind)
+        return
+    packed, absmax, codebook, scale, mean, nested_codebook = addresses
+
+    def part(first: int, last: int) -> None:  # `first` is a multiple of 256: there a scale of the second level begins
+        start = first * block_size
+        level1, level2 = (absmax + first, scale + first // 64) if scale else (absmax + 4 * first, 0)
+        rest = mean, nested_codebook, last - first, block_size, at + start * size, kind
+        loop(packed + start // 2, level1, codebook, level2, *rest)
+
+    in_parts(part, n_blocks, block_size)
 
 
 def in_parts(part: Callable[[int, int], Any], n_blocks: int, block_size: int) -> list[Any]:
@@ -182,69 +204,64 @@ def first_guess(borders: bytes) -> np.ndarray:
 
 
 @compiled(nogil=True)
-def _largest(values):
-    """The bits of the largest magnitude: as integers magnitudes keep their order, and without NaN's rules that vectorizes."""
-    magnitudes = values.view(np.uint32)
+def _largest(magnitudes, n):
+    """The largest magnitude of n float32 given as bits: as integers they keep their order, and without NaN's rules."""
     largest = np.uint32(0)
-    for i in range(magnitudes.size):
+    for i in range(n):
         largest = max(largest, magnitudes[i] & MAGNITUDE)
     return largest
 
 
 @compiled(nogil=True)
-def _pack_block(values, scale, divide, midpoints, order, codes, packed):
-    """Codes of up to a block's values: how many midpoints lie below each. 15 comparisons vectorize; a search does not."""
-    for i in range(values.size):
-        value = values[i] / scale if divide else values[i] * scale
-        code = 0
-        for k in range(15):
-            code += np.int32(value > midpoints[k])
-        codes[i] = code
-    if values.size % 2:
-        codes[values.size] = np.searchsorted(midpoints, np.float32(0))
-    for i in range((values.size + 1) // 2):
-        packed[i] = order[codes[2 * i]] << 4 | order[codes[2 * i + 1]]
+def _quantize_blocks(weight, packed, absmax, n, block_size, midpoints, order, kind):
+    """n float32 (kind 0) or bfloat16 values (1), the first in a new block; False if one is not finite. Tensors by address.
 
-
-@compiled(nogil=True)
-def _quantize_block(values, first, midpoints, order, block_size, codes, packed, absmax):
-    """One block, whole (times the reciprocal) or shorter (divided); False if a value is not finite."""
-    b = first // block_size
-    largest = _largest(values)
-    magnitude = absmax[b : b + 1].view(np.uint32)
-    magnitude[0] = largest
-    out = packed[first // 2 : (first + values.size + 1) // 2]
-    if values.size == block_size:
-        _pack_block(values, ONE / max(absmax[b], SMALLEST_SCALE), False, midpoints, order, codes, out)
-    else:
-        absmax[b] = max(absmax[b], SMALLEST_SCALE)
-        _pack_block(values, absmax[b], True, midpoints, order, codes, out)
-    return largest < NOT_FINITE
-
-
-@compiled(nogil=True)
-def _quantize_float32(flat, midpoints, order, block_size, packed, absmax):
-    """Blocks of a float32 array."""
+    A code is the number of midpoints below a value: 15 comparisons vectorize, a search does not.
+    """
+    wide, short = carray(pointer(weight), n, np.uint32), carray(pointer(weight), n, np.uint16)
+    out = carray(pointer(packed), (n + 1) // 2, np.uint8)
+    n_blocks = (n + block_size - 1) // block_size
+    scales, scale_bits = carray(pointer(absmax), n_blocks, np.float32), carray(pointer(absmax), n_blocks, np.uint32)
+    bits = np.empty(block_size, np.uint32)
+    values = bits.view(np.float32)
     codes = np.empty(block_size, np.int32)
+    ascending = order[0] == 0
+    for k in range(1, 16):
+        ascending = ascending and order[k] == k
     finite = True
-    for first in range(0, flat.size, block_size):
-        values = flat[first : first + block_size]
-        finite &= _quantize_block(values, first, midpoints, order, block_size, codes, packed, absmax)
-    return finite
-
-
-@compiled(nogil=True)
-def _quantize_bfloat16(flat, midpoints, order, block_size, packed, absmax):
-    """Blocks of a bfloat16 array given as uint16: its bits are float32's upper half."""
-    codes = np.empty(block_size, np.int32)
-    wide = np.empty(block_size, np.uint32)
-    finite = True
-    for first in range(0, flat.size, block_size):
-        n = min(block_size, flat.size - first)
-        for i in range(n):
-            wide[i] = np.uint32(flat[first + i]) << 16
-        values = wide[:n].view(np.float32)
-        finite &= _quantize_block(values, first, midpoints, order, block_size, codes, packed, absmax)
+    for b in range(n_blocks):  # from 0: where a number could be negative, Numba's indexing asks, and nothing vectorizes
+        start, n_values = b * block_size, min(block_size, n - b * block_size)
+        if kind == 0:
+            for i in range(n_values):
+                bits[i] = wide[start + i]
+        else:
+            for i in range(n_values):
+                bits[i] = np.uint32(short[start + i]) << 16
+        largest = _largest(bits, n_values)
+        finite &= largest < NOT_FINITE
+        scale_bits[b] = largest
+        inverse = ONE / max(scales[b], SMALLEST_SCALE)
+        if n_values < block_size:  # bitsandbytes divides the values of a shorter block
+            scales[b] = max(scales[b], SMALLEST_SCALE)
+            inverse = ONE
+            for i in range(n_values):
+                values[i] /= scales[b]
+            if n_values % 2:
+                values[n_values] = 0
+        n_pairs = (n_values + 1) // 2
+        for i in range(2 * n_pairs):
+            value = values[i] * inverse
+            code = np.int32(0)
+            for k in range(15):
+                code += np.int32(value > midpoints[k])
+            codes[i] = code
+        at = start // 2
+        if ascending:  # as NF4 is
+            for i in range(n_pairs):
+                out[at + i] = codes[2 * i] << 4 | codes[2 * i + 1]
+        else:
+            for i in range(n_pairs):
+                out[at + i] = order[codes[2 * i]] << 4 | order[codes[2 * i + 1]]
     return finite
 
 
@@ -264,7 +281,7 @@ def _quantize_by_table(values, lookup, block_size, codes, scale):
     for first in range(0, values.size, block_size):
         block = values[first : first + block_size]
         magnitude = scale[first // block_size : first // block_size + 1].view(np.uint32)
-        magnitude[0] = _largest(block)
+        magnitude[0] = _largest(block.view(np.uint32), block.size)
         absmax = scale[first // block_size]
         for i in range(block.size):
             if absmax == 0:
@@ -283,7 +300,7 @@ def _quantize_8bit(values, borders, first_guess, block_size, codes, absmax):
     for first in range(0, values.size, block_size):
         block = values[first : first + block_size]
         magnitude = absmax[first // block_size : first // block_size + 1].view(np.uint32)
-        magnitude[0] = _largest(block)
+        magnitude[0] = _largest(block.view(np.uint32), block.size)
         largest = absmax[first // block_size]
         inverse = ONE / largest if largest > 0 else np.float32(0)
         for i in range(block.size):

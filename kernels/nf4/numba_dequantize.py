@@ -139,19 +139,18 @@ def to_16_bits(builder: Any, values: Any, element: Any) -> Any:
 @compiled(nogil=True)
 def _scale(b, absmax, absmax_q, scale, mean, nested_codebook, nested):
     """The absmax of block b; the second level as _dequantize_absmax does it."""
-    place = np.uint64(b)  # unsigned, so that it isn't asked whether it counts from the end
     if nested:
-        return nested_codebook[absmax_q[place]] * scale[place >> np.uint64(8)] + mean[0]
-    return absmax[place]
+        return nested_codebook[absmax_q[b]] * scale[b >> 8] + mean[0]
+    return absmax[b]
 
 
 @compiled(nogil=True)
-def _scales(absmax, scale, mean, nested_codebook, last):
+def _scales(absmax, scale, mean, nested_codebook, n_blocks):
     """The arguments of _scale behind the block, from addresses; no second level is a nested codebook at 0."""
     return (
-        carray(pointer(absmax), last, np.float32),
-        carray(pointer(absmax), last, np.uint8),
-        carray(pointer(scale), (last + 255) >> 8, np.float32),
+        carray(pointer(absmax), n_blocks, np.float32),
+        carray(pointer(absmax), n_blocks, np.uint8),
+        carray(pointer(scale), (n_blocks + 255) >> 8, np.float32),
         carray(pointer(mean), 1, np.float32),
         carray(pointer(nested_codebook), 256, np.float32),
         nested_codebook != 0,
@@ -160,14 +159,17 @@ def _scales(absmax, scale, mean, nested_codebook, last):
 
 # These two take tensors by address: making numpy arrays of eight of them takes as long as a weight of 512 x 384.
 @compiled(nogil=True)
-def dequantize_any(packed, absmax, codebook, scale, mean, nested_codebook, first, last, block_size, out, kind):
-    """Blocks first to last to float32 on any processor: 16 products a block, then lookups."""
-    scales = _scales(absmax, scale, mean, nested_codebook, last)
+def dequantize_any(packed, absmax, codebook, scale, mean, nested_codebook, n_blocks, block_size, out, kind):
+    """Whole blocks to float32 on any processor: 16 products a block, then lookups."""
+    scales = _scales(absmax, scale, mean, nested_codebook, n_blocks)
     half = block_size // 2
-    codes, target = carray(pointer(packed), last * half, np.uint8), carray(pointer(out), last * block_size, np.float32)
+    codes, target = (
+        carray(pointer(packed), n_blocks * half, np.uint8),
+        carray(pointer(out), n_blocks * block_size, np.float32),
+    )
     values = carray(pointer(codebook), 16, np.float32)
     scaled = np.empty(16, np.float32)
-    for b in range(first, last):
+    for b in range(n_blocks):
         largest = _scale(b, *scales)
         for k in range(16):
             scaled[k] = values[k] * largest
@@ -177,21 +179,21 @@ def dequantize_any(packed, absmax, codebook, scale, mean, nested_codebook, first
 
 
 @compiled(nogil=True)
-def _decode_blocks(codes, scales, values, first, last, half, target):
-    """Blocks first to last, 32 values at a time (blocks are multiples of 32)."""
-    for b in range(first, last):
+def _decode_blocks(codes, scales, values, n_blocks, half, target):
+    """Whole blocks, 32 values at a time (blocks are multiples of 32)."""
+    for b in range(n_blocks):
         decode_block_(codes, b * half, half // STEP, values, _scale(b, *scales), target)  # pyright: ignore[reportCallIssue]
 
 
 @compiled(nogil=True)
-def dequantize_avx512(packed, absmax, codebook, scale, mean, nested_codebook, first, last, block_size, out, kind):
+def dequantize_avx512(packed, absmax, codebook, scale, mean, nested_codebook, n_blocks, block_size, out, kind):
     """The same to any of numba_cpu.DTYPES, `kind` being its place there."""
-    scales = _scales(absmax, scale, mean, nested_codebook, last)
-    half, n = block_size // 2, last * block_size
-    codes, values = carray(pointer(packed), last * half, np.uint8), carray(pointer(codebook), 16, np.float32)
+    scales = _scales(absmax, scale, mean, nested_codebook, n_blocks)
+    half, n = block_size // 2, n_blocks * block_size
+    codes, values = carray(pointer(packed), n_blocks * half, np.uint8), carray(pointer(codebook), 16, np.float32)
     if kind == 0:
-        _decode_blocks(codes, scales, values, first, last, half, carray(pointer(out), n, np.float32))
+        _decode_blocks(codes, scales, values, n_blocks, half, carray(pointer(out), n, np.float32))
     elif kind == 1:
-        _decode_blocks(codes, scales, values, first, last, half, carray(pointer(out), n, np.uint16))
+        _decode_blocks(codes, scales, values, n_blocks, half, carray(pointer(out), n, np.uint16))
     else:
-        _decode_blocks(codes, scales, values, first, last, half, carray(pointer(out), n, np.int16))
+        _decode_blocks(codes, scales, values, n_blocks, half, carray(pointer(out), n, np.int16))
