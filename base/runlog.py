@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import platform
 import re
 import shutil
@@ -10,6 +11,11 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 from .checkpoint import read_json, write_file, write_json
 
@@ -98,6 +104,7 @@ class RunFolder:
 
         `starting` stands in run.json while it goes, so that a process killed then is resumed as the new run it was.
         """
+        lock(self.folder)
         self._sweep()
         self._state = {
             "stage": self.stage,
@@ -132,12 +139,46 @@ class RunFolder:
         self.close()
         write_json(self.folder / SUMMARY_FILE, finite(plain(summary)))
         write_json(self.folder / RUN_FILE, self._state | {"status": "finished"})
+        unlock(self.folder)
 
     def close(self) -> None:
         """Close metrics.jsonl."""
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
+
+
+_locks: dict[Path, int] = {}  # folder -> descriptor that holds its lock, for as long as this process lives
+
+
+def lock(folder: Path) -> None:
+    """Keep other processes from running in the folder. Raises FileExistsError when one does.
+
+    The system lets go of the lock when the process ends, however it ends. Where there are no such locks (Windows, some
+    network disks) nothing is kept out.
+    """
+    folder = folder.resolve()
+    if fcntl is None or folder in _locks:
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise FileExistsError(
+            f"another process is training in {folder}; wait for it, or choose another folder"
+        ) from None
+    except OSError:
+        os.close(descriptor)
+        return
+    _locks[folder] = descriptor
+
+
+def unlock(folder: Path) -> None:
+    """Let others in."""
+    descriptor = _locks.pop(folder.resolve(), None)
+    if descriptor is not None:
+        os.close(descriptor)
 
 
 def finite(line: dict[str, Any]) -> dict[str, Any]:

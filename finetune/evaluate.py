@@ -102,6 +102,12 @@ def write_answers(
     pairs = [split_answer(record) for record in records]
     prompts = [start_ids(encode_prompt(prompt, tokenizer, template).tolist(), tokenizer) for prompt, _ in pairs]
     room = max(len(tokenizer.encode(answer)) for _, answer in pairs) + 2
+    for record, prompt in zip(records, prompts, strict=True):
+        if len(prompt) + room > model.config.max_seq_len:
+            raise ValueError(
+                f"{record.where}: the prompt has {len(prompt)} tokens and the answers need {room}, but the model reads "
+                f"{model.config.max_seq_len}; shorten it, or leave it out"
+            )
     written = [""] * len(records)
     order = sorted(range(len(records)), key=lambda i: len(prompts[i]))  # rows of like length waste no padding
     for start in range(0, len(order), batch_size):

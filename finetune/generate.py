@@ -80,6 +80,7 @@ def generate_rows(
             top_p=top_p,
             seed=seed,
             on_token=show if on_text is not None else None,
+            vocab_size=tokenizer.vocab_size,
         )
     if on_text is not None:
         for row, decoder in enumerate(decoders):

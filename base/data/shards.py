@@ -71,9 +71,14 @@ def open_tokens(folder: str | Path, split: str = "train") -> TokenShards:
     folder = Path(folder)
     if not (folder / "meta.json").exists():
         raise FileNotFoundError(f"{folder} holds no meta.json; make it with graft data prepare PATH --out {folder}")
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    if split not in meta["splits"]:
-        raise ValueError(f"unknown split {split!r}; {folder} has {', '.join(meta['splits'])}")
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        splits = list(meta["splits"])
+    except (ValueError, KeyError, TypeError) as error:
+        again = f"make it again with graft data prepare PATH --out {folder} --force"
+        raise ValueError(f"{folder / 'meta.json'} is damaged ({type(error).__name__}: {error}); {again}") from None
+    if split not in splits:
+        raise ValueError(f"unknown split {split!r}; {folder} has {', '.join(splits)}")
     return TokenShards(folder, split, meta)
 
 

@@ -22,6 +22,8 @@ def generate_ids(
     top_p: float | None = None,
     seed: int = 0,
     on_token: Callable[[int, int], None] | None = None,  # called with (row, id) as each token comes
+    vocab_size: int
+    | None = None,  # of the tokenizer: a model may have more rows, for a round number, and no text for them
 ) -> list[list[int]]:
     """The new ids of each prompt, without the stop token that ended it.
 
@@ -44,7 +46,7 @@ def generate_ids(
     try:
         return _decode(
             model, ids, lengths, cache, max_new_tokens, stop_ids, on_token,
-            lambda logits: sample(logits, generators, temperature=temperature, top_k=top_k, top_p=top_p),
+            lambda logits: sample(logits[:, :vocab_size], generators, temperature=temperature, top_k=top_k, top_p=top_p),
         )  # fmt: skip
     finally:
         model.train(was_training)

@@ -5,6 +5,7 @@ Covers LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM and Qwen3ForCausal
 
 import hashlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,9 +186,19 @@ def config_to_dict(config: ModelConfig, *, dtype: torch.dtype) -> dict[str, Any]
 
 
 def load_config(folder: Path | str) -> ModelConfig:
-    """Read a model folder's config.json."""
+    """Read a model folder's config.json, and from generation_config.json what else ends a text.
+
+    Chat models list the end of a turn there, and the end of a document alone in config.json.
+    """
     path = _model_folder(folder) / "config.json"
-    return config_from_dict(read_json(path), where=str(path))
+    config = config_from_dict(read_json(path), where=str(path))
+    generation = Path(folder) / "generation_config.json"
+    if not generation.exists():
+        return config
+    ends = [config.eos_token_id, read_json(generation).get("eos_token_id")]
+    ids = [one for end in ends if end is not None for one in (end if isinstance(end, list | tuple) else [end])]
+    unique = tuple(dict.fromkeys(ids))
+    return replace(config, eos_token_id=unique if len(unique) > 1 else next(iter(unique), None))
 
 
 def _model_folder(folder: Path | str) -> Path:

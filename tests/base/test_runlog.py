@@ -2,8 +2,11 @@
 
 import json
 import platform
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -138,3 +141,30 @@ def test_a_broken_run_json(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text('{"stage": "test",')
     with pytest.raises(ValueError, match=r"run\.json line 1: not JSON"):
         RunFolder(tmp_path, stage="test", resume=True)
+
+
+def test_two_processes_cannot_run_in_one_folder(tmp_path: Path) -> None:
+    """Law: while a run is under way another process is refused, and touches nothing; killed or finished, it lets go."""
+    code = "import sys; from graft.base.runlog import RunFolder; "
+    code += (
+        "RunFolder(sys.argv[1], stage='test', force=True).start({}, seed=0); print('in', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    pipes: dict[str, Any] = {
+        "stdin": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+    }
+    with subprocess.Popen(command, **pipes) as other:
+        assert other.stdout.readline() == "in\n"
+        before = (tmp_path / "run.json").read_text()
+        with pytest.raises(FileExistsError, match=r"another process is training in .*; wait for it"):
+            started(tmp_path, force=True)
+        assert (tmp_path / "run.json").read_text() == before
+        other.kill()
+    run = started(tmp_path, resume=True)
+    started(tmp_path, resume=True)  # the same process may
+    run.finish({})
+    done = subprocess.run(command, input="", capture_output=True, text=True, check=True)
+    assert done.stdout == "in\n"

@@ -119,3 +119,10 @@ def test_what_cannot_be_scored(base_dir: Path, tmp_path: Path) -> None:
         run_evaluate(base_dir, tmp_path / "none.txt", device="cpu")
     with pytest.raises(FileNotFoundError, match=r"gone\.jsonl"):
         run_evaluate(base_dir, tmp_path / "gone.jsonl", device="cpu")
+
+
+def test_a_prompt_without_room_is_named(base_dir: Path) -> None:
+    model, tokenizer = load_model(base_dir), Tokenizer.load(base_dir)
+    long = Record("eval.jsonl line 7", prompt="the cat " * 500, completion=" 5")
+    with pytest.raises(ValueError, match=r"eval\.jsonl line 7: the prompt has \d+ tokens and the answers need \d+"):
+        write_answers(model, tokenizer, [*rows(), long], None)

@@ -117,6 +117,13 @@ def test_bad_requests(tmp_path, tok, corpus):
         open_tokens(tmp_path / "out", "test")
     with pytest.raises(ValueError, match="step 2 is not supported"):
         open_tokens(tmp_path / "out")[0:4:2]
+    meta = tmp_path / "out" / "meta.json"
+    whole = meta.read_text()
+    for damaged in ("{", "{}", '{"splits": null}', "[]"):
+        meta.write_text(damaged)
+        with pytest.raises(ValueError, match=r"out/meta\.json is damaged .*; make it again with graft data prepare"):
+            open_tokens(tmp_path / "out")
+    meta.write_text(whole)
     shard = tmp_path / "out" / "train-00000.bin"
     shard.write_bytes(shard.read_bytes()[:-2])
     with pytest.raises(ValueError, match=r"the train files hold \d+ tokens, meta\.json says \d+"):

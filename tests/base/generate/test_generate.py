@@ -140,3 +140,14 @@ def test_public_generate(base_dir: Path) -> None:
         graft.generate(model, tokenizer, ["a"], adapters=["x", None])
     with pytest.raises(ValueError, match="adapter 'x' is named, but the model has no bank"):
         graft.generate(model, tokenizer, ["a"], adapters=["x"])
+
+
+def test_rows_without_a_token_are_never_chosen(model: Transformer) -> None:
+    """A model may have more embedding rows than the tokenizer has tokens; the likeliest of the others is taken."""
+    free = generate_ids(model, [[5, 6, 7]], max_new_tokens=12)[0]
+    limit = max(free)
+    bound = generate_ids(model, [[5, 6, 7]], max_new_tokens=12, vocab_size=limit)[0]
+    assert max(bound) < limit
+    with torch.no_grad():
+        ids = torch.tensor([[5, 6, 7, *bound[:-1]]])
+        assert model(ids)[0, 2:, :limit].argmax(-1).tolist() == bound

@@ -263,3 +263,17 @@ def test_broken_folders(tmp_path: Path) -> None:
     (folder / "config.json").write_text((tmp_path / "other/config.json").read_text())
     with pytest.raises(FileNotFoundError, match="graft never loads pickle"):
         load_full_precision(folder)
+
+
+@pytest.mark.parametrize(
+    ("own", "listed", "expected"),
+    [(2, [2, 7], (2, 7)), ((3, 2), 7, (3, 2, 7)), (None, 7, 7), (2, 2, 2), (2, None, 2), (None, None, None)],
+)
+def test_what_ends_a_text_is_listed_in_two_files(own: object, listed: object, expected: object, tmp_path: Path) -> None:
+    """Chat models name the end of a turn in generation_config.json alone."""
+    model = random_model(replace(TINY, eos_token_id=own))
+    save_model(model, tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
+    assert load_config(tmp_path).eos_token_id == expected
+    (tmp_path / "generation_config.json").unlink()
+    assert load_config(tmp_path).eos_token_id == own
