@@ -40,6 +40,8 @@ def resolve(
 ) -> PretrainConfig:
     """Preset + settings (from TOML and --set) -> one config. Raises ValueError for unknown keys and sizes that don't fit."""
     checked = check_settings(settings, ModelConfig, TrainConfig)
+    if checked.get("optimizer") == "adamw8bit":
+        raise ValueError("optimizer='adamw8bit' is for fine-tuning; use adamw or muon to pretrain")
     sizes, loop = split_settings(checked, ModelConfig, TrainConfig)
     if sizes.pop("vocab_size", vocab_size) != vocab_size:
         raise ValueError(f"vocab_size={checked['vocab_size']} differs from the tokenizer's {vocab_size}; leave it out")

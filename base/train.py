@@ -95,8 +95,6 @@ class Optimizer(Protocol):
 
 def make_optimizer(parameters: Iterable[tuple[str, Tensor]], config: TrainConfig) -> Optimizer:
     """The config's AdamW or Muon over named parameters. (adamw8bit is quant's: finetune/sft.py makes it.)"""
-    if config.optimizer == "adamw8bit":
-        raise ValueError("optimizer='adamw8bit' is for fine-tuning; use adamw or muon to pretrain")
     kind = {"adamw": AdamW, "muon": Muon}[config.optimizer]
     return kind(
         parameters,
