@@ -18,7 +18,7 @@ from .progress import step_progress
 from .runlog import RunFolder
 from .settings import check_settings, split_settings
 from .tokenizer.tokenizer import Tokenizer
-from .train import TrainConfig, make_optimizer, train
+from .train import NOT_FOR_PRETRAINING, TrainConfig, make_optimizer, train
 
 # What may change between a run and its resumption (`steps` moves the rest of the cosine: that is asked for).
 RESUMABLE = {"checkpoint_every", "eval_every", "eval_batches", "steps"}
@@ -41,7 +41,7 @@ def resolve(
     """Preset + settings (from TOML and --set) -> one config. Raises ValueError for unknown keys and sizes that don't fit."""
     checked = check_settings(settings, ModelConfig, TrainConfig)
     if checked.get("optimizer") == "adamw8bit":
-        raise ValueError("optimizer='adamw8bit' is for fine-tuning; use adamw or muon to pretrain")
+        raise ValueError(NOT_FOR_PRETRAINING)
     sizes, loop = split_settings(checked, ModelConfig, TrainConfig)
     if sizes.pop("vocab_size", vocab_size) != vocab_size:
         raise ValueError(f"vocab_size={checked['vocab_size']} differs from the tokenizer's {vocab_size}; leave it out")
@@ -73,54 +73,56 @@ def run_pretrain(
     train_tokens, val_tokens = open_tokens(data, "train"), open_tokens(data, "val")
     if train_tokens.meta["tokenizer"] != tok.fingerprint():
         raise ValueError(f"{data} was prepared with another tokenizer than {tokenizer}; run graft data prepare again")
-    run = RunFolder(out, stage="pretrain", resume=resume, force=force)
-    settings = dict(settings or {})
-    if run.previous:
-        saved = run.previous["config"]
-        same_input(saved, data=data, tokenizer=tokenizer)
-        if preset_name is not None:
-            raise ValueError(f"--resume goes on with the run's own model, asked was preset {preset_name}; leave it out")
-        settings = resumed_settings(settings, saved)
-    config = resolve(
-        settings,
-        data=Path(data),
-        tokenizer=Path(tokenizer),
-        out=Path(out),
-        preset_name=preset_name,
-        vocab_size=tok.vocab_size,
-    )
-    config = replace(config, model=with_special_ids(config.model, tok))
-    loop = config.train
-    batches = WindowBatches(
-        train_tokens,
-        seq_len=config.model.max_seq_len,
-        batch_size=loop.batch_size,
-        micro_batch=loop.micro_batch,
-        seed=loop.seed,
-    )
-    predicted = predict(config.model, loop, device) if predict else None
-    model = Transformer(config.model).to(device)
-    initialize_(model, seed=loop.seed)
-    model.checkpointing = loop.checkpointing
-    reset_peak(device)
-    result = _train(model, config, batches, val_tokens, run, device, progress)
-    save_model(model.cpu(), config.out)
-    tok.save(config.out)
-    summary = {
-        "n_params": config.model.n_params,
-        "steps": result.steps,
-        "train_loss": result.loss,
-        **(result.evals[-1] if result.evals else {}),
-        "n_train_tokens": len(train_tokens),
-        "tokens_read": loop.steps * loop.batch_size * config.model.max_seq_len,
-        "seconds": round(result.seconds, 2),
-        "tokens_per_s": round(result.n_tokens / result.seconds, 1) if result.seconds else None,
-        "predicted_peak_bytes": predicted,
-        **peak_bytes(device),
-        "device": device,
-    }
-    run.finish(summary)
-    return summary
+    with RunFolder(out, stage="pretrain", resume=resume, force=force) as run:
+        settings = dict(settings or {})
+        if run.previous:
+            saved = run.previous["config"]
+            same_input(saved, data=data, tokenizer=tokenizer)
+            if preset_name is not None:
+                raise ValueError(
+                    f"--resume goes on with the run's own model, asked was preset {preset_name}; leave it out"
+                )
+            settings = resumed_settings(settings, saved)
+        config = resolve(
+            settings,
+            data=Path(data),
+            tokenizer=Path(tokenizer),
+            out=Path(out),
+            preset_name=preset_name,
+            vocab_size=tok.vocab_size,
+        )
+        config = replace(config, model=with_special_ids(config.model, tok))
+        loop = config.train
+        batches = WindowBatches(
+            train_tokens,
+            seq_len=config.model.max_seq_len,
+            batch_size=loop.batch_size,
+            micro_batch=loop.micro_batch,
+            seed=loop.seed,
+        )
+        predicted = predict(config.model, loop, device) if predict else None
+        model = Transformer(config.model).to(device)
+        initialize_(model, seed=loop.seed)
+        model.checkpointing = loop.checkpointing
+        reset_peak(device)
+        result = _train(model, config, batches, val_tokens, run, device, progress)
+        save_model(model.cpu(), config.out)
+        tok.save(config.out)
+        summary = {
+            "n_params": config.model.n_params,
+            "steps": result.steps,
+            "train_loss": result.loss,
+            **(result.evals[-1] if result.evals else {}),
+            "n_train_tokens": len(train_tokens),
+            "tokens_read": loop.steps * loop.batch_size * config.model.max_seq_len,
+            "seconds": round(result.seconds, 2),
+            "tokens_per_s": round(result.n_tokens / result.seconds, 1) if result.seconds else None,
+            "predicted_peak_bytes": predicted,
+            **peak_bytes(device),
+            "device": device,
+        }
+        run.finish(summary)
+        return summary
 
 
 def _train(

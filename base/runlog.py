@@ -52,32 +52,49 @@ class RunFolder:
 
     def __init__(self, folder: Path | str, *, stage: str, resume: bool = False, force: bool = False) -> None:
         self.folder, self.stage = Path(folder), stage
+        self._metrics: TextIO | None = None
         if self.folder.exists() and not self.folder.is_dir():
             raise NotADirectoryError(f"{folder} is a file; an output folder is due")
-        state = read_json(self.folder / RUN_FILE) if (self.folder / RUN_FILE).exists() else None
         if resume and force:
             raise ValueError("--resume and --force exclude each other: go on with the run, or start it over")
-        if (
-            state is None
-            and not force
-            and self.folder.exists()
-            and any(not _is_leftover(p) for p in self.folder.iterdir())
-        ):
-            raise FileExistsError(f"{folder} is not empty and holds no graft run; choose another folder or --force")
-        if state is not None and state.get("stage") != stage and not force:
-            raise FileExistsError(
-                f"{folder} holds a {state.get('stage')} run, this is {stage}; choose another folder or --force"
-            )
-        # An empty folder is a run killed before its first file: resuming it is starting it.
-        if resume and state is None and not self.folder.exists():
+        if resume and not self.folder.exists():
             raise FileNotFoundError(f"{folder} holds no run to resume; leave --resume out to start one")
-        if state is not None and not resume and not force:
-            done = "a finished run" if state.get("status") == "finished" else "an unfinished run"
-            raise FileExistsError(f"{folder} holds {done}; use --resume to go on, or --force to start over")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        is_new_lock = lock(self.folder)  # before the state is read: another process must not change it from here on
+        try:
+            state = self._state_to_go_on(resume, force)
+        except BaseException:
+            if is_new_lock:
+                unlock(self.folder)
+            raise
         self.previous = state if resume else None
         self._ours = state is not None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._metrics: TextIO | None = None
+
+    def _state_to_go_on(self, resume: bool, force: bool) -> dict[str, Any] | None:
+        """What run.json says, None without one; raises FileExistsError when this run may not have the folder."""
+        folder = self.folder
+        state = read_json(folder / RUN_FILE) if (folder / RUN_FILE).exists() else None
+        if force:
+            return state
+        if state is None:
+            # An empty folder is a run killed before its first file: resuming it is starting it.
+            if any(not _is_leftover(path) for path in folder.iterdir()):
+                raise FileExistsError(f"{folder} is not empty and holds no graft run; choose another folder or --force")
+            return None
+        if state.get("stage") != self.stage:
+            raise FileExistsError(
+                f"{folder} holds a {state.get('stage')} run, this is {self.stage}; choose another folder or --force"
+            )
+        if not resume:
+            done = "a finished run" if state.get("status") == "finished" else "an unfinished run"
+            raise FileExistsError(f"{folder} holds {done}; use --resume to go on, or --force to start over")
+        return state
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def _sweep(self) -> None:
         """Remove half-written files of a process that was killed; see checkpoint.beside."""
@@ -104,7 +121,6 @@ class RunFolder:
 
         `starting` stands in run.json while it goes, so that a process killed then is resumed as the new run it was.
         """
-        lock(self.folder)
         self._sweep()
         self._state = {
             "stage": self.stage,
@@ -136,31 +152,34 @@ class RunFolder:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write summary.json and mark the run as finished."""
-        self.close()
         write_json(self.folder / SUMMARY_FILE, finite(plain(summary)))
         write_json(self.folder / RUN_FILE, self._state | {"status": "finished"})
-        unlock(self.folder)
+        self.close()
 
     def close(self) -> None:
-        """Close metrics.jsonl."""
+        """Close metrics.jsonl and let other processes into the folder."""
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
+        unlock(self.folder)
 
 
-_locks: dict[Path, int] = {}  # folder -> descriptor that holds its lock, for as long as this process lives
+_locks: dict[tuple[int, int], tuple[int, int]] = {}  # device and inode of a folder -> the process, and its descriptor
 
 
-def lock(folder: Path) -> None:
-    """Keep other processes from running in the folder. Raises FileExistsError when one does.
+def lock(folder: Path) -> bool:
+    """Keep other processes from running in the folder; True when this process didn't do so already.
 
-    The system lets go of the lock when the process ends, however it ends. Where there are no such locks (Windows, some
-    network disks) nothing is kept out.
+    The system lets go of the lock when the process and its forked children end, however they end. Where there are no such
+    locks (Windows, some network disks) nothing is kept out. Raises FileExistsError when another process is in.
     """
-    folder = folder.resolve()
-    if fcntl is None or folder in _locks:
-        return
+    if fcntl is None:
+        return False
     descriptor = os.open(folder, os.O_RDONLY)
+    about = os.fstat(descriptor)
+    if _locks.get((about.st_dev, about.st_ino), (0, 0))[0] == os.getpid():
+        os.close(descriptor)
+        return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -170,14 +189,21 @@ def lock(folder: Path) -> None:
         ) from None
     except OSError:
         os.close(descriptor)
-        return
-    _locks[folder] = descriptor
+        return False
+    _locks[about.st_dev, about.st_ino] = os.getpid(), descriptor
+    return True
 
 
 def unlock(folder: Path) -> None:
-    """Let others in."""
-    descriptor = _locks.pop(folder.resolve(), None)
-    if descriptor is not None:
+    """Let others in, if it was this process that kept them out. A folder that is gone keeps nobody out."""
+    try:
+        about = folder.stat()
+    except OSError:
+        return
+    process, descriptor = _locks.get((about.st_dev, about.st_ino), (0, 0))
+    if fcntl is not None and process == os.getpid():
+        del _locks[about.st_dev, about.st_ino]
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing alone would leave it to forked children
         os.close(descriptor)
 
 

@@ -37,6 +37,7 @@ from .runlog import RunFolder
 
 Batch = Mapping[str, Tensor]
 OPTIMIZERS = ("adamw", "muon", "adamw8bit")
+NOT_FOR_PRETRAINING = "optimizer='adamw8bit' is for fine-tuning; use adamw or muon to pretrain"
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ class Optimizer(Protocol):
 
 def make_optimizer(parameters: Iterable[tuple[str, Tensor]], config: TrainConfig) -> Optimizer:
     """The config's AdamW or Muon over named parameters. (adamw8bit is quant's: finetune/sft.py makes it.)"""
+    if config.optimizer == "adamw8bit":
+        raise ValueError(NOT_FOR_PRETRAINING)
     kind = {"adamw": AdamW, "muon": Muon}[config.optimizer]
     return kind(
         parameters,

@@ -3,6 +3,9 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
+from torch import Tensor
+
 from ..base.generate.engine import generate_ids
 from ..base.model.transformer import Transformer
 from ..base.tokenizer.tokenizer import Tokenizer
@@ -80,7 +83,7 @@ def generate_rows(
             top_p=top_p,
             seed=seed,
             on_token=show if on_text is not None else None,
-            vocab_size=tokenizer.vocab_size,
+            allowed=ids_with_text(model, tokenizer),
         )
     if on_text is not None:
         for row, decoder in enumerate(decoders):
@@ -112,6 +115,20 @@ def start_ids(ids: list[int], tokenizer: Tokenizer) -> list[int]:
     if start is None:
         raise ValueError("the prompt is empty and the tokenizer has neither bos nor eos token to start from")
     return [start]
+
+
+def ids_with_text(model: Transformer, tokenizer: Tokenizer) -> Tensor | None:
+    """(V,) bool: the ids that have a token or end a text; None where all do.
+
+    Models are made with more rows than tokens, for a round number; what such a row would say can't be decoded.
+    """
+    n_rows = model.config.vocab_size
+    if len(tokenizer.vocab) >= n_rows:
+        return None
+    allowed = torch.zeros(n_rows, dtype=torch.bool)
+    known = {*tokenizer.vocab, *stop_ids(model, tokenizer)}
+    allowed[[index for index in known if 0 <= index < n_rows]] = True
+    return allowed
 
 
 def stop_ids(model: Transformer, tokenizer: Tokenizer) -> set[int]:

@@ -98,50 +98,50 @@ def run_sft(
         raise ValueError(f"--out {out} is the base itself; choose another folder")
     records = read_records(data)
     held_out = read_records(eval_data) if eval_data else []
-    run = RunFolder(out, stage=f"sft {method}", resume=resume, force=force)
-    if run.previous:
-        same_input(run.previous["config"], base=base, data=data)
-    lora, settings = _resumed(run, lora, dict(settings or {}))
-    config = resolve(settings, base=Path(base), data=Path(data), method=method, n_records=len(records), lora=lora)
-    limit = _limit(config.options.max_seq_len, load_config(base))
-    tokenizer = Tokenizer.load(base)
-    template = ChatTemplate.of(tokenizer)
-    encoded = [encode_record(record, tokenizer, template, limit) for record in records]
-    encoded_eval = [encode_record(record, tokenizer, template, limit) for record in held_out]
-    predicted = announce(
-        load_config(base),
-        config.train,
-        device,
-        method=config.method,
-        seq_len=max(len(record.ids) for record in encoded) - 1,
-        lora=config.lora,
-        double_quant=config.options.double_quant,
-    )
-    reset_peak(device)
-    model = prepare_model(config, device)
-    made_for = fingerprint(model)
-    result = _train(model, config, encoded, encoded_eval, run, device, progress, label or f"sft {method}")
-    about = {
-        "prompt_format": "chat" if any(record.messages is not None for record in records) else "text",
-        "base_fingerprint": made_for,
-        "method": method,
-    }
-    _save(model, config, Path(out), tokenizer, template, about)
-    summary = {
-        "method": method,
-        "steps": result.steps,
-        "train_loss": result.loss,
-        "val_loss": result.val_loss,
-        "n_records": len(records),
-        "n_trained_params": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "weight_bytes": weight_bytes(model),
-        "seconds": round(result.seconds, 2),
-        "predicted_peak_bytes": predicted,
-        **peak_bytes(device),
-        "device": device,
-    }
-    run.finish(summary)
-    return summary
+    with RunFolder(out, stage=f"sft {method}", resume=resume, force=force) as run:
+        if run.previous:
+            same_input(run.previous["config"], base=base, data=data)
+        lora, settings = _resumed(run, lora, dict(settings or {}))
+        config = resolve(settings, base=Path(base), data=Path(data), method=method, n_records=len(records), lora=lora)
+        limit = _limit(config.options.max_seq_len, load_config(base))
+        tokenizer = Tokenizer.load(base)
+        template = ChatTemplate.of(tokenizer)
+        encoded = [encode_record(record, tokenizer, template, limit) for record in records]
+        encoded_eval = [encode_record(record, tokenizer, template, limit) for record in held_out]
+        predicted = announce(
+            load_config(base),
+            config.train,
+            device,
+            method=config.method,
+            seq_len=max(len(record.ids) for record in encoded) - 1,
+            lora=config.lora,
+            double_quant=config.options.double_quant,
+        )
+        reset_peak(device)
+        model = prepare_model(config, device)
+        made_for = fingerprint(model)
+        result = _train(model, config, encoded, encoded_eval, run, device, progress, label or f"sft {method}")
+        about = {
+            "prompt_format": "chat" if any(record.messages is not None for record in records) else "text",
+            "base_fingerprint": made_for,
+            "method": method,
+        }
+        _save(model, config, Path(out), tokenizer, template, about)
+        summary = {
+            "method": method,
+            "steps": result.steps,
+            "train_loss": result.loss,
+            "val_loss": result.val_loss,
+            "n_records": len(records),
+            "n_trained_params": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "weight_bytes": weight_bytes(model),
+            "seconds": round(result.seconds, 2),
+            "predicted_peak_bytes": predicted,
+            **peak_bytes(device),
+            "device": device,
+        }
+        run.finish(summary)
+        return summary
 
 
 def _resumed(run: RunFolder, lora: LoraConfig | None, settings: dict[str, Any]) -> tuple[LoraConfig, dict[str, Any]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.nf4 import NESTED_BLOCK_SIZE
-from .blockwise import QuantState, name_of
+from .blockwise import BLOCK_SIZES, QuantState, name_of
 from .double import DoubleQuantized
 
 FILE_TYPES = ("nf4", "fp4")  # the quant_types that bitsandbytes knows
@@ -106,6 +106,8 @@ def read_state(key: str, packed_json: Tensor) -> dict[str, Any]:
         raise ValueError(f"{key} is not bitsandbytes' JSON ({error}); the file is damaged, copy it again") from None
     if dtype not in FLOATS:
         raise ValueError(f"{key}: dtype {dtype!r} is not supported; {', '.join(FLOATS)} are")
+    if about["blocksize"] not in BLOCK_SIZES:
+        raise ValueError(f"{key}: blocksize {about['blocksize']!r} is not one of {', '.join(map(str, BLOCK_SIZES))}")
     if nested != NESTED_BLOCK_SIZE:
         raise ValueError(f"{key}: nested_blocksize {nested} is not supported; bitsandbytes writes {NESTED_BLOCK_SIZE}")
     return about

@@ -74,12 +74,12 @@ def open_tokens(folder: str | Path, split: str = "train") -> TokenShards:
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         splits = list(meta["splits"])
+        if split in splits:
+            return TokenShards(folder, split, meta)
     except (ValueError, KeyError, TypeError) as error:
         again = f"make it again with graft data prepare PATH --out {folder} --force"
         raise ValueError(f"{folder / 'meta.json'} is damaged ({type(error).__name__}: {error}); {again}") from None
-    if split not in splits:
-        raise ValueError(f"unknown split {split!r}; {folder} has {', '.join(splits)}")
-    return TokenShards(folder, split, meta)
+    raise ValueError(f"unknown split {split!r}; {folder} has {', '.join(splits)}")
 
 
 @dataclass

@@ -22,8 +22,7 @@ def generate_ids(
     top_p: float | None = None,
     seed: int = 0,
     on_token: Callable[[int, int], None] | None = None,  # called with (row, id) as each token comes
-    vocab_size: int
-    | None = None,  # of the tokenizer: a model may have more rows, for a round number, and no text for them
+    allowed: Tensor | None = None,  # (V,) bool, the ids that may come; None: all
 ) -> list[list[int]]:
     """The new ids of each prompt, without the stop token that ended it.
 
@@ -41,12 +40,16 @@ def generate_ids(
     generators = [torch.Generator(device).manual_seed(seed + row) for row in range(len(prompts))]
     dtype = model.model.embed_tokens.weight.dtype
     cache = KVCache(model.config, len(prompts), ids.shape[1] + max_new_tokens, dtype=dtype, device=device)
+
+    def allow(logits: Tensor) -> Tensor:  # (B, V)
+        return logits if allowed is None else logits.masked_fill(~allowed.to(device), -torch.inf)
+
     was_training = model.training
     model.eval()
     try:
         return _decode(
             model, ids, lengths, cache, max_new_tokens, stop_ids, on_token,
-            lambda logits: sample(logits[:, :vocab_size], generators, temperature=temperature, top_k=top_k, top_p=top_p),
+            lambda logits: sample(allow(logits), generators, temperature=temperature, top_k=top_k, top_p=top_p),
         )  # fmt: skip
     finally:
         model.train(was_training)

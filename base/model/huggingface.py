@@ -197,6 +197,8 @@ def load_config(folder: Path | str) -> ModelConfig:
         return config
     ends = [config.eos_token_id, read_json(generation).get("eos_token_id")]
     ids = [one for end in ends if end is not None for one in (end if isinstance(end, list | tuple) else [end])]
+    if wrong := [one for one in ids if type(one) is not int]:
+        raise ValueError(f"{generation}: eos_token_id {wrong[0]!r} is no id; a whole number or a list of them is due")
     unique = tuple(dict.fromkeys(ids))
     return replace(config, eos_token_id=unique if len(unique) > 1 else next(iter(unique), None))
 

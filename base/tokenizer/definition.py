@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 Pair = tuple[bytes, bytes]
+ID_BITS = 21  # encode.py keeps a merge in 64 bits: two ids, and its rank plus one; Qwen 3 needs 18 for each
 
 
 @dataclass(frozen=True)

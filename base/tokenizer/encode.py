@@ -12,7 +12,7 @@ import numpy as np
 
 from ...kernels.numba_jit import collector_paused, compiled, inlined
 from . import reference
-from .definition import Definition
+from .definition import ID_BITS, Definition
 from .padding import PADDING, aligned_zeros, eight_view, padded
 from .patterns import WHOLE, kind_of
 from .scan import cut_words, new_buffers, unicode_classes
@@ -22,9 +22,8 @@ FIRST_SLOTS = 1 << 17  # of the cache, 32 bytes each; when half are used it give
 LAST_SLOTS = 1 << 19
 LONGEST = 128  # bytes of a cached word; longer ones are rare and go through a heap
 _NONE = np.int32(2**31 - 1)
-_LONG = np.uint64(16)  # the size of a token that is written byte by byte
+_LONG = np.uint64(16)  # stands for the size where a token is written byte by byte, or there is none
 _1, _2, _8, _32, _56 = (np.uint64(number) for number in (1, 2, 8, 32, 56))
-ID_BITS = 21  # a merge lies in 64 bits: two ids and its rank plus one; Qwen 3 needs 18 of each
 RANK_BITS = 64 - 2 * ID_BITS
 _ID_BITS, _RANK_BITS = np.uint64(ID_BITS), np.uint64(RANK_BITS)
 _RANK_MASK = np.uint64((1 << RANK_BITS) - 1)
@@ -330,13 +329,15 @@ class Encoder:
         left, right, merged_id = self._definition.merge_ids
         n_merges = len(merged_id)
         largest = max(self._definition.vocab)
-        if largest >= 1 << ID_BITS or n_merges >= 1 << RANK_BITS:
+        if largest >= 1 << ID_BITS:
             raise ValueError(f"the vocabulary has ids up to {largest:,}; graft encodes with ids below {1 << ID_BITS:,}")
         byte_of = np.full(largest + 1, -1)
-        byte_id = np.zeros(256, np.int32)
+        byte_id = np.full(256, -1, np.int32)
         for index, token in self._definition.vocab.items():
             if len(token) == 1:
                 byte_of[index], byte_id[token[0]] = token[0], index
+        if byte_id.min() < 0:
+            raise ValueError(f"the vocabulary has no token for byte 0x{byte_id.argmin():02x}; every byte needs one")
         pair_rank = np.zeros(max(1 << 10, 1 << (2 * n_merges).bit_length()), np.uint64)  # at most half full
         index_merges(pair_rank, left, right)
         of_bytes = np.flatnonzero((byte_of[left] >= 0) & (byte_of[right] >= 0))[::-1]  # backwards: the first counts

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...kernels.numba_jit import collector_paused
-from .definition import AddedToken, Definition, Pair
+from .definition import ID_BITS, AddedToken, Definition, Pair
 from .patterns import GPT2, WHOLE, kind_of, resolve
 
 Json = dict[str, Any]
@@ -158,10 +158,12 @@ def _vocab(model: Json, added: set[str], path: Path) -> tuple[dict[int, bytes], 
     """Undo the byte table. Raises ValueError for text that isn't in it, for absent bytes and for merges of unknown tokens."""
     spelt = _spell_all([text for text in model["vocab"] if text not in added], path)
     vocab = {model["vocab"][text]: token for text, token in spelt.items()}
-    known = set(spelt.values())
+    known = {token for token in vocab.values() if len(token) == 1}
     absent = [byte for byte in range(256) if bytes([byte]) not in known]
     if absent:
         raise ValueError(f"{path}: the vocabulary has no token for byte 0x{absent[0]:02x} ({len(absent)} bytes absent)")
+    if max(vocab) >= 1 << ID_BITS:
+        raise ValueError(f"{path}: ids go up to {max(vocab):,}; graft's tokenizer has room below {1 << ID_BITS:,}")
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     try:
         return vocab, [(spelt[left], spelt[right]) for left, right in pairs]

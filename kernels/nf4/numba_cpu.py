@@ -1,4 +1,5 @@
-"""The blockwise formats on the CPU, compiled by Numba: one pass over memory, no temporaries of the weight's size.
+"""The blockwise formats on the CPU, compiled by Numba: one pass over memory, no temporaries of the weight's size (but
+for float16 weights, and for 16-bit results without AVX-512).
 
 Equal to reference.py to the bit. Imported when the first CPU tensor is quantized (Numba's import takes 0.3 s), compiled on
 first use, cached beside this file. `python bench/quant.py` measures it beside bitsandbytes.
@@ -29,7 +30,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def quantize_4bit(weight: Tensor, codebook: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:
     """reference.quantize_4bit."""
-    flat = weight.detach().reshape(-1).contiguous()
+    flat = weight.detach().reshape(-1).contiguous().resolve_neg()
     flat = flat.float() if flat.dtype == torch.float16 else flat
     n, n_blocks = flat.numel(), -(-flat.numel() // block_size)
     packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8)
@@ -64,6 +65,10 @@ def dequantize_4bit_(
     block_size: int,
 ) -> None:
     """reference.dequantize_4bit into `out`, with reference.dequantize_absmax before it when there is a second level."""
+    if not (out.is_cpu and out.is_contiguous() and out.dtype in DTYPES and out.data_ptr()):
+        raise ValueError(
+            f"out is {out.dtype} on {out.device} with strides {out.stride()}; contiguous CPU memory is due"
+        )
     n = out.numel()
     n_blocks, n_scales = n // block_size, -(-n // block_size)  # whole blocks, and with a shorter last one
     tensors = (packed, absmax, codebook, *nested)
@@ -74,9 +79,11 @@ def dequantize_4bit_(
         _refuse(tensors, due)
     tensors = [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in tensors]
     addresses = [tensor.data_ptr() for tensor in tensors]  # good for as long as `tensors` lives
+    if 0 in addresses:
+        raise ValueError("a fake tensor has no memory to read; use dequantize_4bit, which knows its shape")
     if not nested:
         addresses += [0, 0, 0]
-    if is_supported():
+    if is_supported() and block_size % 32 == 0:
         _run(dequantize_avx512, addresses, n_blocks, block_size, out)
     elif out.dtype == torch.float32:
         _run(dequantize_any, addresses, n_blocks, block_size, out)
@@ -168,13 +175,6 @@ def dequantize_8bit(codes: Tensor, absmax: Tensor, codebook: Tensor, *, block_si
     flat = out.view(-1).numpy()
     _dequantize_8bit(codes.reshape(-1).numpy(), absmax.numpy(), codebook.numpy(), block_size, flat)
     return out
-
-
-def bits(flat: Tensor) -> np.ndarray:
-    """The tensor's memory as numpy sees it: 16-bit floats as integers, unsigned for bfloat16 and signed for float16."""
-    if flat.dtype == torch.float32:
-        return flat.numpy()
-    return flat.view(torch.uint16 if flat.dtype == torch.bfloat16 else torch.int16).numpy()
 
 
 @cache

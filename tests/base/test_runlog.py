@@ -166,5 +166,7 @@ def test_two_processes_cannot_run_in_one_folder(tmp_path: Path) -> None:
     run = started(tmp_path, resume=True)
     started(tmp_path, resume=True)  # the same process may
     run.finish({})
+    with pytest.raises(ZeroDivisionError), RunFolder(tmp_path, stage="test", resume=True):
+        _ = 1 / 0
     done = subprocess.run(command, input="", capture_output=True, text=True, check=True)
     assert done.stdout == "in\n"

@@ -1,7 +1,7 @@
 """Law: the shards hold each document's ids and EOS, once, whatever the workers, pieces and shard sizes; bad input."""
 
 import json
-import os
+import shutil
 import subprocess
 import sys
 
@@ -119,7 +119,7 @@ def test_bad_requests(tmp_path, tok, corpus):
         open_tokens(tmp_path / "out")[0:4:2]
     meta = tmp_path / "out" / "meta.json"
     whole = meta.read_text()
-    for damaged in ("{", "{}", '{"splits": null}', "[]"):
+    for damaged in ("{", "{}", '{"splits": null}', "[]", '{"splits": {"train": {}}}', '{"splits": ["train"]}'):
         meta.write_text(damaged)
         with pytest.raises(ValueError, match=r"out/meta\.json is damaged .*; make it again with graft data prepare"):
             open_tokens(tmp_path / "out")
@@ -133,9 +133,6 @@ def test_bad_requests(tmp_path, tok, corpus):
         open_tokens(tmp_path / "out")
 
 
-WITH_TIME = pytest.mark.skipif(
-    "GRAFT_SLOW_TESTS" not in os.environ, reason="1 GB takes half a minute: GRAFT_SLOW_TESTS=1"
-)
 MEASURE = """
 import sys, graft
 from graft.base.data.shards import prepare
@@ -149,12 +146,14 @@ print(*peaks)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("megabytes", [110, pytest.param(1024, marks=[pytest.mark.slow, WITH_TIME])])
+@pytest.mark.parametrize("megabytes", [110, pytest.param(1024, marks=pytest.mark.slow)])
 def test_memory_does_not_grow_with_the_file(tmp_path, tok, megabytes):
     """After 50 MB twice (the allocator settles then), a larger file of one document may add at most 60 MB, whatever its size.
 
     1 GB stays under 1 GB.
     """
+    if shutil.disk_usage(tmp_path).free < 4e6 * megabytes:
+        pytest.skip(f"{4e-3 * megabytes:.1f} GB of free disk are due")
     tok.save(tmp_path / "tok")
     small, large = tmp_path / "small.txt", tmp_path / "large.txt"
     block = "".join(f"the cat number {n} sat on the mat.\n" for n in range(28_000)).encode()[: 1 << 20]
@@ -166,4 +165,5 @@ def test_memory_does_not_grow_with_the_file(tmp_path, tok, megabytes):
     _, first, second = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
     assert second - first < 60e6
     assert second < 1e9
-    large.unlink()
+    for left in (large, small, *tmp_path.glob("*.out")):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()

@@ -1,5 +1,6 @@
 """Generation: the cache is the full forward pass, rows don't see each other, sampling has the right probabilities."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from graft.base.generate.kv_cache import KVCache
 from graft.base.generate.sampling import filter_logits, sample
 from graft.base.model.config import ModelConfig
 from graft.base.model.transformer import Transformer
+from graft.base.tokenizer.definition import AddedToken, Definition
 from graft.base.tokenizer.tokenizer import Tokenizer
-from graft.finetune.generate import stop_ids
+from graft.finetune.generate import ids_with_text, stop_ids
 
 CONFIG = ModelConfig(83, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_head=16, d_ff=64, max_seq_len=48)
 
@@ -146,8 +148,19 @@ def test_rows_without_a_token_are_never_chosen(model: Transformer) -> None:
     """A model may have more embedding rows than the tokenizer has tokens; the likeliest of the others is taken."""
     free = generate_ids(model, [[5, 6, 7]], max_new_tokens=12)[0]
     limit = max(free)
-    bound = generate_ids(model, [[5, 6, 7]], max_new_tokens=12, vocab_size=limit)[0]
+    bound = generate_ids(model, [[5, 6, 7]], max_new_tokens=12, allowed=torch.arange(83) < limit)[0]
     assert max(bound) < limit
     with torch.no_grad():
         ids = torch.tensor([[5, 6, 7, *bound[:-1]]])
         assert model(ids)[0, 2:, :limit].argmax(-1).tolist() == bound
+
+
+def test_ids_with_text() -> None:
+    """Rows beyond the vocabulary and gaps in it are out; what ends a text stays in though it has no token."""
+    definition = Definition({byte: bytes([byte]) for byte in range(256)}, [], (AddedToken("<x>", 300),), ("",))
+    tokenizer = Tokenizer(definition)
+    model = Transformer(replace(CONFIG, vocab_size=320, eos_token_id=310))
+    allowed = ids_with_text(model, tokenizer)
+    assert allowed is not None
+    assert allowed.nonzero().flatten().tolist() == [*range(256), 300, 310]
+    assert ids_with_text(Transformer(replace(CONFIG, vocab_size=257)), tokenizer) is None

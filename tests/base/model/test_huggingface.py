@@ -277,3 +277,11 @@ def test_what_ends_a_text_is_listed_in_two_files(own: object, listed: object, ex
     assert load_config(tmp_path).eos_token_id == expected
     (tmp_path / "generation_config.json").unlink()
     assert load_config(tmp_path).eos_token_id == own
+
+
+@pytest.mark.parametrize("listed", ["</s>", True, [[1]], [2, 1.5]])
+def test_what_ends_a_text_must_be_ids(listed: object, tmp_path: Path) -> None:
+    save_model(random_model(TINY), tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id .* is no id"):
+        load_config(tmp_path)

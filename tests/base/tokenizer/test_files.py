@@ -282,3 +282,18 @@ def test_importing_compiles_nothing_and_the_compiling_is_announced(tmp_path):
     assert said[0].splitlines()[0] == "imported"
     assert said[0].count("graft: compiling the tokenizer's loops, once per machine") == 1
     assert said[1] == "imported\n"
+
+
+def test_two_bytes_with_one_id(tmp_path):
+    """A vocabulary that gives two bytes the same id has lost one of them."""
+    tok = graft.Tokenizer.train([Path(__file__)], vocab_size=260)
+    tok.save(tmp_path)
+    main = json.loads((tmp_path / "tokenizer.json").read_text())
+    main["model"]["vocab"]["b"] = main["model"]["vocab"]["a"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(main))
+    with pytest.raises(ValueError, match="the vocabulary has no token for byte 0x61"):
+        graft.Tokenizer.load(tmp_path)
+    main["model"]["vocab"]["b"] = 1 << 21
+    (tmp_path / "tokenizer.json").write_text(json.dumps(main))
+    with pytest.raises(ValueError, match=r"tokenizer\.json: ids go up to 2,097,152; .* below 2,097,152"):
+        graft.Tokenizer.load(tmp_path)

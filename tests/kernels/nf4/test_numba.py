@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graft.kernels import nf4
 from graft.kernels.nf4 import numba_cpu, reference
@@ -118,4 +119,50 @@ def test_a_state_of_another_weight_is_refused() -> None:
     numba_cpu.dequantize_4bit_(out, packed, turned, (), values, block_size=64)
     assert torch.equal(
         out, reference.dequantize_4bit(packed, absmax, values, block_size=64, shape=out.shape, dtype=out.dtype)
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_where_the_result_goes_is_checked() -> None:
+    """The result is written by address too: memory that isn't there, or isn't in one piece, is refused."""
+    weight = weight_of((64, 128), torch.bfloat16, "randn")
+    values = torch.tensor(codebook("nf4"))
+    packed, absmax = numba_cpu.quantize_4bit(weight, values, block_size=64)
+    wide = torch.zeros(64, 256)
+    with FakeTensorMode():
+        fake = torch.empty(64, 128)
+    for out in (wide[:, :128], torch.empty(64, 128, device="meta"), fake, torch.empty(64, 128, dtype=torch.float64)):
+        with pytest.raises(ValueError, match="contiguous CPU memory is due"):
+            numba_cpu.dequantize_4bit_(out, packed, absmax, (), values, block_size=64)
+    assert not wide.any()
+    with pytest.raises(ValueError, match="a fake tensor has no memory to read"):
+        numba_cpu.dequantize_4bit_(torch.empty(64, 128), fake_like(packed), absmax, (), values, block_size=64)
+
+
+def fake_like(tensor: torch.Tensor) -> torch.Tensor:
+    with FakeTensorMode():
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+
+
+@pytest.mark.parametrize("block_size", [16, 48])
+def test_blocks_that_are_no_multiple_of_32(block_size: int) -> None:
+    """The vector loop takes 32 values at a time; other blocks go the way of other processors."""
+    weight = weight_of((16, 96), torch.float32, "randn")
+    values = torch.tensor(codebook("nf4"))
+    packed, absmax = numba_cpu.quantize_4bit(weight, values, block_size=block_size)
+    out = torch.full_like(weight, float("nan"))
+    numba_cpu.dequantize_4bit_(out, packed, absmax, (), values, block_size=block_size)
+    expected = reference.dequantize_4bit(
+        packed, absmax, values, block_size=block_size, shape=out.shape, dtype=torch.float32
+    )
+    assert torch.equal(out, expected)
+
+
+def test_a_lazily_negated_weight() -> None:
+    """Its memory has the other sign."""
+    weight, values = weight_of((8, 64), torch.float32, "randn"), torch.tensor(codebook("nf4"))
+    turned = torch._neg_view(weight)
+    assert torch.equal(
+        numba_cpu.quantize_4bit(turned, values, block_size=64)[0],
+        reference.quantize_4bit(-weight, values, block_size=64)[0],
     )
