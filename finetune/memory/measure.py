@@ -4,6 +4,7 @@ import gc
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -119,13 +120,17 @@ def cpu_allocations() -> Iterator[list[int]]:
 
 @contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """Messages that C++ writes to file descriptor 2 within the block are dropped."""
+    """Messages that C++ writes to file descriptor 2 within the block are dropped, and Python's warnings."""
     sys.stderr.flush()
     kept = os.dup(2)
     try:
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), 2)
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # torch 2.11's profiler warns that it forgets its events, which it has not yet
+            yield
     finally:
         os.dup2(kept, 2)
         os.close(kept)
