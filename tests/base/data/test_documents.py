@@ -104,7 +104,7 @@ BAD = [
     ("a.json", b'[{"text": 1}]', r"a\.json row 1: no text in the field 'text'"),
     ("a.json", b"[", r"a\.json line 1: not JSON"),
     ("a.txt.gz", b"not gzip", r"a\.txt\.gz is not a whole gzip file"),
-    ("a.txt.gz", gzip.compress(b"text" * 99)[:-9], r"a\.txt\.gz is not a whole gzip file"),
+    ("a.txt.gz", gzip.compress(b"text" * 99, mtime=0)[:-9], r"a\.txt\.gz is not a whole gzip file"),
     ("a.parquet", b"PAR0 nothing", r"a\.parquet is not a parquet file"),
 ]
 
