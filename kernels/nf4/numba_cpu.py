@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..numba_jit import compiled
 from . import reference
-from .numba_dequantize import dequantize_any, dequantize_avx512, is_supported, pointer
+from .numba_dequantize import dequantize_any, dequantize_avx2, dequantize_avx512
+from .simd import STEP, instruction_set, pointer
 
 SMALLEST_SCALE = np.float32(reference.SMALLEST_SCALE)
 NOT_FINITE = np.uint32(0x7F800000)  # float32 bits from here on are infinity and NaN
@@ -26,6 +27,8 @@ MAGNITUDE = np.uint32(0x7FFFFFFF)
 ONE, HALF = np.float32(1), np.float32(0.5)
 PART = 2**19  # weights a thread: 30 us of dequantization, about what handing it over costs
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LIKE = {dtype: np.empty(0, bits) for dtype, bits in zip(DTYPES, (np.float32, np.uint16, np.int16), strict=True)}
+LOOPS = {"avx512": dequantize_avx512, "avx2": dequantize_avx2}
 
 
 def quantize_4bit(weight: Tensor, codebook: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:
@@ -83,9 +86,10 @@ def dequantize_4bit_(
         raise ValueError("a fake tensor has no memory to read; use dequantize_4bit, which knows its shape")
     if not nested:
         addresses += [0, 0, 0]
-    if is_supported() and block_size % 32 == 0:
-        _run(dequantize_avx512, addresses, n_blocks, block_size, out)
-    elif out.dtype == torch.float32:
+    instructions = instruction_set()
+    if instructions and block_size % (2 * STEP[instructions]) == 0:
+        _run(LOOPS[instructions], addresses, n_blocks, block_size, out)
+    elif out.dtype != torch.float16:
         _run(dequantize_any, addresses, n_blocks, block_size, out)
     else:
         exact = torch.empty(n_blocks * block_size)
@@ -111,16 +115,16 @@ def _refuse(tensors: Sequence[Tensor], due: list[int]) -> NoReturn:
 
 def _run(loop: Any, addresses: list[int], n_blocks: int, block_size: int, out: Tensor) -> None:
     """A dequantizing loop over all whole blocks, in threads where they pay."""
-    at, kind, size = out.data_ptr(), DTYPES.index(out.dtype), out.element_size()
+    at, like, size = out.data_ptr(), LIKE[out.dtype], out.element_size()
     if n_blocks * block_size < 2 * PART:
-        loop(*addresses, n_blocks, block_size, at, kind)
+        loop(*addresses, n_blocks, block_size, at, like)
         return
     packed, absmax, codebook, scale, mean, nested_codebook = addresses
 
     def part(first: int, last: int) -> None:  # `first` is a multiple of 256: there a scale of the second level begins
         start = first * block_size
         level1, level2 = (absmax + first, scale + first // 64) if scale else (absmax + 4 * first, 0)
-        rest = mean, nested_codebook, last - first, block_size, at + start * size, kind
+        rest = mean, nested_codebook, last - first, block_size, at + start * size, like
         loop(packed + start // 2, level1, codebook, level2, *rest)
 
     in_parts(part, n_blocks, block_size)

@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graft.kernels import nf4
-from graft.kernels.nf4 import numba_cpu, reference
+from graft.kernels.nf4 import numba_cpu, reference, simd
 from graft.quant.codebooks import codebook, dynamic8
 
 SHAPES = [(64, 64), (5, 33), (1, 7), (123, 41), (300, 2), (100, 513), (1, 1)]
@@ -52,17 +52,30 @@ def test_equals_the_reference(quant_type: str, dtype: torch.dtype, kind: str) ->
                 assert torch.equal(ours, truth)
 
 
+@pytest.mark.parametrize("block_size", [32, 64, 96])
+@pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("dtype", numba_cpu.DTYPES)
-def test_equals_the_reference_without_avx512(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parity of the path for other processors."""
-    monkeypatch.setattr(numba_cpu, "is_supported", lambda: False)
+@pytest.mark.parametrize("instructions", [None, *simd.FEATURES])
+def test_every_instruction_set(
+    instructions: str | None, dtype: torch.dtype, double_quant: bool, block_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parity of each path that this processor can go, the one for all processors among them."""
+    if instructions and not simd.has(instructions):
+        pytest.skip(f"this processor has no {instructions}; test_simd.py tests it with its permutation emulated")
+    monkeypatch.setattr(numba_cpu, "instruction_set", lambda: instructions)
     values = torch.tensor(codebook("nf4"))
-    weight = weight_of((100, 513), dtype, "mixed")
-    packed, absmax = numba_cpu.quantize_4bit(weight, values, block_size=64)
-    out = torch.empty_like(weight)
-    numba_cpu.dequantize_4bit_(out, packed, absmax, (), values, block_size=64)
+    weight = weight_of((300, 513), dtype, "mixed")  # more blocks than one second-level scale covers, and a rest
+    packed, absmax = numba_cpu.quantize_4bit(weight, values, block_size=block_size)
+    level1, nested, scales = absmax, (), absmax
+    if double_quant:
+        mean = absmax.mean()
+        level1, scale = numba_cpu.quantize_absmax(absmax - mean, DYNAMIC, block_size=256)
+        nested = (scale, mean, DYNAMIC)
+        scales = reference.dequantize_absmax(level1, *nested, nested_block_size=256)
+    out = torch.full_like(weight, float("nan"))
+    numba_cpu.dequantize_4bit_(out, packed, level1, nested, values, block_size=block_size)
     assert torch.equal(
-        out, reference.dequantize_4bit(packed, absmax, values, block_size=64, shape=out.shape, dtype=dtype)
+        out, reference.dequantize_4bit(packed, scales, values, block_size=block_size, shape=out.shape, dtype=dtype)
     )
 
 
