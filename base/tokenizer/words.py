@@ -161,7 +161,8 @@ def dump_words(slots, long_bytes, flat, sizes, counts):
                 flat[at + place] = (key >> np.uint64(8 * (place & 7))) & np.uint64(0xFF)
         else:
             first = np.int64(slots[base + 1] - _LONG) + 8
-            flat[at : at + size] = long_bytes[first : first + size]
+            for place in range(size):  # Numba compiles a copy of a slice for two seconds
+                flat[at + place] = long_bytes[first + place]
         sizes[word] = size
         counts[word] = np.int64(slots[base + 2])
         at += size
