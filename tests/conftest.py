@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,15 @@ SENTENCES = [
     "rivers run to the sea and the sea is wide",
 ]
 Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def pytest_configure() -> None:
+    """One line instead of a hundred failures where the interpreter can't run."""
+    if torch.cuda.is_available() or find_spec("triton") is None:
+        return
+    triton, numpy = (tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy"))
+    if triton < (3, 7) and numpy >= (2, 4):
+        raise pytest.UsageError("Triton 3.6's interpreter doesn't run with numpy 2.4; pip install 'numpy<2.4'")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -82,7 +82,9 @@ def estimate_command(
     from rich.console import Console
 
     console = Console()
-    console.print(_estimate_table(model, estimates))
+    said, table = _estimate_table(model, estimates)
+    console.print(said, highlight=False)
+    console.print(table)
     for one in estimates:
         console.print(f"{one.method}: peak {_bytes(one.peak_bytes)} in {one.peak_at}: {_parts(one)}", highlight=False)
     if method is not None and max(estimates[0].activations):
@@ -271,24 +273,36 @@ def _say_fits(
     typer.echo(f"the most thorough that fits: {how}, {size}")
 
 
-def _estimate_table(model: str, estimates: "Sequence[MemoryEstimate]") -> "Table":
+def _estimate_table(model: str, estimates: "Sequence[MemoryEstimate]") -> "tuple[str, Table]":
+    """What it is of (a title would be folded to the table's width), and the parts by method."""
     from rich.table import Table
 
     one = estimates[0]
     where = "a GPU" if one.device == "cuda" else "the CPU (--device cuda for a GPU's)"
     s = one.settings
-    unit, name = (2**30, "GiB") if max(e.peak_bytes for e in estimates) >= 2**30 else (2**20, "MiB")
-    table = Table(
-        title=f"{model}, {one.n_params:,} parameters: {name} of one step\n"
+    unit, in_units = (2**30, "GiB") if max(e.peak_bytes for e in estimates) >= 2**30 else (2**20, "MiB")
+    said = (
+        f"{model}, {one.n_params:,} parameters: {in_units} of one step\n"
         f"batch {s.batch_size}, {s.seq_len} tokens, {s.dtype}, kernels of {where}"
     )
-    columns = ("", "weights", "adapters", "gradients", "optimizer", "activations", "cache", "peak")
-    for column in columns:
-        table.add_column(column, justify="right" if column else "left")
+    table = Table()
+    table.add_column("")
     for e in estimates:
-        parts = (e.weights, e.adapters, e.gradients, e.optimizer, sum(e.activations), e.cache, e.peak_bytes)
-        table.add_row(e.method, *(f"{part / unit:.2f}" if part else "" for part in parts))
-    return table
+        table.add_column(e.method, justify="right")
+    rows = {
+        "weights": [e.weights for e in estimates],
+        "adapters": [e.adapters for e in estimates],
+        "gradients": [e.gradients for e in estimates],
+        "optimizer": [e.optimizer for e in estimates],
+        "activations": [sum(e.activations) for e in estimates],
+        "cache": [e.cache for e in estimates],
+    }
+    for name, parts in rows.items():
+        if any(parts):
+            table.add_row(name, *(f"{part / unit:.2f}" if part else "" for part in parts))
+    table.add_section()
+    table.add_row("peak", *(f"{e.peak_bytes / unit:.2f}" for e in estimates))
+    return said, table
 
 
 def _measure_table(model: str, measures: "Sequence[MemoryMeasure]") -> "Table":
