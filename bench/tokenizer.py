@@ -34,6 +34,7 @@ SETTINGS = {
 }
 SHARED = Path(__file__).resolve().parents[1] / "../shared/data"
 Round = tuple[float, float, int]  # seconds, seconds of CPU, peak bytes
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"  # tiktoken's own for GPT-2
 
 
@@ -86,6 +87,16 @@ def write_vocabulary(folder: Path) -> None:
     (folder / "merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
     (folder / "vocab.json").write_bytes((gpt2 / "gpt2_vocab.json").read_bytes())
     graft.Tokenizer.load(gpt2).save(folder / "one_file")
+    main = json.loads((folder / "one_file/tokenizer.json").read_text())
+    main["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Isolated", "invert": False},
+            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+        ],
+    }
+    (folder / "llama3").mkdir()
+    (folder / "llama3/tokenizer.json").write_text(json.dumps(main))
 
 
 def trainer(peer: str, file: str, vocab_size: int):
@@ -118,23 +129,25 @@ def trainer(peer: str, file: str, vocab_size: int):
     return lambda: gigatoken.train_bpe(Path(file), vocab_size, [])
 
 
-def coder(peer: str, vocabulary: Path):
-    """Functions text -> array of ids and ids -> text, with GPT-2's vocabulary; and how decode takes its ids."""
+def coder(peer: str, vocabulary: Path, llama3: bool):
+    """Functions text -> array of ids and ids -> text, with GPT-2's vocabulary and its pattern or Llama 3's; and how decode
+    takes its ids."""
     if peer == "graft":
         import graft
 
-        tok = graft.Tokenizer.load(vocabulary)
+        tok = graft.Tokenizer.load(vocabulary / "llama3" if llama3 else vocabulary)
         return tok.encode, tok.decode, lambda ids: ids
     if peer == "tiktoken":
         import tiktoken
         from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
         ranks = data_gym_to_mergeable_bpe_ranks(str(vocabulary / "merges.txt"), str(vocabulary / "vocab.json"))
-        enc = tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+        pattern = LLAMA3 if llama3 else PATTERN
+        enc = tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
         return enc.encode_to_numpy, enc.decode, lambda ids: ids.tolist()
     import gigatoken
 
-    tok = gigatoken.Tokenizer(str(vocabulary / "one_file/tokenizer.json"))
+    tok = gigatoken.Tokenizer(str(vocabulary / ("llama3" if llama3 else "one_file") / "tokenizer.json"))
     return tok.encode, tok.decode, lambda ids: ids
 
 
@@ -192,7 +205,7 @@ def serve(peer: str, job: str, file: str, vocab_size: int, vocabulary: Path) -> 
         action = trainer(peer, file, vocab_size)
     else:
         text = Path(file).read_bytes().decode()
-        encode, decode, form = coder(peer, vocabulary)
+        encode, decode, form = coder(peer, vocabulary, llama3=job == "encode-llama3")
         if job == "decode":
             ids = form(encode(text))
             action = lambda: decode(ids)  # noqa: E731
@@ -278,6 +291,7 @@ JOBS = {  # row -> what is done, with which text, by whom
     "encode-english": ("encode", english, CODERS),
     "encode-scripts": ("encode", many_scripts, CODERS),
     "encode-code": ("encode", code, CODERS),
+    "encode-llama3": ("encode-llama3", english, CODERS),  # the other patterns are cut word by word
     "first-call": ("first", english, CODERS),
     "fresh-start": ("fresh", english, CODERS),
     "decode": ("decode", english, CODERS),
@@ -290,13 +304,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=45, help="no new round of a row after this time, 3 apart")
     parser.add_argument("--vocab-size", type=int, default=10_000)
-    parser.add_argument("--only", help=f"some of {', '.join(JOBS)}")
+    parser.add_argument("--only", default="", help=f"rows by the starts of their names: {', '.join(JOBS)}")
     parser.add_argument("--serve", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
         peer, job, file, vocab_size, vocabulary = options.serve
         serve(peer, job, file, int(vocab_size), Path(vocabulary))
         return
+    rows = [row for row in JOBS if any(row.startswith(name) for name in options.only.split(","))]
+    if not rows:
+        parser.error(f"--only {options.only} names no row; the rows are {', '.join(JOBS)}")
     names = ("graftlm", "numba", "tokenizers", "tiktoken", "rustbpe", "gigatoken")
     versions = [f"{name} {version(name)}" for name in names if name == "graftlm" or name in installed(names[1:])]
     print(
@@ -308,7 +325,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         write_vocabulary(Path(folder))
-        for row in options.only.split(",") if options.only else JOBS:
+        for row in rows:
             job, text, peers = JOBS[row]
             file = Path(folder) / "text.txt"
             file.write_bytes(text().encode())

@@ -58,8 +58,8 @@ def _load(cache: Any, signature: Any, context: Any) -> Any:
 
 @cache
 def _stamp(folder: Path) -> str:
-    """Changes when any file of the folder does, or this one."""
-    files = [Path(__file__), *sorted(folder.glob("*.py"))]
+    """Changes when any file of the folder does, or one of those beside this one that all loops are made with."""
+    files = [*sorted(Path(__file__).parent.glob("numba_*.py")), *sorted(folder.glob("*.py"))]
     return " ".join(f"{file.name} {file.stat().st_mtime_ns} {file.stat().st_size}" for file in files)
 
 

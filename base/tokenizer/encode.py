@@ -11,9 +11,10 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 
 from ...kernels.numba_jit import collector_paused, compiled, inlined
+from ...kernels.numba_memory import address, byte_at, eight_at, four_at, put_eight
 from . import reference
 from .definition import ID_BITS, Definition
-from .padding import PADDING, aligned_zeros, eight_view, padded
+from .padding import PADDING, aligned_zeros, padded
 from .patterns import WHOLE, kind_of
 from .scan import cut_words, new_buffers, unicode_classes
 from .words import SLOT, VALUE, N, count_words, first_look, put_key, search
@@ -21,7 +22,7 @@ from .words import SLOT, VALUE, N, count_words, first_look, put_key, search
 FIRST_SLOTS = 1 << 17  # of the cache, 32 bytes each; when half are used it gives way to a larger one
 LAST_SLOTS = 1 << 19
 LONGEST = 128  # bytes of a cached word; longer ones are rare and go through a heap
-_NONE = np.int32(2**31 - 1)
+_NONE = 2**31 - 1
 _LONG = np.uint64(16)  # stands for the size where a token is written byte by byte, or there is none
 _1, _2, _8, _32, _56 = (np.uint64(number) for number in (1, 2, 8, 32, 56))
 RANK_BITS = 64 - 2 * ID_BITS
@@ -39,7 +40,19 @@ class Ranks(NamedTuple):
     merged_id: np.ndarray  # int32, the id that the merge of each rank makes
     whole: np.ndarray  # uint64, words.py: each token -> its id plus one, when whole words need no merges; else empty
     whole_long: np.ndarray  # uint8
-    whole_eight: np.ndarray  # uint64
+
+
+class Tables(NamedTuple):
+    """The same by address."""
+
+    byte_id: int
+    byte_pair_rank: int
+    pair_rank: int
+    pair_mask: int  # the number of its entries, less one
+    merged_id: int
+    whole: int
+    whole_mask: int  # the number of its slots, less one; -1 when there are none
+    whole_long: int
 
 
 class Cache(NamedTuple):
@@ -47,59 +60,60 @@ class Cache(NamedTuple):
 
     slots: np.ndarray  # uint64, words.py: value = the first two ids, n = the third id and above it how many there are
     long_bytes: np.ndarray  # uint8
-    long_eight: np.ndarray  # uint64
     ids: np.ndarray  # int32, of words of more than three ids; the value says where
     used: np.ndarray  # int64: slots, bytes, ids
 
 
 @inlined
-def first_place(table, pair):
+def first_place(pair, mask):
     """Where to look for a pair of ids first."""
     mixed = pair * _MIX
-    return (mixed ^ mixed >> _32) & np.uint64(len(table) - 1)
+    return (mixed ^ mixed >> _32) & np.uint64(mask)
 
 
 @inlined
-def rank_of(ranks, left, right):
+def rank_of(tables, left, right):
     """The rank of a pair's merge, _NONE when it has none."""
-    table = ranks.pair_rank
     pair = np.uint64(left) << _ID_BITS | np.uint64(right)
-    at = first_place(table, pair)
-    while table[at]:
-        if table[at] >> _RANK_BITS == pair:
-            return np.int32(table[at] & _RANK_MASK) - np.int32(1)
-        at = (at + _1) & np.uint64(len(table) - 1)
-    return _NONE
+    at = first_place(pair, tables.pair_mask)
+    while True:
+        entry = eight_at(tables.pair_rank + np.int64(at * _8))
+        if not entry:
+            return _NONE
+        if entry >> _RANK_BITS == pair:
+            return np.int64(entry & _RANK_MASK) - 1
+        at = (at + _1) & np.uint64(tables.pair_mask)
 
 
 @compiled
 def index_merges(table, left, right):
     """Fill the table of `rank_of`; of equal pairs the first counts."""
+    mask = np.uint64(len(table) - 1)
     for rank in range(len(left)):
         pair = np.uint64(left[rank]) << _ID_BITS | np.uint64(right[rank])
-        at = first_place(table, pair)
+        at = first_place(pair, mask)
         while table[at] and table[at] >> _RANK_BITS != pair:
-            at = (at + _1) & np.uint64(len(table) - 1)
+            at = (at + _1) & mask
         if not table[at]:
             table[at] = pair << _RANK_BITS | np.uint64(rank + 1)
 
 
 @compiled
-def merge_short(ranks, text, at, size, ids, rank):
+def merge_short(tables, word, size, ids, rank):
     """Encode a short word into `ids`; returns how many. `rank[i]` is that of the pair that starts at i."""
     n = size
     for place in range(n):
-        ids[place] = ranks.byte_id[text[at + place]]
+        ids[place] = four_at(tables.byte_id + 4 * byte_at(word + place))
     for place in range(n - 1):
-        rank[place] = ranks.byte_pair_rank[np.int64(text[at + place]) << 8 | text[at + place + 1]]
+        rank[place] = four_at(tables.byte_pair_rank + 4 * (byte_at(word + place) << 8 | byte_at(word + place + 1)))
     while n > 1:
-        least = np.int64(_NONE) << 8
+        least = _NONE << 8
         for place in range(n - 1):
             least = min(least, np.int64(rank[place]) << 8 | place)  # no branch to guess wrong
-        best, least_rank = least & 0xFF, np.int32(least >> 8)
+        best, least_rank = least & 0xFF, least >> 8
         if least_rank == _NONE:
             break
-        ids[best] = ranks.merged_id[least_rank]
+        ids[best] = four_at(tables.merged_id + 4 * least_rank)
         n -= 1
         place = best + 1
         while place < n:  # a for loop becomes a call of memmove, which costs more than these few
@@ -107,9 +121,9 @@ def merge_short(ranks, text, at, size, ids, rank):
             rank[place] = rank[place + 1]
             place += 1
         if best + 1 < n:
-            rank[best] = rank_of(ranks, ids[best], ids[best + 1])
+            rank[best] = rank_of(tables, ids[best], ids[best + 1])
         if best > 0:
-            rank[best - 1] = rank_of(ranks, ids[best - 1], ids[best])
+            rank[best - 1] = rank_of(tables, ids[best - 1], ids[best])
     return n
 
 
@@ -139,7 +153,7 @@ def rise(heap, at):
 
 
 @compiled
-def merge_long(ranks, text, at, size, out):
+def merge_long(tables, word, size, out):
     """Encode a word of any length in n log n steps; returns how many ids were written to `out`.
 
     Tokens are known by their first place. The heap holds rank and place of each pair as one number; an entry that no
@@ -151,25 +165,25 @@ def merge_long(ranks, text, at, size, out):
     heap = np.empty(3 * size, np.int64)
     n = 0
     for place in range(size):
-        ids[place] = ranks.byte_id[text[at + place]]
+        ids[place] = four_at(tables.byte_id + 4 * byte_at(word + place))
         before[place], behind[place] = place - 1, place + 1
     for place in range(size - 1):
-        rank = rank_of(ranks, ids[place], ids[place + 1])
+        rank = rank_of(tables, ids[place], ids[place + 1])
         if rank != _NONE:
-            heap[n] = np.int64(rank) << 32 | place
+            heap[n] = rank << 32 | place
             n += 1
     for place in range(n // 2 - 1, -1, -1):
         sink(heap, n, place)
     while n > 0:
         place = heap[0] & 0xFFFFFFFF
-        rank = np.int32(heap[0] >> 32)
+        rank = heap[0] >> 32
         second = behind[place]
-        if ids[place] < 0 or second >= size or rank_of(ranks, ids[place], ids[second]) != rank:
+        if ids[place] < 0 or second >= size or rank_of(tables, ids[place], ids[second]) != rank:
             n -= 1
             heap[0] = heap[n]
             sink(heap, n, 0)
             continue
-        ids[place] = ranks.merged_id[rank]
+        ids[place] = four_at(tables.merged_id + 4 * rank)
         ids[second] = -1
         third = behind[second]
         behind[place] = third
@@ -182,9 +196,9 @@ def merge_long(ranks, text, at, size, out):
             start = np.int64(before[place]) if side == 0 else place
             if start < 0 or behind[start] >= size:
                 continue
-            rank = rank_of(ranks, ids[start], ids[behind[start]])
+            rank = rank_of(tables, ids[start], ids[behind[start]])
             if rank != _NONE:
-                heap[n] = np.int64(rank) << 32 | start
+                heap[n] = rank << 32 | start
                 rise(heap, n)
                 n += 1
     n_out = 0
@@ -197,26 +211,27 @@ def merge_long(ranks, text, at, size, out):
 
 
 @compiled
-def encode_word(ranks, text, eight, at, size, out, rank):
+def encode_word(tables, word, size, out, rank):
     """Encode one word into `out`; returns how many ids it has."""
-    if len(ranks.whole):
-        base = search(ranks.whole, np.uint64(len(ranks.whole) // SLOT - 1), ranks.whole_eight, eight, at, size)
-        if ranks.whole[base + N]:
-            out[0] = np.int32(ranks.whole[base + VALUE]) - 1
+    if tables.whole_mask >= 0:
+        base = search(tables.whole, np.uint64(tables.whole_mask), tables.whole_long, word, size)
+        slot = tables.whole + np.int64(base * _8)
+        if eight_at(slot + 24):
+            out[0] = np.int64(eight_at(slot + 16)) - 1
             return 1
     if size <= LONGEST:
-        return merge_short(ranks, text, at, size, out, rank)
-    return merge_long(ranks, text, at, size, out)
+        return merge_short(tables, word, size, out, rank)
+    return merge_long(tables, word, size, out)
 
 
 @compiled
-def remember(cache, base, text, eight, at, size, ids, n):
+def remember(cache, base, word, size, ids, n):
     """Put a word and its n ids into the cache's empty slot; false when there is no room."""
-    slots, long_bytes, _, more, used = cache
-    if 2 * used[0] > len(slots) // SLOT or used[1] + size + 8 + PADDING > len(long_bytes) or used[2] + n > len(more):
+    slots, long_bytes, more, used = cache
+    if 2 * used[0] > len(slots) // SLOT or used[1] + size + 8 + PADDING > len(long_bytes) or used[2] + n >= len(more):
         return False
     used[0] += 1
-    used[1] = put_key(slots, base, long_bytes, used[1], text, eight, at, size)
+    used[1] = put_key(slots, base, long_bytes, used[1], word, size)
     if n > 3:
         for place in range(n):
             more[used[2] + place] = ids[place]
@@ -232,51 +247,83 @@ def remember(cache, base, text, eight, at, size, ids, n):
 
 
 @compiled
-def encode_text(text, eight, ends, kind, classes, ranks, cache, out, out_ends, state):
+def copy_known(slots, mask, long_bytes, more, word, size, out):
+    """Write a cached word's ids to an address, with room for three at least; returns how many, 0 for an unknown word."""
+    slot = slots + np.int64(search(slots, mask, long_bytes, word, size) * _8)
+    value, last = eight_at(slot + 16), eight_at(slot + 24)
+    n = np.int64(last >> _32)
+    if n <= 3:
+        put_eight(out, value)
+        put_eight(out + 8, last)
+    else:
+        first = more + 4 * np.int64(value)
+        for place in range(0, n, 2):
+            put_eight(out + 4 * place, eight_at(first + 4 * place))
+    return n
+
+
+@compiled
+def encode_text(text, ends, kind, classes, ranks, cache, out, out_ends, state):
     """Encode stretches of text that lie end to end; `out_ends` tells where each one's ids end.
 
-    state: the stretch and the place where to go on, ids written. Returns false when the cache is full: call again with
-    another one.
+    `out` needs room for as many ids as the text has bytes, and four more. state: the stretch and the place where to go
+    on, ids written. Returns false when the cache is full: call again with another one.
     """
-    slots, _, long_eight, more, _ = cache
-    mask = np.uint64(len(slots) // SLOT - 1)
+    tables = by_address(ranks)
+    mask = np.uint64(len(cache.slots) // SLOT - 1)
+    slots_at, long_at, more_at = address(cache.slots), address(cache.long_bytes), address(cache.ids)
+    text_at, classes_at, out_at = address(text), address(classes), address(out)
     buffers = new_buffers()
     places = buffers.places
-    rank = np.empty(LONGEST, np.int32)
+    ids, rank = np.empty(LONGEST, np.int32), np.empty(LONGEST, np.int32)
     stretch, following, n_out = state[0], state[1], state[2]
     while stretch < len(ends):
         end = ends[stretch]
         while following < end:
-            n_words, following = cut_words(kind, text, eight, classes, following, end, buffers)
-            for word in range(n_words):
-                at = places[word]
-                size = places[word + 1] - at
-                if size > LONGEST:
-                    n_out += encode_word(ranks, text, eight, at, size, out[n_out:], rank)
-                    continue
-                base, found = first_look(slots, mask, eight, at, size)
-                if not found:
-                    base = search(slots, mask, long_eight, eight, at, size)
-                two, one = slots[base + VALUE], slots[base + N]
-                n = np.int64(one >> _32)
-                if n == 0:
-                    n = encode_word(ranks, text, eight, at, size, out[n_out:], rank)
-                    if not remember(cache, base, text, eight, at, size, out[n_out:], n):
-                        state[0], state[1], state[2] = stretch, at, n_out
-                        return False
-                elif n <= 3:
-                    out[n_out] = np.int32(two)
-                    out[n_out + 1] = np.int32(two >> _32)
-                    out[n_out + 2] = np.int32(one)
+            n_words, following = cut_words(kind, text_at, classes_at, following, end, buffers)
+            for i in range(n_words):
+                word, size = text_at + places[i], places[i + 1] - places[i]
+                here = out_at + 4 * n_out
+                base, found = first_look(slots_at, mask, word, size)
+                slot = slots_at + np.int64(base * _8)
+                last = eight_at(slot + 24)
+                n = np.int64(last >> _32)
+                if found and n <= 3:
+                    put_eight(here, eight_at(slot + 16))
+                    put_eight(here + 8, last)  # the third id, and what the next word's overwrite
                 else:
-                    first = np.int64(two)
-                    for place in range(n):
-                        out[n_out + place] = more[first + place]
+                    n = copy_known(slots_at, mask, long_at, more_at, word, size, here)
+                if n == 0:
+                    if size > LONGEST:
+                        n = encode_word(tables, word, size, out[n_out:], rank)
+                    else:
+                        n = encode_word(tables, word, size, ids, rank)
+                        base = search(slots_at, mask, long_at, word, size)
+                        if not remember(cache, base, word, size, ids, n):
+                            state[0], state[1], state[2] = stretch, places[i], n_out
+                            return False
+                        for place in range(n):
+                            out[n_out + place] = ids[place]
                 n_out += n
         out_ends[stretch] = n_out
         stretch += 1
     state[2] = n_out
     return True
+
+
+@compiled
+def by_address(ranks):
+    """Ranks -> Tables."""
+    return Tables(
+        address(ranks.byte_id),
+        address(ranks.byte_pair_rank),
+        address(ranks.pair_rank),
+        len(ranks.pair_rank) - 1,
+        address(ranks.merged_id),
+        address(ranks.whole),
+        len(ranks.whole) // SLOT - 1,
+        address(ranks.whole_long),
+    )
 
 
 @compiled
@@ -289,18 +336,19 @@ def all_below(ids, limit):
 
 
 @compiled
-def decode_ids(ids, place, at, heads, sizes, starts, spelling, out, out_eight):
+def decode_ids(ids, place, at, heads, sizes, starts, spelling, out):
     """Write the bytes of the tokens from `place` on: sixteen at once, of which the next token overwrites the surplus.
 
     Returns where it stopped, in the ids and in `out`: at the end, at an id without a token, or at a long token for which
     `out` has no room beside 16 bytes for each id behind it.
     """
     at = np.uint64(at)
+    out_at = address(out)
     for place in range(place, len(ids)):  # noqa: B020
         index = np.uint64(ids[place])
         high = heads[index * _2 + _1]
-        out_eight[at] = heads[index * _2]
-        out_eight[at + _8] = high
+        put_eight(out_at + np.int64(at), heads[index * _2])
+        put_eight(out_at + np.int64(at) + 8, high)
         size = high >> _56
         if size == _LONG:
             long_size = sizes[index]
@@ -341,12 +389,12 @@ class Encoder:
         pair_rank = np.zeros(max(1 << 10, 1 << (2 * n_merges).bit_length()), np.uint64)  # at most half full
         index_merges(pair_rank, left, right)
         of_bytes = np.flatnonzero((byte_of[left] >= 0) & (byte_of[right] >= 0))[::-1]  # backwards: the first counts
-        byte_pairs = np.full(1 << 16, _NONE)
+        byte_pairs = np.full(1 << 16, _NONE, np.int32)
         byte_pairs[byte_of[left[of_bytes]] << 8 | byte_of[right[of_bytes]]] = of_bytes
         whole, whole_long = (
             self._whole_words() if self._definition.ignore_merges else (aligned_zeros(0), np.zeros(PADDING, np.uint8))
         )
-        return Ranks(byte_id, byte_pairs, pair_rank, merged_id, whole, whole_long, eight_view(whole_long))
+        return Ranks(byte_id, byte_pairs, pair_rank, merged_id, whole, whole_long)
 
     def _whole_words(self) -> tuple[np.ndarray, np.ndarray]:
         """The vocabulary as a table of words whose value is the id plus one."""
@@ -356,21 +404,9 @@ class Encoder:
         ends = np.cumsum(sizes)
         slots = aligned_zeros(SLOT << (4 * len(tokens)).bit_length())
         long_bytes = np.zeros(int((sizes + 8).sum()) + 2 * PADDING, np.uint8)
-        text, eight = padded(b"".join(tokens))
+        text = padded(b"".join(tokens))
         state = np.zeros(4, np.int64)
-        done = count_words(
-            text,
-            eight,
-            ends - sizes,
-            ends,
-            ids + 1,
-            WHOLE,
-            unicode_classes(),
-            slots,
-            long_bytes,
-            eight_view(long_bytes),
-            state,
-        )
+        done = count_words(text, ends - sizes, ends, ids + 1, WHOLE, unicode_classes(), slots, long_bytes, state)
         assert done, "the table was made large enough"
         return slots, long_bytes
 
@@ -379,7 +415,7 @@ class Encoder:
         n_slots = min(4 * len(self._cache.slots) // SLOT, LAST_SLOTS) if self._cache else FIRST_SLOTS
         long_bytes = np.zeros(16 * n_slots, np.uint8)
         ids, used = np.zeros(4 * n_slots, np.int32), np.zeros(3, np.int64)
-        self._cache = Cache(aligned_zeros(SLOT * n_slots), long_bytes, eight_view(long_bytes), ids, used)
+        self._cache = Cache(aligned_zeros(SLOT * n_slots), long_bytes, ids, used)
         return self._cache
 
     @property
@@ -396,12 +432,12 @@ class Encoder:
 
     def encode_bytes(self, data: bytes, ends: np.ndarray, kind: int) -> tuple[np.ndarray, np.ndarray]:
         """Encode stretches of UTF-8 that lie end to end."""
-        text, eight = padded(data)
+        text = padded(data)
         out = np.empty(len(data) + 4, np.int32)
         out_ends = np.empty(len(ends), np.int64)
         state = np.zeros(3, np.int64)
         cache = self._cache or self._renew_cache()
-        while not encode_text(text, eight, ends, kind, unicode_classes(), self._ranks, cache, out, out_ends, state):
+        while not encode_text(text, ends, kind, unicode_classes(), self._ranks, cache, out, out_ends, state):
             cache = self._renew_cache()
         return out[: int(state[2])].copy(), out_ends
 
@@ -446,9 +482,7 @@ class Decoder:
             larger = np.empty(at + extra + 16 * (len(narrow) - place) + 2 * PADDING, np.uint8)  # untouched, it's free
             larger[:at] = out[:at]
             out = larger
-            place, at = decode_ids(
-                narrow, place, at, self._heads, self._sizes, self._starts, self._spelling, out, eight_view(out)
-            )
+            place, at = decode_ids(narrow, place, at, self._heads, self._sizes, self._starts, self._spelling, out)
             if place == len(narrow):
                 return out[:at]
             size = int(self._sizes[narrow[place]])

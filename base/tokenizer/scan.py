@@ -10,8 +10,10 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
+from numba import carray
 
 from ...kernels.numba_jit import compiled, inlined
+from ...kernels.numba_memory import address, byte_at, eight_at, pointer
 from .patterns import KIND_GPT2, KIND_GPT4, KIND_QWEN2, WHOLE
 
 OTHER, LETTER, NUMBER, BLANK, SPACE, NEWLINE = range(6)  # BLANK is U+0020, SPACE other white space, NEWLINE CR and LF
@@ -48,23 +50,24 @@ def char_size(first):
 @inlined
 def class_at(text, classes, at):
     """The class of the character that starts at a place."""
-    first = np.int64(text[at])
+    first = byte_at(text + at)
     if first < 0x80:
-        return classes[first]
-    second = np.int64(text[at + 1]) & 0x3F
+        return byte_at(classes + first)
+    second = byte_at(text + at + 1) & 0x3F
     if first < 0xE0:
-        return classes[(first & 0x1F) << 6 | second]
-    third = np.int64(text[at + 2]) & 0x3F
+        return byte_at(classes + ((first & 0x1F) << 6 | second))
+    third = byte_at(text + at + 2) & 0x3F
     if first < 0xF0:
-        return classes[(first & 0x0F) << 12 | second << 6 | third]
-    return classes[(first & 0x07) << 18 | second << 12 | third << 6 | (np.int64(text[at + 3]) & 0x3F)]
+        return byte_at(classes + ((first & 0x0F) << 12 | second << 6 | third))
+    fourth = byte_at(text + at + 3) & 0x3F
+    return byte_at(classes + ((first & 0x07) << 18 | second << 12 | third << 6 | fourth))
 
 
 @inlined
 def skip_class(text, classes, at, end, kind):
     """The end of a run of characters of one class."""
     while at < end and class_at(text, classes, at) == kind:
-        at += char_size(text[at])
+        at += char_size(byte_at(text + at))
     return at
 
 
@@ -82,7 +85,7 @@ def space_end(text, classes, at, end, kind):
         if this < BLANK:
             break
         last = stop
-        stop += char_size(text[stop])
+        stop += char_size(byte_at(text + stop))
         if this == NEWLINE:
             after_newline = stop
     if kind != KIND_GPT2 and after_newline and not (kind == KIND_GPT4 and stop == end):
@@ -108,19 +111,19 @@ def classify_ascii(chunk, kinds):
 
 
 @inlined
-def classify(text, eight, classes, at, stop, end, kinds):
+def classify(text, classes, at, stop, end, kinds):
     """kinds[1 + i] is the class of the character that text[at + i] belongs to, for the bytes up to `stop`."""
     kinds[0] = OTHER
-    classify_ascii(text[at:stop], kinds[1:])
+    classify_ascii(carray(pointer(text + at), stop - at, np.uint8), kinds[1:])
     place = at
     while place < stop:
-        if not eight[place] & _HIGH:
+        if not eight_at(text + place) & _HIGH:
             place += 8
-        elif text[place] < 0x80:
+        elif byte_at(text + place) < 0x80:
             place += 1
         else:
             kind = class_at(text, classes, place)
-            size = char_size(text[place])
+            size = char_size(byte_at(text + place))
             for more in range(size):
                 kinds[1 + place - at + more] = kind
             if kind == SPACE and place + size < end and class_at(text, classes, place + size) < BLANK:
@@ -173,17 +176,17 @@ def mark_contractions(chunk, second, third, at_end, starts, lengths):
 
 
 @inlined
-def cut_gpt2(text, eight, classes, at, end, buffers):
+def cut_gpt2(text, classes, at, end, buffers):
     """See cut_words."""
     kinds, starts, lengths, places = buffers
     stop = min(end, at + BLOCK)
-    while stop < end and text[stop] & 0xC0 == 0x80:
+    while stop < end and byte_at(text + stop) & 0xC0 == 0x80:
         stop -= 1
     n = stop - at
-    classify(text, eight, classes, at, stop, end, kinds)
-    chunk = text[at:stop]
-    mark_starts(chunk, kinds, starts)
-    mark_contractions(chunk, text[at + 1 : stop + 1], text[at + 2 : stop + 2], stop == end, starts, lengths)
+    classify(text, classes, at, stop, end, kinds)
+    chunk = carray(pointer(text + at), n + 2, np.uint8)
+    mark_starts(chunk[:n], kinds, starts)
+    mark_contractions(chunk[:n], chunk[1 : n + 1], chunk[2 : n + 2], stop == end, starts, lengths)
     count = 0
     for place in range(n if stop == end else n - 3):  # the last ones may still be part of a contraction
         places[count] = at + place
@@ -192,7 +195,7 @@ def cut_gpt2(text, eight, classes, at, end, buffers):
         return count, end
     if count > 1:
         return count - 1, places[count - 1]
-    first = at + 1 if text[at] == 32 else at  # a word of more than a block: one run of one class
+    first = at + 1 if byte_at(text + at) == 32 else at  # a word of more than a block: one run of one class
     kind = class_at(text, classes, first)
     if kind >= BLANK:
         return 1, space_end(text, classes, at, end, KIND_GPT2)
@@ -209,14 +212,14 @@ _PAST_Z = np.uint64(0x0505050505050505)  # carries into the high bit after "z"
 
 
 @inlined
-def skip_letters(text, eight, classes, at, end):
+def skip_letters(text, classes, at, end):
     """The end of a run of letters.
 
     Eight bytes at a time: the high bit of each byte of `other` says that the byte is no ASCII letter; the lowest such
     bit, moved down and less one, is a mask of the letters before it, and the mask's bytes are counted by multiplying.
     """
     while at < end:
-        chunk = eight[at]
+        chunk = eight_at(text + at)
         folded = (chunk | _CASE) & _LOW7
         other = ~((folded + _FROM_A) & ~(folded + _PAST_Z) & ~chunk) & _HIGH
         if other == np.uint64(0):
@@ -224,12 +227,12 @@ def skip_letters(text, eight, classes, at, end):
             continue
         before = ((other & (~other + np.uint64(1))) >> np.uint64(7)) - np.uint64(1)
         at += np.int64(((before & _ONES) * _ONES) >> np.uint64(56))
-        if at >= end or text[at] < 0x80:
+        if at >= end or byte_at(text + at) < 0x80:
             break
-        while at < end and text[at] >= 0x80:
+        while at < end and byte_at(text + at) >= 0x80:
             if class_at(text, classes, at) != LETTER:
                 return at
-            at += char_size(text[at])
+            at += char_size(byte_at(text + at))
     return min(at, end)
 
 
@@ -238,40 +241,40 @@ def contraction(text, at, end):
     """How many bytes of 's 't 'm 'd 'll 've 're in any case start at a quote; 0 for none. The long s counts as an s."""
     if at + 1 >= end:
         return 0
-    one = text[at + 1]
-    if one == 0xC5 and at + 2 < end and text[at + 2] == 0xBF:
+    one = byte_at(text + at + 1)
+    if one == 0xC5 and at + 2 < end and byte_at(text + at + 2) == 0xBF:
         return 3
     one |= 0x20
     if one == ord("s") or one == ord("t") or one == ord("m") or one == ord("d"):
         return 2
     if at + 2 >= end:
         return 0
-    two = text[at + 2] | 0x20
+    two = byte_at(text + at + 2) | 0x20
     ll = one == ord("l") and two == ord("l")
     return 3 if ll or (two == ord("e") and (one == ord("v") or one == ord("r"))) else 0
 
 
 @inlined
-def word_end(text, eight, classes, at, end, kind):
+def word_end(text, classes, at, end, kind):
     """The end of the word that starts at a place, for LLAMA3, QWEN2 and GPT4."""
-    first = text[at]
+    first = byte_at(text + at)
     if first == _QUOTE:
         size = contraction(text, at, end)
         if size:
             return at + size
     this = class_at(text, classes, at)
     if this == LETTER:
-        return skip_letters(text, eight, classes, at, end)
+        return skip_letters(text, classes, at, end)
     after = at + char_size(first)
     if this == NUMBER:
         most = 1 if kind == KIND_QWEN2 else 3
         for _ in range(most - 1):
             if after < end and class_at(text, classes, after) == NUMBER:
-                after += char_size(text[after])
+                after += char_size(byte_at(text + after))
         return after
     following = class_at(text, classes, after) if after < end else NEWLINE
     if following == LETTER and this != NEWLINE:
-        return skip_letters(text, eight, classes, after, end)
+        return skip_letters(text, classes, after, end)
     if this == OTHER or (this == BLANK and following == OTHER):
         stop = skip_class(text, classes, after, end, OTHER)
         return skip_class(text, classes, stop, end, NEWLINE)
@@ -302,33 +305,35 @@ def new_buffers():
 
 
 @inlined
-def cut_words(kind, text, eight, classes, at, end, buffers):
+def cut_words(kind, text, classes, at, end, buffers):
     """Cut some words off a text: word i of the n is places[i] to places[i + 1]. Returns n and where to go on.
 
-    `at` is where a word begins, `end` a character's edge and the end of the text. With kind WHOLE the text is a word.
+    Of the text and the classes the address is given. `at` is where a word begins, `end` a character's edge and the end of
+    the text. With kind WHOLE the text is a word.
     """
     n = 0
     if kind == KIND_GPT2:
-        n, at = cut_gpt2(text, eight, classes, at, end, buffers)
+        n, at = cut_gpt2(text, classes, at, end, buffers)
     elif kind == WHOLE:
         buffers.places[0] = at
         n, at = 1, end
     else:
         while at < end and n < BLOCK:
             buffers.places[n] = at
-            at = word_end(text, eight, classes, at, end, kind)
+            at = word_end(text, classes, at, end, kind)
             n += 1
     buffers.places[n] = at
     return n, at
 
 
 @compiled
-def word_starts(kind, text, eight, classes, end, out):
+def word_starts(kind, text, classes, end, out):
     """Write down where every word of a text begins; returns how many there are. For tests and for looking at words."""
     buffers = new_buffers()
+    text_at, classes_at = address(text), address(classes)
     n_out = at = 0
     while at < end:
-        n, at = cut_words(kind, text, eight, classes, at, end, buffers)
+        n, at = cut_words(kind, text_at, classes_at, at, end, buffers)
         out[n_out : n_out + n] = buffers.places[:n]
         n_out += n
     return n_out

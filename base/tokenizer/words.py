@@ -9,7 +9,8 @@ and n the word's size; in encode.py both hold ids.
 import numpy as np
 
 from ...kernels.numba_jit import compiled, inlined
-from .padding import PADDING, aligned_zeros, eight_view, padded
+from ...kernels.numba_memory import address, byte_at, eight_at
+from .padding import PADDING, aligned_zeros, padded
 from .patterns import WHOLE
 from .scan import cut_words, new_buffers, unicode_classes
 
@@ -20,98 +21,98 @@ _HIGH_MASK = np.array([(1 << 8 * max(n - 8, 0)) - 1 for n in range(INLINE + 1)],
 _LONG = np.uint64(0xFF << 56)
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 _MIX_2 = np.uint64(0xD6E8FEB86659FD93)
-_0, _1, _4, _32, _56 = (np.uint64(number) for number in (0, 1, 4, 32, 56))
+_0, _1, _4, _8, _32, _56 = (np.uint64(number) for number in (0, 1, 4, 8, 32, 56))
 KEY, VALUE, N = (np.uint64(number) for number in (1, 2, 3))  # places in a slot
 
 
 @inlined
-def hash_long(eight, start, size):
+def hash_long(word, size):
     """A 64-bit hash of more than 8 bytes."""
     value = np.uint64(size) * _MIX
-    at = start
-    stop = start + size - 8
+    at = word
+    stop = word + size - 8
     while at < stop:
-        value = (value ^ eight[at]) * _MIX_2
+        value = (value ^ eight_at(at)) * _MIX_2
         value ^= value >> _32
         at += 8
-    value = (value ^ eight[stop]) * _MIX  # the last eight bytes, which may overlap
+    value = (value ^ eight_at(stop)) * _MIX  # the last eight bytes, which may overlap
     return value ^ (value >> _32)
 
 
 @inlined
-def same_bytes(eight_a, a, eight_b, b, size):
+def same_bytes(a, b, size):
     """Whether two stretches of more than 8 bytes are equal."""
     for step in range(0, size - 8, 8):
-        if eight_a[a + step] != eight_b[b + step]:
+        if eight_at(a + step) != eight_at(b + step):
             return False
-    return eight_a[a + size - 8] == eight_b[b + size - 8]
+    return eight_at(a + size - 8) == eight_at(b + size - 8)
 
 
 @inlined
-def short_keys(eight, start, size):
+def short_keys(word, size):
     """The two keys of a word of at most 15 bytes, and its hash, of which only the upper half depends on every byte."""
-    low = eight[np.uint64(start)] & _LOW_MASK[np.uint64(size)]
-    high = (eight[np.uint64(start + 8)] & _HIGH_MASK[np.uint64(size)]) | (np.uint64(size) << _56)
+    low = eight_at(word) & _LOW_MASK[np.uint64(size)]
+    high = (eight_at(word + 8) & _HIGH_MASK[np.uint64(size)]) | (np.uint64(size) << _56)
     mixed = (low ^ (high * _MIX_2)) * _MIX
     return low, high, mixed ^ (mixed >> _32)
 
 
 @inlined
-def first_look(slots, mask, eight, start, size):
-    """Where a short word's slot would begin, and whether the word is there, as nine in ten are; else `search` for it.
-
-    The two are not one function because Numba counts references to arrays around a call, which costs more than the
-    look itself (20 against 6 ns a word). Unsigned numbers throughout: an index that might be negative costs a test.
-    """
-    low, high, mixed = short_keys(eight, start, size & INLINE)
+def first_look(slots, mask, word, size):
+    """Where a short word's slot would begin, and whether the word is there, as nine in ten are; else `search` for it."""
+    low, high, mixed = short_keys(word, size & INLINE)
     base = (mixed & mask) * _4
-    return base, size <= INLINE and slots[base] == low and slots[base + KEY] == high
+    slot = slots + np.int64(base * _8)
+    return base, size <= INLINE and eight_at(slot) == low and eight_at(slot + 8) == high
 
 
 @compiled
-def search(slots, mask, long_eight, eight, start, size):
-    """Where a word's slot begins: its own, or the empty one where it belongs."""
+def search(slots, mask, long_bytes, word, size):
+    """Where a word's slot begins: its own, or the empty one where it belongs. Everything is given by address."""
+    at = np.uint64(0)
     if size <= INLINE:
-        low, high, mixed = short_keys(eight, start, size)
+        low, high, mixed = short_keys(word, size)
         at = mixed & mask
-        while slots[at * _4 + N] != _0 and (slots[at * _4] != low or slots[at * _4 + KEY] != high):
+        while True:
+            slot = slots + np.int64(at * _32)
+            if eight_at(slot + 24) == _0 or (eight_at(slot) == low and eight_at(slot + 8) == high):
+                return at * _4
             at = (at + _1) & mask
-        return at * _4
-    mixed = hash_long(eight, start, size)
+    mixed = hash_long(word, size)
     at = mixed & mask
-    while slots[at * _4 + N] != _0:
-        key = slots[at * _4 + KEY]
-        if slots[at * _4] == mixed and key >= _LONG:
-            place = np.int64(key - _LONG)
-            if long_eight[place] == np.uint64(size) and same_bytes(long_eight, place + 8, eight, start, size):
-                break
+    while True:
+        slot = slots + np.int64(at * _32)
+        if eight_at(slot + 24) == _0:
+            return at * _4
+        key = eight_at(slot + 8)
+        if eight_at(slot) == mixed and key >= _LONG:
+            known = long_bytes + np.int64(key - _LONG)
+            if eight_at(known) == np.uint64(size) and same_bytes(known + 8, word, size):
+                return at * _4
         at = (at + _1) & mask
-    return at * _4
 
 
 @compiled
-def put_key(slots, base, long_bytes, long_used, text, eight, start, size):
+def put_key(slots, base, long_bytes, long_used, word, size):
     """Write a new word's keys into its slot; returns how much of `long_bytes` is used then.
 
     A long word lies there behind its length, which takes eight bytes.
     """
     if size <= INLINE:
-        slots[base], slots[base + KEY], _ = short_keys(eight, start, size)
+        slots[base], slots[base + KEY], _ = short_keys(word, size)
         return long_used
-    slots[base] = hash_long(eight, start, size)
+    slots[base] = hash_long(word, size)
     slots[base + KEY] = _LONG + np.uint64(long_used)
     for place in range(8):
         long_bytes[long_used + place] = (size >> (8 * place)) & 0xFF
     long_used += 8
     for place in range(size):
-        long_bytes[long_used + place] = text[start + place]
+        long_bytes[long_used + place] = byte_at(word + place)
     return long_used + size
 
 
 @compiled
-def count_words(
-    text, eight, starts, ends, weights, kind, classes, slots, long_bytes, long_eight, state
-):  # fmt: skip
+def count_words(text, starts, ends, weights, kind, classes, slots, long_bytes, state):
     """Count the words of stretches of text into the table; true when all is done, false when the table must grow first.
 
     state: the stretch and the place where to go on, slots used, bytes of `long_bytes` used. With no `weights` each word
@@ -120,24 +121,25 @@ def count_words(
     mask = np.uint64(len(slots) // SLOT - 1)
     buffers = new_buffers()
     places = buffers.places
+    text_at, classes_at, slots_at, long_at = address(text), address(classes), address(slots), address(long_bytes)
     stretch, at, used, long_used = state[0], state[1], state[2], state[3]
     while stretch < len(ends):
         following = max(at, starts[stretch])
         end = ends[stretch]
         weight = np.uint64(weights[stretch]) if len(weights) else np.uint64(1)
         while following < end:
-            n, following = cut_words(kind, text, eight, classes, following, end, buffers)
+            n, following = cut_words(kind, text_at, classes_at, following, end, buffers)
             for word in range(n):
                 at = places[word]
                 size = places[word + 1] - at
-                base, found = first_look(slots, mask, eight, at, size)
+                base, found = first_look(slots_at, mask, text_at + at, size)
                 if not found:
-                    base = search(slots, mask, long_eight, eight, at, size)
+                    base = search(slots_at, mask, long_at, text_at + at, size)
                 if slots[base + N] == _0:
                     if 2 * used > len(slots) // SLOT or long_used + size + 8 + PADDING > len(long_bytes):
                         state[0], state[1], state[2], state[3] = stretch, at, used, long_used
                         return False
-                    long_used = put_key(slots, base, long_bytes, long_used, text, eight, at, size)
+                    long_used = put_key(slots, base, long_bytes, long_used, text_at + at, size)
                     slots[base + N] = np.uint64(size)
                     used += 1
                 slots[base + VALUE] += weight
@@ -191,22 +193,10 @@ class WordCounter:
         self._count(flat.tobytes(), ends - sizes, ends, counts, WHOLE)
 
     def _count(self, data: bytes, starts: np.ndarray, ends: np.ndarray, weights: np.ndarray, kind: int) -> None:
-        text, eight = padded(data)
+        text = padded(data)
         classes = unicode_classes()
         self._state[:2] = 0
-        while not count_words(
-            text,
-            eight,
-            starts,
-            ends,
-            weights,
-            kind,
-            classes,
-            self._slots,
-            self._long,
-            eight_view(self._long),
-            self._state,
-        ):
+        while not count_words(text, starts, ends, weights, kind, classes, self._slots, self._long, self._state):
             self._grow(len(data))
 
     def _grow(self, n_bytes: int) -> None:

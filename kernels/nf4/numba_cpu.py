@@ -17,9 +17,10 @@ from numba import carray
 from torch import Tensor
 
 from ..numba_jit import compiled
+from ..numba_memory import pointer
 from . import reference
 from .numba_dequantize import dequantize_any, dequantize_avx2, dequantize_avx512
-from .simd import STEP, instruction_set, pointer
+from .simd import STEP, instruction_set
 
 SMALLEST_SCALE = np.float32(reference.SMALLEST_SCALE)
 NOT_FINITE = np.uint32(0x7F800000)  # float32 bits from here on are infinity and NaN

@@ -8,7 +8,8 @@ import numpy as np
 from numba import carray
 
 from ..numba_jit import compiled
-from .simd import STEP, decode_blocks_avx2, decode_blocks_avx512, pointer
+from ..numba_memory import pointer
+from .simd import STEP, decode_blocks_avx2, decode_blocks_avx512
 
 AVX512_STEP, AVX2_STEP = STEP["avx512"], STEP["avx2"]
 SOME = 256  # blocks whose scales are decoded at a time

@@ -41,18 +41,6 @@ def has(instructions: str) -> bool:
     return all(features.get(name) for name in FEATURES[instructions])
 
 
-def _pointer(typing_context: Any, address: Any) -> Any:
-    """The address of a tensor, an integer, as numba.carray takes it."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
-
-    return types.voidptr(types.int64), generate
-
-
-pointer: Any = intrinsic(_pointer)
-
-
 def _decode_blocks(step: int, look_up: Callable[..., Any]) -> Any:
     """decode_blocks(packed, first, n_blocks, n_steps, codebook, scales, out) of Numba; `look_up` handles `step` bytes a pass.
 

@@ -19,7 +19,7 @@ def scan(text, name):
     """The words of a text, by the scanner."""
     data = text.encode()
     out = np.empty(len(data) + 1, np.int64)
-    n = word_starts(patterns.kind_of(patterns.NAMED[name]), *padded(data), unicode_classes(), len(data), out)
+    n = word_starts(patterns.kind_of(patterns.NAMED[name]), padded(data), unicode_classes(), len(data), out)
     edges = [*out[:n].tolist(), len(data)]
     return [data[a:b].decode() for a, b in pairwise(edges)]
 
