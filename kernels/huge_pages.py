@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LARGE = (
-    2**25
-)  # bytes from which glibc takes an allocation from the kernel each time; each page's first touch is a fault
+# Bytes from which glibc takes an allocation from the kernel each time, so that each page's first touch is a fault.
+LARGE = 2**25
 HUGE = 2**21  # bytes of a huge page, one fault instead of 512
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """torch.empty on the CPU. 64 MiB in small pages take 39 ms to fill for the first time, in huge ones 8 ms."""
-    out = torch.empty(shape, dtype=dtype)
+    """torch.empty on the CPU, whatever the default device.
+
+    64 MiB in small pages take 39 ms to fill for the first time, in huge ones 8 ms.
+    """
+    out = torch.empty(shape, dtype=dtype, device="cpu")
     if out.nbytes >= LARGE and (advise := _advise()) is not None:
         start = -(-out.data_ptr() // HUGE) * HUGE
         end = (out.data_ptr() + out.nbytes) // HUGE * HUGE

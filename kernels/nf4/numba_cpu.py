@@ -1,5 +1,5 @@
 """The blockwise formats on the CPU, compiled by Numba: one pass over memory, no temporaries of the weight's size (but
-for float16 weights, and for 16-bit results without AVX-512).
+for float16 weights, and for float16 results where simd.py has no instructions for the processor or the block).
 
 Equal to reference.py to the bit. Imported when the first CPU tensor is quantized (Numba's import takes 0.3 s), compiled on
 first use, cached beside this file. `python bench/quant.py` measures it beside bitsandbytes.
@@ -37,8 +37,8 @@ def quantize_4bit(weight: Tensor, codebook: Tensor, *, block_size: int) -> tuple
     flat = weight.detach().reshape(-1).contiguous().resolve_neg()
     flat = flat.float() if flat.dtype == torch.float16 else flat
     n, n_blocks = flat.numel(), -(-flat.numel() // block_size)
-    packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8)
-    absmax = torch.empty(n_blocks, dtype=torch.float32)
+    packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8, device="cpu")
+    absmax = torch.empty(n_blocks, dtype=torch.float32, device="cpu")
     midpoints, order = borders(codebook.numpy().tobytes())
 
     def part(first: int, last: int) -> bool:
@@ -69,6 +69,10 @@ def dequantize_4bit_(
     block_size: int,
 ) -> None:
     """reference.dequantize_4bit into `out`, with reference.dequantize_absmax before it when there is a second level."""
+    if block_size % 2:
+        raise ValueError(f"block_size must be even, got {block_size}: two values share a byte")
+    if not out.numel():
+        return
     if not (out.is_cpu and out.is_contiguous() and out.dtype in DTYPES and out.data_ptr()):
         raise ValueError(
             f"out is {out.dtype} on {out.device} with strides {out.stride()}; contiguous CPU memory is due"
@@ -93,7 +97,7 @@ def dequantize_4bit_(
     elif out.dtype != torch.float16:
         _run(dequantize_any, addresses, n_blocks, block_size, out)
     else:
-        exact = torch.empty(n_blocks * block_size)
+        exact = torch.empty(n_blocks * block_size, device="cpu")
         _run(dequantize_any, addresses, n_blocks, block_size, exact)
         out.view(-1)[: len(exact)] = exact
     if n_blocks < n_scales:
@@ -151,14 +155,14 @@ def threads(n: int, process: int) -> ThreadPoolExecutor:
 def quantize_absmax(shifted: Tensor, codebook: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:
     """reference.quantize_8bit_by_table."""
     codes = torch.empty_like(shifted, dtype=torch.uint8)
-    scale = torch.empty(-(-shifted.numel() // block_size), dtype=torch.float32)
+    scale = torch.empty(-(-shifted.numel() // block_size), dtype=torch.float32, device="cpu")
     _quantize_by_table(shifted.numpy(), table(codebook.numpy().tobytes()), block_size, codes.numpy(), scale.numpy())
     return codes, scale
 
 
 def dequantize_absmax(absmax_q: Tensor, absmax_scale: Tensor, absmax_mean: Tensor, nested_codebook: Tensor) -> Tensor:
     """reference.dequantize_absmax at bitsandbytes' block of 256."""
-    out = torch.empty(absmax_q.shape, dtype=torch.float32)
+    out = torch.empty(absmax_q.shape, dtype=torch.float32, device="cpu")
     mean = absmax_mean.view(1).numpy()
     _dequantize_absmax(absmax_q.numpy(), absmax_scale.numpy(), mean, nested_codebook.numpy(), out.numpy())
     return out
@@ -167,8 +171,8 @@ def dequantize_absmax(absmax_q: Tensor, absmax_scale: Tensor, absmax_mean: Tenso
 def quantize_8bit(values: Tensor, borders: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:
     """reference.quantize_8bit."""
     flat = values.detach().reshape(-1).float()
-    codes = torch.empty(values.shape, dtype=torch.uint8)
-    absmax = torch.empty(-(-flat.numel() // block_size), dtype=torch.float32)
+    codes = torch.empty(values.shape, dtype=torch.uint8, device="cpu")
+    absmax = torch.empty(-(-flat.numel() // block_size), dtype=torch.float32, device="cpu")
     start = first_guess(borders.numpy().tobytes())
     _quantize_8bit(flat.numpy(), borders.numpy(), start, block_size, codes.view(-1).numpy(), absmax.numpy())
     return codes, absmax
@@ -176,7 +180,7 @@ def quantize_8bit(values: Tensor, borders: Tensor, *, block_size: int) -> tuple[
 
 def dequantize_8bit(codes: Tensor, absmax: Tensor, codebook: Tensor, *, block_size: int) -> Tensor:
     """reference.dequantize_8bit."""
-    out = torch.empty(codes.shape, dtype=torch.float32)
+    out = torch.empty(codes.shape, dtype=torch.float32, device="cpu")
     flat = out.view(-1).numpy()
     _dequantize_8bit(codes.reshape(-1).numpy(), absmax.numpy(), codebook.numpy(), block_size, flat)
     return out

@@ -9,7 +9,7 @@ from numba import carray
 
 from ..numba_jit import compiled
 from ..numba_memory import pointer
-from .simd import STEP, decode_blocks_avx2, decode_blocks_avx512
+from .simd import NAN_BITS, STEP, decode_blocks_avx2, decode_blocks_avx512
 
 AVX512_STEP, AVX2_STEP = STEP["avx512"], STEP["avx2"]
 SOME = 256  # blocks whose scales are decoded at a time
@@ -51,7 +51,9 @@ def dequantize_any(packed, absmax, codebook, scale, mean, nested_codebook, n_blo
             products[k] = values[k] * largest
             if like.itemsize == 4:
                 scaled[k] = products[k]
-            else:  # to nearest even; never a NaN's bits
+            elif products[k] != products[k]:
+                scaled[k] = NAN_BITS
+            else:  # to nearest even
                 scaled[k] = (bits[k] + np.uint32(0x7FFF) + (bits[k] >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
         for i in range(b * half, (b + 1) * half):
             target[2 * i] = scaled[codes[i] >> 4]

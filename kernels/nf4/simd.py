@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable
 from functools import cache, partial
 from typing import Any
 
-import llvmlite.binding
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, config
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
 I8, I16, I32, I64, F16, F32 = (
@@ -26,19 +26,25 @@ I8, I16, I32, I64, F16, F32 = (
 )
 FEATURES = {"avx512": ("avx512f", "avx512bw"), "avx2": ("avx2", "fma", "f16c")}
 Decode = Callable[[Any], list[Any]]  # one pass: packed bytes -> registers of results, in order
+NAN_BITS = 0x7FC0  # bfloat16's
 STEP = {"avx512": 16, "avx2": 32}  # packed bytes that a pass takes: blocks are multiples of twice as many weights
 
 
 @cache
 def instruction_set() -> str | None:
-    """The best of FEATURES that this processor has."""
+    """The best of FEATURES that Numba compiles for here."""
     return next(filter(has, FEATURES), None)
 
 
 def has(instructions: str) -> bool:
-    """Whether this processor has the instructions that a set needs."""
-    features = llvmlite.binding.get_host_cpu_features()
-    return all(features.get(name) for name in FEATURES[instructions])
+    """Whether Numba compiles for processors with a set of FEATURES."""
+    return {f"+{name}" for name in FEATURES[instructions]} <= features()
+
+
+def features() -> set[str]:
+    """What LLVM may use, `+avx2` and the like: all that this processor has, unless Numba's settings (NUMBA_CPU_NAME) say less."""
+    settings: Any = config
+    return set((get_host_cpu_features() if settings.CPU_FEATURES is None else settings.CPU_FEATURES).split(","))
 
 
 def _decode_blocks(step: int, look_up: Callable[..., Any]) -> Any:
@@ -215,6 +221,10 @@ def scaled_codebook(builder: Any, values: Any, scale: Any, element: Any) -> Any:
     if element == types.int16:
         short = builder.bitcast(builder.fptrunc(products, ir.VectorType(F16, 16)), ir.VectorType(I16, 16))
         return builder.shl(builder.zext(short, lanes), half)
-    bits = builder.bitcast(products, lanes)  # never those of a NaN
+    bits = builder.bitcast(products, lanes)
     odd = builder.and_(builder.lshr(bits, half), ir.Constant(lanes, [1] * 16))
-    return builder.add(bits, builder.add(odd, ir.Constant(lanes, [0x7FFF] * 16)))  # just under a half, or a half if odd
+    rounded = builder.add(
+        bits, builder.add(odd, ir.Constant(lanes, [0x7FFF] * 16))
+    )  # just under a half, or a half if odd
+    is_nan = builder.fcmp_unordered("uno", products, products)  # whose bits could be carried over to a zero's
+    return builder.select(is_nan, ir.Constant(lanes, [NAN_BITS << 16] * 16), rounded)

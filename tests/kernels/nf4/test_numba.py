@@ -1,11 +1,20 @@
 """The compiled CPU path equals the reference to the bit, for every format, dtype and awkward size."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from graft.kernels import nf4
 from graft.kernels.nf4 import numba_cpu, reference, simd
+from graft.quant import dequantize_nf4, quantize_nf4
 from graft.quant.codebooks import codebook, dynamic8
 
 SHAPES = [(64, 64), (5, 33), (1, 7), (123, 41), (300, 2), (100, 513), (1, 1)]
@@ -59,7 +68,7 @@ def test_equals_the_reference(quant_type: str, dtype: torch.dtype, kind: str) ->
 def test_every_instruction_set(
     instructions: str | None, dtype: torch.dtype, double_quant: bool, block_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Parity of each path that this processor can go, the one for all processors among them."""
+    """Parity of each path that this processor can go; blocks of 32 and 96 take the one for all processors with AVX2 too."""
     if instructions and not simd.has(instructions):
         pytest.skip(f"this processor has no {instructions}; test_simd.py tests it with its permutation emulated")
     monkeypatch.setattr(numba_cpu, "instruction_set", lambda: instructions)
@@ -77,6 +86,78 @@ def test_every_instruction_set(
     assert torch.equal(
         out, reference.dequantize_4bit(packed, scales, values, block_size=block_size, shape=out.shape, dtype=dtype)
     )
+
+
+@pytest.mark.parametrize("bits", [-1, 0x7FFFFFFF, 0x7F800000, -0x800000])
+@pytest.mark.parametrize("dtype", numba_cpu.DTYPES)
+@pytest.mark.parametrize("instructions", [None, *simd.FEATURES])
+def test_a_scale_that_is_not_finite(
+    instructions: str | None, dtype: torch.dtype, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A damaged file's NaN (whose bits rounding could carry over to a zero's) and infinity are seen in the weight."""
+    if instructions and not simd.has(instructions):
+        pytest.skip(f"this processor has no {instructions}")
+    monkeypatch.setattr(numba_cpu, "instruction_set", lambda: instructions)
+    values = torch.tensor(codebook("nf4"))
+    packed, absmax = numba_cpu.quantize_4bit(weight_of((4, 64), torch.float32, "randn"), values, block_size=64)
+    absmax.view(torch.int32)[1] = bits
+    out = torch.empty(4, 64, dtype=dtype)
+    numba_cpu.dequantize_4bit_(out, packed, absmax, (), values, block_size=64)
+    expected = reference.dequantize_4bit(packed, absmax, values, block_size=64, shape=out.shape, dtype=dtype)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_numba_told_to_compile_for_a_lesser_processor(tmp_path: Path) -> None:
+    """An instruction that LLVM's target lacks would abort the process."""
+    code = "import torch; from graft.quant import quantize_nf4, dequantize_nf4; "
+    code += "print(dequantize_nf4(*quantize_nf4(torch.ones(4, 64))).sum().item())"
+    settings = os.environ | {"NUMBA_CPU_NAME": "generic", "NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True, check=False)
+    assert done.stdout == "256.0\n", done.stderr
+
+
+def test_an_empty_weight_and_odd_blocks() -> None:
+    """Nothing is written for nothing; a block of 33 has no place in bytes."""
+    values, none = torch.tensor(codebook("nf4")), torch.empty(0)
+    numba_cpu.dequantize_4bit_(torch.empty(0, 64), none.to(torch.uint8), none, (), values, block_size=64)
+    packed, absmax = numba_cpu.quantize_4bit(torch.ones(66), values, block_size=66)
+    with pytest.raises(ValueError, match="block_size must be even, got 33"):
+        numba_cpu.dequantize_4bit_(torch.empty(66), packed, absmax.repeat(2), (), values, block_size=33)
+
+
+class Recorder(TorchDispatchMode):
+    """Writes down the operators that it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated", "ignore::torch.jit.TracerWarning")
+def test_who_looks_at_operators_sees_one() -> None:
+    """Laws of the direct call: modes, transforms, tracers and default devices find the operator as if there were none."""
+    weight = weight_of((8, 64), torch.float32, "randn")
+    packed, state = quantize_nf4(weight, double_quant=False)
+    truth, x = dequantize_nf4(packed, state), torch.randn(2, 64)
+    with Recorder() as mode:
+        seen = dequantize_nf4(packed, state)
+    assert torch.equal(seen, truth)
+    assert mode.seen == ["graft.dequantize_4bit.default"]
+    for device in ("meta", "cpu"):
+        with torch.device(device):
+            found = dequantize_nf4(packed, state)
+        assert torch.equal(found, truth)
+    graph = make_fx(lambda p: dequantize_nf4(p, state), pre_dispatch=True)(packed)
+    assert "graft.dequantize_4bit" in graph.code
+    assert torch.equal(graph(packed), truth)
+    gradient = torch.func.grad(lambda x: (x @ dequantize_nf4(packed, state).T).square().sum())(x)
+    torch.testing.assert_close(gradient, 2 * x @ truth.T @ truth)
+    traced = torch.jit.trace(lambda x: x @ dequantize_nf4(packed, state).T, (x,))
+    torch.testing.assert_close(traced(x), x @ truth.T)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -1,5 +1,6 @@
 """Both instruction sets' decoding, on any processor: the permutation, their one special instruction, is emulated here."""
 
+import platform
 from typing import Any
 
 import numba
@@ -16,16 +17,21 @@ BLOCK_SIZE = 128
 
 
 def emulated(builder: Any, instruction: str, table: Any, indices: Any) -> Any:
-    """vpermps and vpermw permute a whole register, vpshufb 16 bytes at a time; all read an index's low bits."""
+    """vpermps and vpermw permute a whole register by an index's low bits; vpshufb 16 bytes at a time, and writes 0 where the
+    index has its highest bit."""
     n = table.type.count
-    group = 16 if "pshuf" in instruction else n
+    by_bytes = "pshuf" in instruction
+    group = 16 if by_bytes else n
     result = ir.Constant(table.type, ir.Undefined)
     for lane in range(n):
-        index = builder.extract_element(indices, ir.Constant(simd.I32, lane))
-        index = builder.and_(index, ir.Constant(index.type, group - 1))
+        given = builder.extract_element(indices, ir.Constant(simd.I32, lane))
+        index = builder.and_(given, ir.Constant(given.type, group - 1))
         index = index if index.type == simd.I32 else builder.zext(index, simd.I32)
         index = builder.add(index, ir.Constant(simd.I32, lane // group * group))
         value = builder.extract_element(table, index)
+        if by_bytes:
+            is_high = builder.icmp_signed("<", given, ir.Constant(given.type, 0))
+            value = builder.select(is_high, ir.Constant(value.type, 0), value)
         result = builder.insert_element(result, value, ir.Constant(simd.I32, lane))
     return result
 
@@ -34,6 +40,8 @@ def emulated(builder: Any, instruction: str, table: Any, indices: Any) -> Any:
 @pytest.mark.parametrize("name", simd.STEP)
 def test_decoding_is_the_reference(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parity at several passes a block, from a block that is not the first, and not a byte beyond the last."""
+    if dtype == torch.float16 and platform.machine() == "x86_64" and "+f16c" not in simd.features():
+        pytest.skip("rounding to float16 needs F16C")
     monkeypatch.setattr(simd, "permute", emulated)
     step = simd.STEP[name]
     decode_blocks = simd._decode_blocks(step, getattr(simd, name))
