@@ -54,7 +54,7 @@ Settings = Annotated[list[str] | None, typer.Option("--set", help="key=value for
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")]
 Force = Annotated[bool, typer.Option("--force", help="Start over in a folder that holds a run.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Decides weights, data order and dropout. [default: 0]")]
+Seed = Annotated[int | None, typer.Option("--seed", help=r"Decides weights, data order and dropout. \[default: 0]")]
 Steps = Annotated[int | None, typer.Option("--steps", help="Optimizer updates.")]
 Adapter = Annotated[Path | None, typer.Option("--adapter", help="Adapter folder in PEFT's layout.")]
 
@@ -91,7 +91,7 @@ def pretrain(
     out: Out,
     config: Annotated[Path | None, typer.Argument(help="TOML file with config keys.")] = None,
     preset: Annotated[
-        str | None, typer.Option("--preset", help="nano, micro, mini, small or medium. [default: micro]")
+        str | None, typer.Option("--preset", help=r"nano, micro, mini, small or medium. \[default: micro]")
     ] = None,
     settings: Settings = None,
     seed: Seed = None,
@@ -128,15 +128,15 @@ def sft(
     out: Out,
     lora: Annotated[bool, typer.Option("--lora", help="Train an adapter on the frozen base.")] = False,
     qlora: Annotated[bool, typer.Option("--qlora", help="Train an adapter on the base in 4 bits.")] = False,
-    rank: Annotated[int | None, typer.Option("--rank", help="Rank of the adapter. [default: 16]")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help=r"Rank of the adapter. \[default: 16]")] = None,
     alpha: Annotated[
-        float | None, typer.Option("--alpha", help="The update is scaled by alpha / rank. [default: 32]")
+        float | None, typer.Option("--alpha", help=r"The update is scaled by alpha / rank. \[default: 32]")
     ] = None,
     dropout: Annotated[
-        float | None, typer.Option("--dropout", help="On the adapter's input, while training. [default: 0]")
+        float | None, typer.Option("--dropout", help=r"On the adapter's input, while training. \[default: 0]")
     ] = None,
     targets: Annotated[
-        str | None, typer.Option("--targets", help="Linears to adapt, such as q_proj,v_proj. [default: all-linear]")
+        str | None, typer.Option("--targets", help=r"Linears to adapt, such as q_proj,v_proj. \[default: all-linear]")
     ] = None,
     eval_data: Annotated[
         Path | None, typer.Option("--eval-data", help="Held-out records for a validation loss.")
@@ -208,7 +208,7 @@ def generate(
     seed: Annotated[int, typer.Option("--seed")] = 0,
     chat: Annotated[
         bool | None,
-        typer.Option("--chat/--raw", help="As a turn of a chat, or not. [default: as trained]"),
+        typer.Option("--chat/--raw", help=r"As a turn of a chat, or not. \[default: as trained]"),
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
     device: Device = "auto",

@@ -48,6 +48,8 @@ def load_model(
     if stored is not None:
         # The arithmetic is in `dtype`, as everywhere else, whatever the file's author computed in.
         stored["compute_dtype"] = None
+        parts = {part for path, _ in model.named_modules() for part in (path, *path.split("."))}
+        stored["keep"] = tuple(name for name in stored["keep"] if name in parts)  # files name other architectures' too
         quantize_linears_(model, **stored)
     elif quantize is not None:
         quantize_linears_(model, keep=KEPT, double_quant=double_quant, quant_type=quantize)

@@ -7,6 +7,7 @@ import torch
 
 from ..base.checkpoint import read_json
 from ..base.tokenizer.tokenizer import Tokenizer
+from ..quant.blockwise import check_weight
 from ..quant.files import quantization_config
 from ..quant.linear import NF4Linear
 from .loading import KEPT, load_model, save_any, weight_bytes
@@ -21,6 +22,8 @@ def run_quantize(
     FileExistsError for an `out` that is not empty.
     """
     base, out = Path(base), Path(out)
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out} is a file; give a folder")
     if out.exists() and any(out.iterdir()) and not force:
         raise FileExistsError(f"{out} is not empty; choose another folder or --force")
     if out.resolve() == base.resolve():
@@ -29,6 +32,11 @@ def run_quantize(
         raise ValueError(f"{base} is quantized already; quantize the base in full precision")
     model = load_model(base, dtype=None, quantize="nf4", double_quant=double_quant)
     layers = {path: module for path, module in model.named_modules() if isinstance(module, NF4Linear)}
+    for name, tensor in model.named_parameters():
+        try:
+            check_weight(tensor)
+        except ValueError as error:
+            raise ValueError(f"{base}: {name}: {error}") from None
     about = quantization_config(double_quant=double_quant, compute_dtype=torch.bfloat16, keep=KEPT)
     tokenizer = Tokenizer.load(base)
     tokenizer.save(out)

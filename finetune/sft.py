@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from ..base.checkpoint import read_json
 from ..base.device import peak_bytes, reset_peak, resolve_device
 from ..base.evaluate import mean_loss
 from ..base.model.config import ModelConfig
@@ -19,6 +20,7 @@ from ..base.settings import check_settings, split_settings
 from ..base.tokenizer.tokenizer import Tokenizer
 from ..base.train import Optimizer, Result, TrainConfig, make_optimizer, train
 from ..quant.adamw8bit import AdamW8bit
+from ..quant.files import read_quantization_config
 from ..quant.linear import quantize_linears_
 from .adapters.files import GRAFT, save_adapter
 from .adapters.lora import LoraConfig, attach_lora
@@ -108,14 +110,15 @@ def run_sft(
         template = ChatTemplate.of(tokenizer)
         encoded = [encode_record(record, tokenizer, template, limit) for record in records]
         encoded_eval = [encode_record(record, tokenizer, template, limit) for record in held_out]
+        stored = _stored_in_4_bits(config)
         predicted = announce(
             load_config(base),
             config.train,
             device,
-            method=config.method,
+            method="qlora" if stored else config.method,
             seq_len=max(len(record.ids) for record in encoded) - 1,
             lora=config.lora,
-            double_quant=config.options.double_quant,
+            double_quant=stored["double_quant"] if stored else config.options.double_quant,
         )
         reset_peak(device)
         model = prepare_model(config, device)
@@ -174,12 +177,26 @@ def _limit(asked: int | None, model: ModelConfig) -> int:
     return asked or model.max_seq_len + 1
 
 
+def _stored_in_4_bits(config: SFTConfig) -> dict[str, Any] | None:
+    """How the base's linears are quantized on disk, or None; refuses what can't be done with such a base or without one."""
+    stored = read_quantization_config(read_json(config.base / "config.json"))
+    backend = config.options.quant_backend
+    if stored and config.method == "full":
+        raise ValueError(f"{config.base} is in 4 bits and can't be fully fine-tuned; use --qlora, or its full base")
+    if backend != "graft" and config.method != "qlora":
+        raise ValueError(f"quant_backend={backend} is about QLoRA; add --qlora, or leave it out")
+    if stored and backend != "graft":
+        raise ValueError(
+            f"{config.base} is in 4 bits already, and bitsandbytes' layers are made from a full-precision base; "
+            "leave --quant-backend out, or give that base"
+        )
+    return stored
+
+
 def prepare_model(config: SFTConfig, device: str) -> Transformer:
     """Load the base as the method wants it: full in float32, LoRA's base frozen in the run's dtype, QLoRA's in NF4."""
     if config.method == "full":
         model = load_model(config.base, dtype="float32", device=device)
-        if any(not p.is_floating_point() for p in [*model.parameters(), *model.buffers()]):
-            raise ValueError(f"{config.base} is in 4 bits and can't be fully fine-tuned; use --qlora, or its full base")
         model.requires_grad_(True)
     else:
         theirs = config.method == "qlora" and config.options.quant_backend != "graft"

@@ -5,8 +5,10 @@ from math import prod
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..kernels import nf4
+from ..kernels.nf4.reference import not_finite
 from .codebooks import codebook
 from .double import DoubleQuantized, quantize_absmax
 
@@ -49,13 +51,7 @@ def quantize_4bit(
     weight: Tensor, quant_type: str, *, block_size: int = 64, double_quant: bool = True
 ) -> tuple[Tensor, QuantState]:
     """`quantize_nf4` for any 4-bit type: nf4, fp4 or int4."""
-    if weight.dtype not in FLOATS:
-        raise ValueError(
-            f"cannot quantize a {name_of(weight.dtype)} tensor of shape {tuple(weight.shape)}; "
-            "a weight is float32, float16 or bfloat16"
-        )
-    if weight.numel() == 0:
-        raise ValueError(f"cannot quantize an empty tensor of shape {tuple(weight.shape)}; leave it as it is")
+    check_dtype_and_size(weight)
     if block_size not in BLOCK_SIZES:
         raise ValueError(
             f"block_size={block_size} is not one of {', '.join(map(str, BLOCK_SIZES))}; use 64, the paper's"
@@ -64,6 +60,30 @@ def quantize_4bit(
     packed, absmax = nf4.quantize_4bit(weight.detach(), values, block_size)
     scales = quantize_absmax(absmax) if double_quant else absmax
     return packed, QuantState(tuple(weight.shape), weight.dtype, quant_type, block_size, values, scales)
+
+
+def check_dtype_and_size(weight: Tensor) -> None:
+    """Raise ValueError for what is no weight."""
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"a weight is a torch tensor, got {type(weight).__name__}; use torch.from_numpy for an array")
+    if weight.dtype not in FLOATS:
+        raise ValueError(
+            f"cannot quantize a {name_of(weight.dtype)} tensor of shape {tuple(weight.shape)}; "
+            "a weight is float32, float16 or bfloat16"
+        )
+    if weight.numel() == 0:
+        raise ValueError(f"cannot quantize an empty tensor of shape {tuple(weight.shape)}; leave it as it is")
+
+
+def check_weight(weight: Tensor) -> None:
+    """Raise ValueError for what `quantize_nf4` refuses; the values of meta and fake tensors are not looked at."""
+    check_dtype_and_size(weight)
+    values = weight.detach()
+    if values.is_meta or isinstance(values, FakeTensor):
+        return
+    low, high = torch.aminmax(values)
+    if not (low.isfinite() and high.isfinite()):
+        raise ValueError(not_finite(values))
 
 
 def dequantize_nf4(

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.nf4 import NESTED_BLOCK_SIZE, autocast_is_on, linear_4bit
-from .blockwise import QuantState, dequantize_nf4, quantize_4bit
+from .blockwise import QuantState, check_weight, dequantize_nf4, quantize_4bit
 from .codebooks import codebook, dynamic8
 from .double import DoubleQuantized
 from .files import PARTS, nf4_from_tensors, nf4_to_tensors
 from .files import missing_keys as keys_missing
+
+KEEP = ("lm_head",)  # stays in full precision unless told otherwise
 
 
 class NF4Linear(nn.Module):
@@ -202,7 +204,7 @@ class NF4Linear(nn.Module):
 
 def quantize_linears_(
     model: nn.Module,
-    keep: Sequence[str] = ("lm_head",),
+    keep: Sequence[str] = KEEP,
     double_quant: bool = True,
     block_size: int = 64,
     compute_dtype: torch.dtype | None = None,
@@ -213,9 +215,9 @@ def quantize_linears_(
     """Replace every nn.Linear of a model by an NF4Linear, in place and one at a time; returns the names it changed.
 
     A name in `keep` spares the module of that path or of that last part, and all below it. Subclasses of nn.Linear are
-    left alone, since their owners use them in other ways. Works on meta and fake tensors. Raises ValueError for a model
-    that is quantized already, that has nothing to quantize, and for a weight that cannot be, by its name; the layers
-    before that one are then changed.
+    left alone, since their owners use them in other ways; a layer that appears twice stays shared. Works on meta and fake
+    tensors. Raises ValueError, before anything is changed, for a model that is quantized already or has nothing to quantize,
+    for a weight that cannot be, by its name, and for a name in `keep` (other than the default) that no module has.
     """
     if backend not in ("graft", "bitsandbytes"):
         raise ValueError(f"unknown quantization backend {backend!r}; choose graft or bitsandbytes")
@@ -223,35 +225,55 @@ def quantize_linears_(
         raise ValueError("the model is itself a linear layer and can't be replaced in place; use NF4Linear.from_linear")
     already = [name for name, module in model.named_modules() if is_quantized(module)]
     if already:
-        raise ValueError(f"the model is already quantized ({already[0]} and {len(already) - 1} more); load it as it is")
+        raise ValueError(
+            f"the model is already quantized ({already[0]} and {len(already) - 1} more); use it as it is, or load its "
+            "full-precision base"
+        )
+    _check_keep(model, keep)
+    chosen: list[tuple[str, nn.Module, str, nn.Linear]] = []
+    for path, parent in model.named_modules():
+        for child_name, child in parent._modules.items():
+            name = f"{path}.{child_name}" if path else child_name
+            if type(child) is nn.Linear and not is_kept(name, keep):
+                chosen.append((name, parent, child_name, child))
+    if not chosen:
+        raise ValueError(f"no linear layer to quantize in {type(model).__name__} beside those kept: {', '.join(keep)}")
+    for name, _, _, linear in chosen:
+        try:
+            check_weight(linear.weight)
+        except ValueError as error:
+            raise ValueError(f"{name}.weight: {error}") from error
     make = NF4Linear.from_linear
     if backend == "bitsandbytes":
         from .peer import bitsandbytes_linear
 
         make = bitsandbytes_linear
-    replaced: dict[nn.Module, nn.Module] = {}  # a module that appears twice stays shared
-    changed = []
-    for path, parent in list(model.named_modules()):
-        for child_name, child in list(parent.named_children()):
-            name = f"{path}.{child_name}" if path else child_name
-            if type(child) is not nn.Linear or is_kept(name, keep):
-                continue
-            if child not in replaced:
-                try:
-                    replaced[child] = make(
-                        child,
-                        quant_type=quant_type,
-                        block_size=block_size,
-                        double_quant=double_quant,
-                        compute_dtype=compute_dtype,
-                    )
-                except ValueError as error:
-                    raise ValueError(f"{name}.weight: {error}") from error
-            setattr(parent, child_name, replaced[child])
-            changed.append(name)
-    if not changed:
-        raise ValueError(f"no linear layer to quantize in {type(model).__name__} beside those kept: {', '.join(keep)}")
-    return changed
+    options: dict[str, Any] = {
+        "quant_type": quant_type,
+        "block_size": block_size,
+        "double_quant": double_quant,
+        "compute_dtype": compute_dtype,
+    }
+    replaced: dict[nn.Module, nn.Module] = {}
+    for _, parent, child_name, linear in chosen:
+        if linear not in replaced:
+            replaced[linear] = make(linear, **options)
+        setattr(parent, child_name, replaced[linear])
+    return [name for name, *_ in chosen]
+
+
+def _check_keep(model: nn.Module, keep: Sequence[str]) -> None:
+    """Raise ValueError for names that spare nothing: most likely a slip, and the layer meant would be quantized."""
+    if isinstance(keep, str):
+        raise ValueError(f"keep={keep!r} is one string; give a sequence of names, such as ({keep!r},)")
+    names = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    parts = names | {part for name in names for part in name.split(".")}
+    unknown = [name for name in keep if name not in parts and name not in KEEP]
+    if unknown:
+        linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+        raise ValueError(
+            f"keep names {unknown[0]!r}, but no module has that name; linear layers: {', '.join(linears[:8])}"
+        )
 
 
 def is_kept(name: str, keep: Sequence[str]) -> bool:

@@ -41,7 +41,7 @@ class WeightStream:
             if layer.bias is None:
                 raise ValueError(f"{name} is in the file, but the layer was built without a bias")
             layer.bias = nn.Parameter(tensor.to(self.device), requires_grad=False)
-        elif kind == "weight" and tensor.is_floating_point():
+        elif kind == "weight" and tensor.dtype != torch.uint8:  # packed codes are bytes
             try:
                 layer.set_weight_(tensor.to(self.device))
             except ValueError as error:

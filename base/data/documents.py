@@ -177,7 +177,7 @@ def _text_pieces(
         yield Piece(checked(rest, file, offset, errors), True, file)
 
 
-def checked(data: bytes, file: Path, offset: int, errors: Errors) -> bytes:
+def checked(data: bytes, file: Path | str, offset: int, errors: Errors) -> bytes:
     """The bytes, which lie at `offset` of the file, as valid UTF-8. Raises ValueError with the offset of one that isn't."""
     try:
         data.decode()

@@ -152,6 +152,7 @@ PRESETS: dict[str, ModelConfig] = {
     "qwen3-14b": _qwen3(40, 5120, 40, 17_408, tied=False),
     "qwen3-32b": _qwen3(64, 5120, 64, 25_600, tied=False),
 }
+PRESETS["llama-70b"] = PRESETS["llama-2-70b"]
 
 
 def preset(name: str) -> ModelConfig:

@@ -78,16 +78,22 @@ def encode(
 
     Example: graft tokenizer encode --tokenizer tokenizer 'Hello world'
     """
+    import os
     import sys
 
     import numpy as np
 
+    from ..data.documents import checked
     from .tokenizer import Tokenizer
 
     tok = Tokenizer.load(tokenizer)
     if file is not None:
         text = read_text(file, errors)
-    ids = tok.encode(sys.stdin.read() if text is None else text, allowed_special="all" if special else ())
+    elif text is None:
+        text = checked(sys.stdin.buffer.read(), "standard input", 0, check_errors(errors)).decode()
+    else:  # bytes that aren't UTF-8 come from the shell as surrogates
+        text = checked(os.fsencode(text), "the text", 0, check_errors(errors)).decode()
+    ids = tok.encode(text, allowed_special="all" if special else ())
     if out is None:
         print(" ".join(map(str, ids.tolist())))
     else:
@@ -98,6 +104,10 @@ def read_text(file: Path, errors: str) -> str:
     """A UTF-8 file. Raises ValueError with the offset of a byte that isn't, unless errors is "replace"."""
     from ..data.documents import checked
 
+    if not file.exists():
+        raise FileNotFoundError(f"{file} does not exist")
+    if file.is_dir():
+        raise IsADirectoryError(f"{file} is a folder; give a file")
     return checked(file.read_bytes(), file, 0, check_errors(errors)).decode()
 
 
@@ -141,7 +151,8 @@ def show(
     tok = Tokenizer.load(tokenizer)
     found = tok.encode(text, allowed_special="all" if special else ()).tolist()
     console = Console()
-    console.print(colour_tokens([tok.token_bytes(index) for index in found]))
+    few_colours = console.color_system in (None, "standard", "windows") or console.no_color
+    console.print(colour_tokens([tok.token_bytes(index) for index in found], marks=few_colours))
     n_bytes = len(text.encode("utf-8", "replace"))
     console.print(
         f"{len(found)} tokens, {n_bytes} bytes: {n_bytes / max(1, len(found)):.2f} bytes a token", style="dim"
@@ -152,11 +163,17 @@ def show(
 
 @app.command()
 def compare(
-    files: Annotated[list[Path], typer.Argument(help="Text files; the table is about all of them together.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(help="Files or folders, as train reads them; the table is about all of them together."),
+    ],
     tokenizer: Annotated[
         Path | None, typer.Option(help="A graft tokenizer; trained on the files when not given.")
     ] = None,
-    vocab_size: Annotated[int, typer.Option(help="Vocabulary of the tokenizer that is trained.")] = 5_000,
+    vocab_size: Annotated[
+        int | None,
+        typer.Option(help=r"Vocabulary of the tokenizer that is trained. \[default: 5000, less for short texts]"),
+    ] = None,
     gpt2: Annotated[
         Path | None, typer.Option(help="Folder with GPT-2's tokenizer.json, or vocab.json and merges.txt.")
     ] = None,
@@ -170,7 +187,8 @@ def compare(
     """
     from rich.console import Console
 
+    from ..data.documents import read_documents
     from .compare import comparison_table
 
-    text = "".join(read_text(file, errors) for file in files)
+    text = b"".join(piece.data for piece in read_documents(files, errors=check_errors(errors))).decode()
     Console().print(comparison_table(text, tokenizer, vocab_size, gpt2))

@@ -10,6 +10,7 @@ from rich.table import Table
 from .tokenizer import Tokenizer
 
 WORDS = r"\w+|[^\w\s]"
+DEFAULT_SIZE = 5_000  # of the vocabulary that is trained here; halved until a short text can fill it
 TRAINED_SHARE = 0.9  # of the text; the figures are about the rest
 
 
@@ -23,7 +24,7 @@ class Row:
     n_unknown: int  # tokens that the vocabulary doesn't have
 
 
-def compare_ways(text: str, tokenizer: Path | None, vocab_size: int, gpt2: Path | None) -> tuple[list[Row], int]:
+def compare_ways(text: str, tokenizer: Path | None, vocab_size: int | None, gpt2: Path | None) -> tuple[list[Row], int]:
     """The rows, and the bytes of the text that they are about. Raises ValueError for a text of less than 10 characters."""
     cut = int(len(text) * TRAINED_SHARE)
     seen, rest = text[:cut], text[cut:]
@@ -45,14 +46,23 @@ def compare_ways(text: str, tokenizer: Path | None, vocab_size: int, gpt2: Path 
     return rows, len(rest.encode())
 
 
-def _train(text: str, vocab_size: int) -> Tokenizer:
+def _train(text: str, vocab_size: int | None) -> Tokenizer:
     with TemporaryDirectory() as folder:
         file = Path(folder) / "text.txt"
         file.write_text(text, encoding="utf-8", newline="")
-        return Tokenizer.train([file], vocab_size=vocab_size)
+        if vocab_size is not None:
+            return Tokenizer.train([file], vocab_size=vocab_size, special_tokens=[])
+        size = DEFAULT_SIZE
+        while True:
+            try:
+                return Tokenizer.train([file], vocab_size=size, special_tokens=[])
+            except ValueError:  # more than a short text can fill
+                if size <= 256:
+                    raise
+                size = max(256, size // 2)
 
 
-def comparison_table(text: str, tokenizer: Path | None, vocab_size: int, gpt2: Path | None) -> Table:
+def comparison_table(text: str, tokenizer: Path | None, vocab_size: int | None, gpt2: Path | None) -> Table:
     """The rows as a table."""
     rows, n_bytes = compare_ways(text, tokenizer, vocab_size, gpt2)
     table = Table(title=f"The last {n_bytes:,} bytes of the text")

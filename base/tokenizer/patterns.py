@@ -40,7 +40,7 @@ def resolve(pattern: str) -> str:
         return NAMED[pattern]
     if pattern in _SPELLINGS:
         return _SPELLINGS[pattern]
-    if pattern.isidentifier():
+    if regex.fullmatch(r"[\w-]+", pattern):  # as an expression it would cut at that very word only
         raise ValueError(f"unknown pattern {pattern!r}; choose {', '.join(NAMED)} or give a regular expression")
     try:
         compiled = regex.compile(pattern)

@@ -17,10 +17,15 @@ def spell(token: bytes) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def colour_tokens(tokens: Sequence[bytes]) -> Text:
-    """The tokens in a row, each on another colour than its neighbours; a line break is shown and kept."""
+def colour_tokens(tokens: Sequence[bytes], *, marks: bool = False) -> Text:
+    """The tokens in a row, each on another colour than its neighbours; a line break is shown and kept.
+
+    `marks` puts a bar between neighbours, for where there are too few colours.
+    """
     out = Text()
     for place, token in enumerate(tokens):
+        if marks and place:
+            out.append("|", style="dim")
         out.append(spell(token), style=f"black on {COLOURS[place % len(COLOURS)]}")
         out.append("\n" * token.count(b"\n"))
     return out

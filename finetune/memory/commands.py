@@ -21,12 +21,14 @@ vram_app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Option("--model", help="Preset, model folder or config.json.")]
-MethodOption = Annotated[str | None, typer.Option("--method", help="full, lora, qlora or generate. [default: all]")]
+MethodOption = Annotated[str | None, typer.Option("--method", help=r"full, lora, qlora or generate. \[default: all]")]
 Batch = Annotated[int, typer.Option("--batch", help="Sequences an update.")]
-MicroBatch = Annotated[int | None, typer.Option("--micro-batch", help="Sequences at once. [default: the batch]")]
-Seq = Annotated[int, typer.Option("--seq", help="Tokens a sequence.")]
+MicroBatch = Annotated[int | None, typer.Option("--micro-batch", help=r"Sequences at once. \[default: the batch]")]
+Seq = Annotated[
+    int | None, typer.Option("--seq", help=r"Tokens a sequence. \[default: 512, or the model's longest if less]")
+]
 Dtype = Annotated[str, typer.Option("--dtype", help="Of the arithmetic: bfloat16, float16 or float32.")]
-OptimizerOption = Annotated[str, typer.Option("--optimizer", help="adamw or adamw8bit.")]
+OptimizerOption = Annotated[str, typer.Option("--optimizer", help="adamw or adamw8bit; muon with --method full.")]
 Checkpointing = Annotated[bool, typer.Option("--checkpointing/--no-checkpointing", help="Recompute activations.")]
 Rank = Annotated[int, typer.Option("--rank", help="Of LoRA's adapters.")]
 Targets = Annotated[str, typer.Option("--targets", help="Linears with an adapter, such as q_proj,v_proj.")]
@@ -47,7 +49,7 @@ def estimate_command(
     model: Model,
     method: MethodOption = None,
     batch: Batch = 1,
-    seq: Seq = 512,
+    seq: Seq = None,
     micro_batch: MicroBatch = None,
     dtype: Dtype = "bfloat16",
     optimizer: OptimizerOption = "adamw",
@@ -69,8 +71,9 @@ def estimate_command(
     from .settings import METHODS, read_model_config
     from .units import parse_bytes
 
-    asked = _settings(method, batch, micro_batch, seq, dtype, optimizer, checkpointing, rank, targets, double_quant)
     config = read_model_config(model)
+    seq = min(512, config.max_seq_len) if seq is None else seq
+    asked = _settings(method, batch, micro_batch, seq, dtype, optimizer, checkpointing, rank, targets, double_quant)
     if fit is not None:
         _say_fits(config, asked[0], parse_bytes(fit), [method] if method else None, device, as_json)
         return
@@ -85,6 +88,9 @@ def estimate_command(
     said, table = _estimate_table(model, estimates)
     console.print(said, highlight=False)
     console.print(table)
+    if len(estimates) < len(asked):
+        longest = f"the model's longest sequence is {config.max_seq_len:,}"
+        console.print(f"generate is left out: {longest}, and training beyond it asks for another config")
     for one in estimates:
         console.print(f"{one.method}: peak {_bytes(one.peak_bytes)} in {one.peak_at}: {_parts(one)}", highlight=False)
     if method is not None and max(estimates[0].activations):
@@ -97,7 +103,7 @@ def measure_command(
     model: Model,
     method: MethodOption = None,
     batch: Batch = 1,
-    seq: Seq = 512,
+    seq: Seq = None,
     micro_batch: MicroBatch = None,
     dtype: Dtype = "bfloat16",
     optimizer: OptimizerOption = "adamw",
@@ -122,8 +128,9 @@ def measure_command(
     from .settings import read_model_config
 
     device = resolve_device(device)
-    base = _settings(method, batch, micro_batch, seq, dtype, optimizer, checkpointing, rank, targets, double_quant)[0]
     config = read_model_config(model)
+    seq = min(512, config.max_seq_len) if seq is None else seq
+    base = _settings(method, batch, micro_batch, seq, dtype, optimizer, checkpointing, rank, targets, double_quant)[0]
     bars = {label: replace(base, method=m, double_quant=dq) for label, (m, dq) in BARS.items()}
     chosen = [base] if method else list(bars.values())
     estimates = {label: estimate(config, one, device=device) for label, one in bars.items()}
@@ -152,8 +159,10 @@ def measure_command(
 
 def plan(
     model: Model,
-    tokens: Annotated[str | None, typer.Option("--tokens", help="Such as 15e12. [default: compute-optimal]")] = None,
-    seq: Annotated[int | None, typer.Option("--seq", help="Tokens a sequence. [default: the model's longest]")] = None,
+    tokens: Annotated[str | None, typer.Option("--tokens", help=r"Such as 15e12. \[default: compute-optimal]")] = None,
+    seq: Annotated[
+        int | None, typer.Option("--seq", help=r"Tokens a sequence. \[default: the model's longest]")
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="a100, h100, h200 or rtx4090.")] = "h100",
     devices: Annotated[int, typer.Option("--devices", help="How many.")] = 1,
     mfu: Annotated[float, typer.Option("--mfu", help="Share of the peak rate that is reached.")] = 0.4,
@@ -187,7 +196,8 @@ def plan(
         "tokens": f"{found.n_tokens:.3g} (compute-optimal: {found.optimal_tokens:.3g})",
         "FLOPs a token": f"{found.flops_per_token:.3e} ({found.attention_share:.1%} attention)",
         "FLOPs": f"{found.flops:.3e}",
-        "time": f"{found.days:.1f} days" if found.days >= 2 else f"{found.seconds / 3600:.2f} hours",
+        "time": _say_time(found.seconds),
+        "time without attention (6N a token)": _say_time(found.seconds * (1 - found.attention_share)),
         **{
             f"bytes, {name}": f"{_bytes(n)} ({n // found.n_params} a parameter)"
             for name, n in found.state_bytes.items()
@@ -198,6 +208,10 @@ def plan(
     for name, value in rows.items():
         table.add_row(name, value)
     Console().print(table)
+
+
+def _say_time(seconds: float) -> str:
+    return f"{seconds / 86400:.1f} days" if seconds >= 2 * 86400 else f"{seconds / 3600:.2f} hours"
 
 
 # --- saying it -----------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import os
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from ...base.model.config import ModelConfig
 from ...base.train import TrainConfig
 from ..adapters.lora import LoraConfig
 from .count import LiveBytes, Peak, Place
-from .devices import CUDA_GRANULE, cpu_bytes_within, cuda_bytes_within, kernels_as_on_gpu, workspace_bytes
+from .devices import CUDA_GRANULE, cpu_bytes_within, cuda_bytes_within, few_chunks, kernels_as_on_gpu, workspace_bytes
 from .settings import MemorySettings, read_model_config
 from .step import make_optimizer, place_, run_generation, run_training_step, shaped_model
 
@@ -88,7 +87,7 @@ def estimate(
     """`estimate_memory` on a settings object; `whole` runs all layers however many there are."""
     if settings.method == "generate" and settings.seq_len > config.max_seq_len:
         raise ValueError(f"seq_len={settings.seq_len} is more than the model's max_seq_len={config.max_seq_len}")
-    kind = torch.device(device).type if device != "auto" else resolve_device("auto")
+    kind = resolve_device("auto") if device == "auto" else device.partition(":")[0]
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"device {device!r} is not supported; choose auto, cpu or cuda")
     by_path = any("." in target for target in settings.targets)  # such targets make layers differ
@@ -177,7 +176,7 @@ def _run(config: ModelConfig, settings: MemorySettings, device: str) -> _Run:
     counter = (
         LiveBytes(granule=CUDA_GRANULE, within=cuda_bytes_within) if on_gpu else LiveBytes(within=cpu_bytes_within)
     )
-    with kernels_as_on_gpu() if on_gpu else nullcontext(), FakeTensorMode():
+    with kernels_as_on_gpu() if on_gpu else few_chunks(), FakeTensorMode():
         place_(model, "cpu", values=False)
         sizes = count_model(model, counter)
         if on_gpu:

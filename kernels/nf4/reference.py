@@ -129,4 +129,7 @@ def not_finite(values: Tensor) -> str:
     """The message for a tensor that holds NaN or infinity."""
     bad = (~values.isfinite()).reshape(-1).nonzero()
     first = int(bad[0])
-    return f"{len(bad)} of {values.numel()} values are not finite, the first is {values.reshape(-1)[first].item()} at {first}"
+    return (
+        f"{len(bad)} of {values.numel()} values are not finite, the first is {values.reshape(-1)[first].item()} at {first} "
+        f"of the flattened tensor; mend the checkpoint, or take one from before the run diverged"
+    )

@@ -252,6 +252,28 @@ def test_qlora_on_a_folder_in_four_bits(base_dir: Path, rows: Path, tmp_path: Pa
     with pytest.raises(ValueError, match=r"is in 4 bits and can't be fully fine-tuned; use --qlora"):
         train(tmp_path / "nf4", rows, tmp_path / "c", "full")
     assert not (tmp_path / "c/run.json").exists()
+    with pytest.raises(
+        ValueError, match=r"nf4 is in 4 bits already, and bitsandbytes' layers are made from a full-prec"
+    ):
+        train(tmp_path / "nf4", rows, tmp_path / "c", "qlora", quant_backend="bitsandbytes")
+    with pytest.raises(ValueError, match=r"quant_backend=bitsandbytes is about QLoRA; add --qlora"):
+        train(base_dir, rows, tmp_path / "c", "lora", quant_backend="bitsandbytes")
+
+
+def test_a_base_in_four_bits_is_predicted_as_one(base_dir: Path, rows: Path, tmp_path: Path) -> None:
+    """Law: LoRA on such a base takes what QLoRA takes, and its own choice of a second level counts, not the default's."""
+    run_quantize(base_dir, tmp_path / "nf4")
+    run_quantize(base_dir, tmp_path / "single", double_quant=False)
+    runs = {
+        "qlora": train(base_dir, rows, tmp_path / "a", "qlora"),
+        "lora on nf4": train(tmp_path / "nf4", rows, tmp_path / "b", "lora"),
+        "lora on single": train(tmp_path / "single", rows, tmp_path / "c", "lora"),
+        "qlora, single": train(base_dir, rows, tmp_path / "d", "qlora", double_quant=False),
+        "lora": train(base_dir, rows, tmp_path / "e", "lora"),
+    }
+    peaks = {name: summary["predicted_peak_bytes"] for name, summary in runs.items()}
+    assert peaks["lora on nf4"] == peaks["qlora"] < peaks["lora"]
+    assert peaks["lora on single"] == peaks["qlora, single"] != peaks["qlora"]
 
 
 def test_a_full_run_leaves_a_base(base_dir: Path, rows: Path, tmp_path: Path) -> None:

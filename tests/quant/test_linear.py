@@ -1,6 +1,7 @@
 """NF4Linear is the linear layer of its dequantized weight, in every mode in which a model is trained."""
 
 import copy
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -158,6 +159,40 @@ def test_refuses_an_already_quantized_model() -> None:
     quantize_linears_(model)
     with pytest.raises(ValueError, match=r"already quantized \(body.0 and 1 more\)"):
         quantize_linears_(model)
+
+
+def test_a_layer_that_appears_twice_stays_shared() -> None:
+    """Under two names of one module, and of two; both names are told."""
+    model = nn.Module()
+    model.a, model.inner = nn.Linear(64, 64), nn.Sequential(nn.ReLU())
+    model.tied, model.inner.again = model.a, model.a
+    assert sorted(quantize_linears_(model)) == ["a", "inner.again", "tied"]
+    assert isinstance(model.a, NF4Linear)
+    assert model.a is model.tied is model.inner.again
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        ("lm_head", r"^keep='lm_head' is one string; give a sequence of names, such as \('lm_head',\)$"),
+        (("lmhead",), "^keep names 'lmhead', but no module has that name; linear layers: 0, 1$"),
+    ],
+)
+def test_slips_in_keep(keep: Sequence[str], message: str) -> None:
+    """What was meant to be kept is not quantized in silence."""
+    with pytest.raises(ValueError, match=message):
+        quantize_linears_(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), keep=keep)
+
+
+def test_a_weight_that_cannot_be_quantized_leaves_the_model_as_it_was() -> None:
+    """The last layer's NaN is found before the first is changed."""
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
+    model[2].weight.data[3, 5] = float("nan")
+    with pytest.raises(
+        ValueError, match=r"^2\.weight: 1 of 4096 values are not finite, the first is nan at 197 of the"
+    ):
+        quantize_linears_(model)
+    assert all(type(layer) is nn.Linear for layer in model)
 
 
 def test_refuses_a_model_without_linears() -> None:

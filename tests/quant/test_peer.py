@@ -43,9 +43,7 @@ def test_already_quantized_by_it() -> None:
 def test_bad_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="unknown quantization backend 'gptq'; choose graft or bitsandbytes"):
         quantize_linears_(small_model(), backend="gptq")
-    with pytest.raises(
-        ValueError, match=r"0.weight: bitsandbytes' layer takes nf4 or fp4 in blocks of 64, not int4 in 64"
-    ):
+    with pytest.raises(ValueError, match=r"^bitsandbytes' layer takes nf4 or fp4 in blocks of 64, not int4 in 64"):
         quantize_linears_(small_model(), backend="bitsandbytes", quant_type="int4")
     spoiled = small_model()
     spoiled[2].weight.data[0, 0] = float("nan")

@@ -1,5 +1,6 @@
 """`graft tokenizer` and `graft data`: what they print and write, and one line for each kind of bad input."""
 
+import gzip
 import io
 import json
 import re
@@ -22,7 +23,8 @@ def run(monkeypatch, capsys):
 
     def call(*arguments, stdin=""):
         monkeypatch.setattr(sys, "argv", ["graft", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        raw = stdin if isinstance(stdin, bytes) else stdin.encode()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8"))
         capsys.readouterr()
         try:
             cli.main()
@@ -119,11 +121,30 @@ def test_special_tokens_count_only_when_asked_for(run, folder):
     assert run("tokenizer", "encode", "--tokenizer", folder, "--special", "a<|im_end|>")[1].split() == ["97", "269"]
 
 
+def test_bytes_that_are_not_utf8_are_refused_wherever_they_come_from(run, refusal, folder):
+    """Standard input and arguments are as strict as files, and as lenient when asked."""
+    message = "is not UTF-8: byte 0xff at byte offset 2; mend the file or pass --errors replace"
+    assert f"standard input {message}" in refusal("tokenizer", "encode", "--tokenizer", folder, stdin=b"ab\xffc")
+    assert f"the text {message}" in refusal("tokenizer", "encode", "--tokenizer", folder, "ab\udcffc")
+    code, out, _ = run("tokenizer", "encode", "--tokenizer", folder, "--errors", "replace", stdin=b"ab\xffc")
+    expected = graft.Tokenizer.load(folder).encode("ab\ufffdc")
+    assert (code, out.split()) == (0, [str(index) for index in expected.tolist()])
+
+
+def test_compare_reads_what_train_reads_and_suits_itself_to_a_short_text(run, refusal, tmp_path):
+    """Zipped files and folders; a vocabulary that the text can fill."""
+    (tmp_path / "book.txt.gz").write_bytes(gzip.compress(TEXT.encode()))
+    code, out, _ = run("tokenizer", "compare", tmp_path)
+    assert code == 0
+    assert "graft BPE" in out
+    assert refusal("tokenizer", "compare", tmp_path / "none") == f"{tmp_path / 'none'} does not exist"
+
+
 def test_show(run, folder):
     code, out, _ = run("tokenizer", "show", "--tokenizer", folder, "--ids", "zé\n")
     assert code == 0
     assert "4 tokens, 4 bytes: 1.00 bytes a token" in out
-    for part in ("z<c3><a9>", "'z'", "122", "7a", "c3", "a9", "0a"):
+    for part in ("z|<c3>|<a9>", "'z'", "122", "7a", "c3", "a9", "0a"):
         assert part in out
 
 
@@ -158,6 +179,7 @@ TRAIN = [
     (["--special", "<a>", "--special", "<a>"], "special token '<a>' is given twice; name each once"),
     (["--special", ""], "special token number 1 is empty"),
     (["--pattern", "(a"], r"pattern '\(a' is not a valid regular expression"),
+    (["--pattern", "gpt-4"], "unknown pattern 'gpt-4'; choose gpt2, gpt4"),
     (["--pattern", "gtp2"], "unknown pattern 'gtp2'; choose gpt2, gpt4"),
     (["--pattern", "a*"], r"pattern 'a\*' matches the empty string"),
     (["--errors", "ignore"], "--errors is 'ignore'; choose strict or replace"),

@@ -1,5 +1,6 @@
 """Memory before the run: against the allocator, by hand, and the extrapolation over layers against the whole model."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import graft
 from graft.base.model.config import ModelConfig, preset
 from graft.base.train import TrainConfig
 from graft.finetune.adapters.lora import LoraConfig
+from graft.finetune.memory import predict
 from graft.finetune.memory.measure import measure, measure_memory
 from graft.finetune.memory.predict import estimate, estimate_memory, fits, free_bytes, predict_run
 from graft.finetune.memory.settings import MemorySettings, read_model_config
+from graft.kernels.cross_entropy import torch_cross_entropy
 
 METHODS = ("full", "lora", "qlora")
 SMALL = ModelConfig(500, 64, 3, 4, 2, 16, 192, 256)
@@ -66,6 +69,15 @@ def test_extrapolation_over_layers_is_exact(method: str, checkpointing: bool) ->
     config = replace(SMALL, n_layers=7)
     settings = MemorySettings(method, seq_len=48, checkpointing=checkpointing)
     assert estimate(config, settings, device="cpu") == estimate(config, settings, device="cpu", whole=True)
+
+
+def test_few_chunks_of_the_loss_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: what is predicted from the first and last chunks of tokens is what all of them give, field by field."""
+    monkeypatch.setattr(torch_cross_entropy, "CHUNK_BYTES", 4 * SMALL.vocab_size)
+    settings = MemorySettings("full", batch_size=11, seq_len=90)
+    few = estimate(SMALL, settings, device="cpu")
+    monkeypatch.setattr(predict, "few_chunks", nullcontext)
+    assert few == estimate(SMALL, settings, device="cpu")
 
 
 def test_extrapolation_is_exact_with_a_gpus_kernels() -> None:
