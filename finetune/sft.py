@@ -44,6 +44,7 @@ class SFTOptions:
     max_seq_len: int | None = None  # tokens a record may have, longer ones are cut; None: the model's
     packing: bool = False  # records end to end in one row, each seeing only itself, instead of one a row, padded
     double_quant: bool = True  # QLoRA: quantize the quantization constants too
+    paged: bool = False  # optimizer=adamw8bit: keep its moments in the host's memory, a GPU reads them in each step
     quant_backend: str = "graft"  # QLoRA: or bitsandbytes, whose layers give the same results, to compare
 
 
@@ -178,13 +179,15 @@ def _limit(asked: int | None, model: ModelConfig) -> int:
 
 
 def _stored_in_4_bits(config: SFTConfig) -> dict[str, Any] | None:
-    """How the base's linears are quantized on disk, or None; refuses what can't be done with such a base or without one."""
+    """How the base's linears are quantized on disk, or None; refuses options that don't go together or with such a base."""
     stored = read_quantization_config(read_json(config.base / "config.json"))
     backend = config.options.quant_backend
     if stored and config.method == "full":
         raise ValueError(f"{config.base} is in 4 bits and can't be fully fine-tuned; use --qlora, or its full base")
     if backend != "graft" and config.method != "qlora":
         raise ValueError(f"quant_backend={backend} is about QLoRA; add --qlora, or leave it out")
+    if config.options.paged and config.train.optimizer != "adamw8bit":
+        raise ValueError("paged=true is about optimizer=adamw8bit; set that too, or leave it out")
     if stored and backend != "graft":
         raise ValueError(
             f"{config.base} is in 4 bits already, and bitsandbytes' layers are made from a full-precision base; "
@@ -236,7 +239,9 @@ def _train(
         seed=loop.seed,
     )
     val = [collate_padded(held_out[i : i + loop.micro_batch]) for i in range(0, len(held_out), loop.micro_batch)]
-    optimizer = _optimizer([(name, p) for name, p in model.named_parameters() if p.requires_grad], loop)
+    optimizer = _optimizer(
+        [(name, p) for name, p in model.named_parameters() if p.requires_grad], loop, config.options.paged
+    )
     # From here on nothing is refused any more: now a run that is started over may lose its log.
     run.start({field: getattr(config, field) for field in config.__dataclass_fields__}, seed=loop.seed)
     with step_progress(label, loop.steps, shown=progress) as observe:
@@ -252,7 +257,7 @@ def _train(
         )
 
 
-def _optimizer(trained: list[tuple[str, Tensor]], loop: TrainConfig) -> Optimizer:
+def _optimizer(trained: list[tuple[str, Tensor]], loop: TrainConfig, paged: bool) -> Optimizer:
     if loop.optimizer != "adamw8bit":
         return make_optimizer(trained, loop)
     return AdamW8bit(
@@ -261,6 +266,7 @@ def _optimizer(trained: list[tuple[str, Tensor]], loop: TrainConfig) -> Optimize
         betas=(loop.beta1, loop.beta2),
         eps=loop.eps,
         weight_decay=loop.weight_decay,
+        paged=paged,
     )
 
 

@@ -258,6 +258,11 @@ def test_qlora_on_a_folder_in_four_bits(base_dir: Path, rows: Path, tmp_path: Pa
         train(tmp_path / "nf4", rows, tmp_path / "c", "qlora", quant_backend="bitsandbytes")
     with pytest.raises(ValueError, match=r"quant_backend=bitsandbytes is about QLoRA; add --qlora"):
         train(base_dir, rows, tmp_path / "c", "lora", quant_backend="bitsandbytes")
+    with pytest.raises(ValueError, match=r"paged=true is about optimizer=adamw8bit"):
+        train(base_dir, rows, tmp_path / "c", "lora", paged=True)
+    train(base_dir, rows, tmp_path / "paged", "qlora", paged=True, optimizer="adamw8bit")
+    train(base_dir, rows, tmp_path / "8 bits", "qlora", optimizer="adamw8bit")
+    assert losses(tmp_path / "paged") == losses(tmp_path / "8 bits")
 
 
 def test_a_base_in_four_bits_is_predicted_as_one(base_dir: Path, rows: Path, tmp_path: Path) -> None:
