@@ -21,10 +21,8 @@ from ..base.model.huggingface import (
 )
 from ..base.model.transformer import Transformer
 from ..quant.files import read_quantization_config
-from ..quant.linear import quantize_linears_
+from ..quant.linear import module_names, quantize_linears_
 from ..quant.streaming import WeightStream
-
-KEPT = ("lm_head",)  # not quantized, as in transformers' default
 
 
 def load_model(
@@ -48,11 +46,11 @@ def load_model(
     if stored is not None:
         # The arithmetic is in `dtype`, as everywhere else, whatever the file's author computed in.
         stored["compute_dtype"] = None
-        parts = {part for path, _ in model.named_modules() for part in (path, *path.split("."))}
-        stored["keep"] = tuple(name for name in stored["keep"] if name in parts)  # files name other architectures' too
+        known = module_names(model)
+        stored["keep"] = tuple(name for name in stored["keep"] if name in known)  # files name other architectures' too
         quantize_linears_(model, **stored)
     elif quantize is not None:
-        quantize_linears_(model, keep=KEPT, double_quant=double_quant, quant_type=quantize)
+        quantize_linears_(model, double_quant=double_quant, quant_type=quantize)
     if stored is not None or quantize is not None:
         stream = WeightStream(model, device=device)
     weights = iterate_weights(folder)

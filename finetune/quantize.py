@@ -9,8 +9,8 @@ from ..base.checkpoint import read_json
 from ..base.tokenizer.tokenizer import Tokenizer
 from ..quant.blockwise import check_weight
 from ..quant.files import quantization_config
-from ..quant.linear import NF4Linear
-from .loading import KEPT, load_model, save_any, weight_bytes
+from ..quant.linear import KEEP, NF4Linear
+from .loading import load_model, save_any, weight_bytes
 
 
 def run_quantize(
@@ -37,7 +37,7 @@ def run_quantize(
             check_weight(tensor)
         except ValueError as error:
             raise ValueError(f"{base}: {name}: {error}") from None
-    about = quantization_config(double_quant=double_quant, compute_dtype=torch.bfloat16, keep=KEPT)
+    about = quantization_config(double_quant=double_quant, compute_dtype=torch.bfloat16, keep=KEEP)
     tokenizer = Tokenizer.load(base)
     tokenizer.save(out)
     save_any(model, out, stored=about)

@@ -27,7 +27,7 @@ from .adapters.lora import LoraConfig, attach_lora
 from .data.chat import ChatTemplate, Encoded, encode_record
 from .data.packing import SFTBatches, collate_padded
 from .data.records import read_records
-from .loading import KEPT, load_model, weight_bytes
+from .loading import load_model, weight_bytes
 from .memory.announce import announce
 
 Method = Literal["full", "lora", "qlora"]
@@ -213,7 +213,7 @@ def prepare_model(config: SFTConfig, device: str) -> Transformer:
         )
         if theirs:  # bitsandbytes quantizes whole layers, so the base is held in full precision first
             double_quant, backend = config.options.double_quant, config.options.quant_backend
-            quantize_linears_(model, keep=KEPT, double_quant=double_quant, backend=backend)
+            quantize_linears_(model, double_quant=double_quant, backend=backend)
         assert config.lora is not None
         attach_lora(model, config.lora, seed=config.train.seed)
     model.checkpointing = config.train.checkpointing

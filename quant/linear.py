@@ -13,7 +13,7 @@ from .double import DoubleQuantized
 from .files import PARTS, nf4_from_tensors, nf4_to_tensors
 from .files import missing_keys as keys_missing
 
-KEEP = ("lm_head",)  # stays in full precision unless told otherwise
+KEEP = ("lm_head",)  # stays in full precision unless told otherwise, as in transformers' default
 
 
 class NF4Linear(nn.Module):
@@ -266,14 +266,19 @@ def _check_keep(model: nn.Module, keep: Sequence[str]) -> None:
     """Raise ValueError for names that spare nothing: most likely a slip, and the layer meant would be quantized."""
     if isinstance(keep, str):
         raise ValueError(f"keep={keep!r} is one string; give a sequence of names, such as ({keep!r},)")
-    names = {name for name, _ in model.named_modules(remove_duplicate=False)}
-    parts = names | {part for name in names for part in name.split(".")}
-    unknown = [name for name in keep if name not in parts and name not in KEEP]
+    known = module_names(model).union(KEEP)
+    unknown = [name for name in keep if name not in known]
     if unknown:
         linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
         raise ValueError(
             f"keep names {unknown[0]!r}, but no module has that name; linear layers: {', '.join(linears[:8])}"
         )
+
+
+def module_names(model: nn.Module) -> set[str]:
+    """What `keep` can name: each module's path and its parts."""
+    paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
+    return {name for path in paths for name in (path, *path.split("."))}
 
 
 def is_kept(name: str, keep: Sequence[str]) -> bool:

@@ -1,4 +1,4 @@
-"""Words to ids by merge rank, with a cache of words; and ids to bytes.
+"""Words to ids by merge rank, with a cache of words.
 
 Encoding is exact: in each word the pair of lowest rank is merged first, the leftmost of equals, until no pair is left.
 A word that was met before costs one look into the cache, a hash table (words.py) whose slots hold up to three ids.
@@ -6,7 +6,7 @@ A word that was met before costs one look into the cache, a hash table (words.py
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,8 +23,7 @@ FIRST_SLOTS = 1 << 17  # of the cache, 32 bytes each; when half are used it give
 LAST_SLOTS = 1 << 19
 LONGEST = 128  # bytes of a cached word; longer ones are rare and go through a heap
 _NONE = 2**31 - 1
-_LONG = np.uint64(16)  # stands for the size where a token is written byte by byte, or there is none
-_1, _2, _8, _32, _56 = (np.uint64(number) for number in (1, 2, 8, 32, 56))
+_1, _8, _32 = (np.uint64(number) for number in (1, 8, 32))
 RANK_BITS = 64 - 2 * ID_BITS
 _ID_BITS, _RANK_BITS = np.uint64(ID_BITS), np.uint64(RANK_BITS)
 _RANK_MASK = np.uint64((1 << RANK_BITS) - 1)
@@ -326,42 +325,6 @@ def by_address(ranks):
     )
 
 
-@compiled
-def all_below(ids, limit):
-    """Whether each id is at least 0 and below the limit."""
-    wrong = np.uint32(0)
-    for place in range(len(ids)):
-        wrong |= np.uint32(np.uint32(ids[place]) >= np.uint32(limit))  # a negative id is a large one
-    return wrong == 0
-
-
-@compiled
-def decode_ids(ids, place, at, heads, sizes, starts, spelling, out):
-    """Write the bytes of the tokens from `place` on: sixteen at once, of which the next token overwrites the surplus.
-
-    Returns where it stopped, in the ids and in `out`: at the end, at an id without a token, or at a long token for which
-    `out` has no room beside 16 bytes for each id behind it.
-    """
-    at = np.uint64(at)
-    out_at = address(out)
-    for place in range(place, len(ids)):  # noqa: B020
-        index = np.uint64(ids[place])
-        high = heads[index * _2 + _1]
-        put_eight(out_at + np.int64(at), heads[index * _2])
-        put_eight(out_at + np.int64(at) + 8, high)
-        size = high >> _56
-        if size == _LONG:
-            long_size = sizes[index]
-            if long_size < 0 or np.int64(at) + long_size + 16 * (len(ids) - place) > len(out):
-                return place, np.int64(at)
-            size = np.uint64(long_size)
-            start = starts[index]
-            for more in range(size):
-                out[at + np.uint64(more)] = spelling[start + np.uint64(more)]
-        at += size
-    return len(ids), np.int64(at)
-
-
 class Encoder:
     """Plain text to ids. Not for two threads at once, but that Python's global lock holds them apart."""
 
@@ -454,41 +417,3 @@ class Encoder:
         ends = np.cumsum(np.fromiter(map(len, words), np.int64, len(words)))
         ids, word_ends = self.encode_bytes(b"".join(words), ends, WHOLE)
         return ids, np.concatenate([[0], word_ends])[n_words]
-
-
-class Decoder:
-    """Ids to bytes. All that a token of up to 15 bytes needs lies in 16 bytes: its own, and its size in the last one."""
-
-    def __init__(self, vocab: dict[int, bytes]):
-        self._n = max(vocab) + 1
-        tokens = [vocab.get(index, b"") for index in range(self._n)]
-        sizes = np.fromiter(map(len, tokens), np.int32, self._n)
-        self._starts = (np.cumsum(sizes, dtype=np.int64) - sizes).astype(np.uint64)
-        self._spelling = np.frombuffer(b"".join(tokens) + bytes(PADDING), np.uint8)
-        sizes[[index for index in range(self._n) if index not in vocab]] = -1
-        self._sizes = sizes
-        heads = np.array(tokens, "S15").view(np.uint8).reshape(self._n, 15)
-        last = np.where((sizes < 0) | (sizes > 15), _LONG, sizes).astype(np.uint8)
-        self._heads = np.column_stack([heads, last]).view(np.uint64).ravel()
-
-    def decode(self, ids: np.ndarray) -> np.ndarray:
-        """The tokens' bytes in a row, uint8. Raises ValueError for an id that the vocabulary doesn't have."""
-        narrow = np.ascontiguousarray(ids, np.int32)
-        if not (all_below(narrow, self._n) and (narrow is ids or np.array_equal(narrow, ids))):
-            self._refuse(int(ids[((narrow < 0) | (narrow >= self._n) | (narrow != ids)).argmax()]))
-        place = at = extra = 0
-        out = np.empty(0, np.uint8)
-        while True:
-            larger = np.empty(at + extra + 16 * (len(narrow) - place) + 2 * PADDING, np.uint8)  # untouched, it's free
-            larger[:at] = out[:at]
-            out = larger
-            place, at = decode_ids(narrow, place, at, self._heads, self._sizes, self._starts, self._spelling, out)
-            if place == len(narrow):
-                return out[:at]
-            size = int(self._sizes[narrow[place]])
-            if size < 0:
-                self._refuse(int(narrow[place]))
-            extra = at + size
-
-    def _refuse(self, index: int) -> NoReturn:
-        raise ValueError(f"id {index} is not in the vocabulary (0 to {self._n - 1})")

@@ -12,8 +12,9 @@ import numpy as np
 import regex
 
 from . import files as tokenizer_files
+from .decode import Decoder
 from .definition import AddedToken, Definition
-from .encode import Decoder, Encoder
+from .encode import Encoder
 
 Allowed = Literal["all"] | Iterable[str]
 

@@ -19,7 +19,6 @@ from ...base.train import Optimizer, TrainConfig, one_step
 from ...quant.adamw8bit import AdamW8bit
 from ...quant.linear import quantize_linears_
 from ..adapters.lora import LoraConfig, attach_lora
-from ..loading import KEPT
 from .count import LiveBytes
 from .settings import MemorySettings
 
@@ -33,7 +32,7 @@ def shaped_model(config: ModelConfig, settings: MemorySettings) -> Transformer:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     if settings.method == "qlora":
-        quantize_linears_(model, keep=KEPT, double_quant=settings.double_quant)
+        quantize_linears_(model, double_quant=settings.double_quant)
     if settings.method in ("lora", "qlora"):
         with torch.device("meta"):
             attach_lora(model, LoraConfig(rank=settings.rank, targets=settings.targets))

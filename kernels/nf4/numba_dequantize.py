@@ -1,7 +1,8 @@
 """The loops that dequantize on the CPU: with simd.py's instructions, and for processors without them.
 
 They take tensors by address: making numpy arrays of eight of them takes as long as a weight of 512 x 384. What they write
-is told by `like`, an empty array: float32, or uint16 and int16 for the bits of bfloat16 and float16.
+is told by `like`, an empty array: float32, or uint16 and int16 for the bits of bfloat16 and float16. The first two are twins
+and not one loop with a choice, since all that a loop holds is compiled, and LLVM aborts on instructions that aren't there.
 """
 
 import numpy as np

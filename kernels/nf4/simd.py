@@ -223,8 +223,7 @@ def scaled_codebook(builder: Any, values: Any, scale: Any, element: Any) -> Any:
         return builder.shl(builder.zext(short, lanes), half)
     bits = builder.bitcast(products, lanes)
     odd = builder.and_(builder.lshr(bits, half), ir.Constant(lanes, [1] * 16))
-    rounded = builder.add(
-        bits, builder.add(odd, ir.Constant(lanes, [0x7FFF] * 16))
-    )  # just under a half, or a half if odd
+    # just under a half is added, or a half if the upper half is odd
+    rounded = builder.add(bits, builder.add(odd, ir.Constant(lanes, [0x7FFF] * 16)))
     is_nan = builder.fcmp_unordered("uno", products, products)  # whose bits could be carried over to a zero's
     return builder.select(is_nan, ir.Constant(lanes, [NAN_BITS << 16] * 16), rounded)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 import graft
 from graft.base.tokenizer import encode as encode_module
 from graft.base.tokenizer import reference
+from graft.base.tokenizer.decode import Decoder
 
 ANY = st.text(
     st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("aabbe tionshe'' \n\t1234")), max_size=200
@@ -135,7 +136,7 @@ def test_invalid_utf8_can_be_raised(gpt2):
 def test_tokens_of_any_size_come_back():
     """The first buffer has 16 bytes an id; tokens of hundreds of bytes make decoding start a larger one, again and again."""
     vocab = {byte: bytes([byte]) for byte in range(256)} | {256 + size: b"x" * size for size in range(14, 600, 3)}
-    decoder = encode_module.Decoder(vocab)
+    decoder = Decoder(vocab)
     ids = np.random.default_rng(0).choice(sorted(vocab), 5000).astype(np.int32)
     expected = b"".join(vocab[index] for index in ids.tolist())
     assert decoder.decode(ids).tobytes() == expected
