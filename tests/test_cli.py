@@ -137,6 +137,12 @@ def test_help_has_one_example_that_parses(words: tuple[str, ...], run: Callable[
     COMMANDS[words].make_context("graft", arguments[len(words) :])
 
 
+def test_help_shows_defaults_that_the_code_chooses(run: Callable[..., Done]) -> None:
+    """Rich reads brackets as markup: unescaped ones vanish."""
+    for words, default in ((["sft"], "16"), (["vram", "estimate"], "512, or"), (["tokenizer", "compare"], "5000,")):
+        assert f"[default: {default}" in " ".join(run(*words, "--help").out.split())
+
+
 # --- the pipeline --------------------------------------------------------------------------------------------------
 
 

@@ -3,7 +3,7 @@
 import json
 import shutil
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +171,31 @@ def test_folders_that_do_not_load(base_dir: Path, nf4_dir: Path, tmp_path: Path)
     save_file({k: t for k, t in tensors.items() if "mlp.down" not in k}, copy / "model.safetensors")
     with pytest.raises(ValueError, match=r"lacks model\.layers\.0\.mlp\.down_proj\.weight"):
         load_model(copy, quantize="nf4")
+
+
+@pytest.mark.parametrize(
+    ("key", "spoil", "message"),
+    [
+        (
+            "model.embed_tokens.weight",
+            lambda t: t.index_fill(0, torch.tensor([3]), float("nan")),
+            r"^.*bad: model\.embed_tokens\.weight: \d+ of \d+ values are not finite, the first is nan at 192 of the flat",
+        ),
+        (
+            "model.layers.1.mlp.up_proj.weight",
+            lambda t: t.to(torch.int32),
+            r"model\.layers\.1\.mlp\.up_proj\.weight: cannot quantize a int32 tensor of shape \(128, 64\)",
+        ),
+    ],
+)
+def test_quantize_names_the_tensor_that_cannot_be(
+    key: str, spoil: Callable[[torch.Tensor], torch.Tensor], message: str, base_dir: Path, tmp_path: Path
+) -> None:
+    """Also one that stays in full precision; nothing is written."""
+    shutil.copytree(base_dir, tmp_path / "bad")
+    tensors = load_file(base_dir / "model.safetensors")
+    tensors[key] = spoil(tensors[key])
+    save_file(tensors, tmp_path / "bad/model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        run_quantize(tmp_path / "bad", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

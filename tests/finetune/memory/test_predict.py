@@ -213,5 +213,7 @@ def test_bad_input(tmp_path: Path) -> None:
         estimate_memory(SMALL, method="generate", seq_len=300)
     with pytest.raises(ValueError, match="device 'mps'"):
         estimate_memory(SMALL, device="mps")
+    with pytest.raises(ValueError, match=r"^device 'tpu' is not supported; choose auto, cpu or cuda$"):
+        estimate_memory(SMALL, device="tpu")
     with pytest.raises(ValueError, match="match no linear"):
         estimate_memory(SMALL, method="lora", targets=("c_attn",), device="cpu")
