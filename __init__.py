@@ -8,31 +8,40 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-_HOME = {
+_HOME = {  # name -> module, or module:attribute where the two names differ
     "Tokenizer": "base.tokenizer.tokenizer",
     "ModelConfig": "base.model.config",
     "load_model": "finetune.loading",
     "save_model": "base.model.huggingface",
     "generate": "finetune.generate",
+    "Engine": "base.generate.engine",
+    "Sampling": "base.generate.sampling",
     "AdapterBank": "finetune.adapters.bank",
     "estimate_memory": "finetune.memory.predict",
+    "evaluate": "finetune.evaluate:run_evaluate",
 }
 __all__ = [
     "AdapterBank",
+    "Engine",
     "ModelConfig",
+    "Sampling",
     "Tokenizer",
     "__version__",
     "estimate_memory",
+    "evaluate",
     "generate",
     "load_model",
     "save_model",
 ]
 
 if TYPE_CHECKING:
+    from .base.generate.engine import Engine
+    from .base.generate.sampling import Sampling
     from .base.model.config import ModelConfig
     from .base.model.huggingface import save_model
     from .base.tokenizer.tokenizer import Tokenizer
     from .finetune.adapters.bank import AdapterBank
+    from .finetune.evaluate import run_evaluate as evaluate
     from .finetune.generate import generate
     from .finetune.loading import load_model
     from .finetune.memory.predict import estimate_memory
@@ -42,7 +51,8 @@ def __getattr__(name: str) -> object:
     """Import a public name's module when the name is first asked for (PEP 562)."""
     if name not in _HOME:
         raise AttributeError(f"module 'graft' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    module, _, attribute = _HOME[name].partition(":")
+    return getattr(import_module(f".{module}", __name__), attribute or name)
 
 
 def __dir__() -> list[str]:

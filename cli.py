@@ -205,6 +205,7 @@ def generate(
     temperature: Annotated[float, typer.Option("--temperature", help="0 takes the most probable token.")] = 0.0,
     top_k: Annotated[int | None, typer.Option("--top-k")] = None,
     top_p: Annotated[float | None, typer.Option("--top-p")] = None,
+    min_p: Annotated[float | None, typer.Option("--min-p")] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     chat: Annotated[
         bool | None,
@@ -217,19 +218,14 @@ def generate(
 
     Example: graft generate --base runs/demo/base --prompt "def main" --max-new-tokens 40
     """
+    from .base.generate.sampling import Sampling
     from .finetune.session import Session
 
+    sampling = Sampling(temperature, top_k, top_p, min_p, max_new_tokens, seed=seed)
     session = Session(base, dtype=dtype, device=device, chat=chat)
     if adapter is not None:
         session.load(adapter.name or "adapter", adapter)
-    options = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "seed": seed,
-    }
-    session.answer([{"role": "user", "content": prompt}], on_text=_write, **options)
+    session.answer([{"role": "user", "content": prompt}], sampling=sampling, on_text=_write)
     _write("\n")
 
 
@@ -248,13 +244,15 @@ def chat(
 
     Example: graft chat --base runs/demo/base --adapter spam=runs/demo/adapters/spam
     """
+    from .base.generate.sampling import Sampling
     from .finetune.session import Session, named_folders, talk
 
+    sampling = Sampling(temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed)
     session = Session(base, dtype=dtype, device=device, chat=None)
     for name, folder in named_folders(adapter or []).items():
         session.load(name, folder)
     session.use(None)
-    talk(session, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    talk(session, sampling)
 
 
 @app.command("eval", rich_help_panel=PANEL["eval"])

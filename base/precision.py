@@ -4,7 +4,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from .model.huggingface import dtype_named
+from .dtypes import dtype_named
 
 
 def autocast(dtype: str, device: str) -> AbstractContextManager[object]:

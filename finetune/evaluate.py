@@ -8,6 +8,7 @@ from typing import Any
 from ..base.data.documents import read_documents
 from ..base.device import resolve_device
 from ..base.evaluate import bits_per_byte, mean_loss
+from ..base.generate.sampling import Sampling
 from ..base.model.transformer import Transformer
 from ..base.tokenizer.tokenizer import Tokenizer
 from .adapters.bank import AdapterBank
@@ -116,7 +117,7 @@ def write_answers(
             model,
             tokenizer,
             [prompts[i] for i in rows],
-            max_new_tokens=room,
+            Sampling(max_new_tokens=room),
             adapters=[adapters[i] for i in rows] if adapters is not None else None,
         )
         for i, text in zip(rows, texts, strict=True):

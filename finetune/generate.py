@@ -1,12 +1,13 @@
 """Text to text: encode, choose adapters by row, decode. What `graft generate`, `graft chat` and `graft.generate` call."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..base.generate.engine import generate_ids
+from ..base.generate.sampling import Sampling
 from ..base.model.transformer import Transformer
 from ..base.tokenizer.tokenizer import Tokenizer
 from .adapters.bank import bank_of
@@ -25,6 +26,7 @@ def generate(
     temperature: float = 0.0,  # 0: the most probable token
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
     seed: int = 0,
     on_text: Callable[[int, str], None] | None = None,  # called with (row, piece) as text comes
 ) -> list[str]:
@@ -41,12 +43,8 @@ def generate(
         model,
         tokenizer,
         ids,
-        max_new_tokens=max_new_tokens,
+        Sampling(temperature, top_k, top_p, min_p, max_new_tokens, seed=seed),
         adapters=adapters,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
         on_text=on_text,
     )
 
@@ -55,13 +53,9 @@ def generate_rows(
     model: Transformer,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],  # ids, such as encode_prompt gives for a conversation
+    sampling: Sampling,  # row i has the seed `seed + i`; what ends a text is added to its stop ids
     *,
-    max_new_tokens: int,
     adapters: Sequence[str | None] | None = None,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[str]:
     """`generate` for prompts that are ids already."""
@@ -72,19 +66,15 @@ def generate_rows(
         if piece and on_text is not None:
             on_text(row, piece)
 
-    with rows_of(model, len(prompts), adapters):
-        produced = generate_ids(
-            model,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            stop_ids=stop_ids(model, tokenizer),
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            on_token=show if on_text is not None else None,
-            allowed=ids_with_text(model, tokenizer),
-        )
+    stops = stop_ids(model, tokenizer)
+    produced = generate_ids(
+        model,
+        prompts,
+        replace(sampling, stop_ids={*sampling.stop_ids, *stops}),
+        adapters=rows_of(model, len(prompts), adapters),
+        on_token=show if on_text is not None else None,
+        allowed=ids_with_text(model, tokenizer),
+    )
     if on_text is not None:
         for row, decoder in enumerate(decoders):
             if rest := decoder.flush():
@@ -92,19 +82,14 @@ def generate_rows(
     return [tokenizer.decode(new) for new in produced]
 
 
-def rows_of(model: Transformer, n_rows: int, adapters: Sequence[str | None] | None) -> AbstractContextManager[None]:
-    """A block in which row i of every batch uses adapters[i]; None leaves the bank as it is."""
+def rows_of(model: Transformer, n_rows: int, adapters: Sequence[str | None] | None) -> Sequence[str | None] | None:
+    """Each row's adapter: as given, or the bank's active one for all. Raises ValueError for another number of adapters."""
     if adapters is None:
-        return nullcontext()
+        bank = bank_of(model)
+        return None if bank is None else [bank.active] * n_rows
     if len(adapters) != n_rows:
         raise ValueError(f"{len(adapters)} adapters for {n_rows} prompts; give one for each, None for the base")
-    bank = bank_of(model)
-    if bank is None:
-        named = [name for name in adapters if name is not None]
-        if named:
-            raise ValueError(f"adapter {named[0]!r} is named, but the model has no bank; make one: AdapterBank(model)")
-        return nullcontext()
-    return bank.use_rows(adapters)
+    return adapters
 
 
 def start_ids(ids: list[int], tokenizer: Tokenizer) -> list[int]:

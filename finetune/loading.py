@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..base.checkpoint import read_json
 from ..base.device import resolve_device
+from ..base.dtypes import dtype_named
 from ..base.model.huggingface import (
-    dtype_named,
     empty_model,
     iterate_weights,
     load_config,

@@ -1,11 +1,13 @@
 """A loaded base with its adapters, spoken to the way each was trained: behind `graft generate` and `graft chat`."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from ..base.checkpoint import read_json
+from ..base.generate.sampling import Sampling
 from ..base.model.transformer import Transformer
 from ..base.tokenizer.tokenizer import Tokenizer
 from .adapters.bank import AdapterBank
@@ -66,14 +68,10 @@ class Session:
         self,
         messages: Sequence[Message],
         *,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int = 0,
+        sampling: Sampling,
         on_text: Callable[[str], None] | None = None,
     ) -> str:
-        """The reply to a conversation, handed out piece by piece as it comes."""
+        """The reply to a conversation, handed out piece by piece as it comes; shorter than asked for where the model ends."""
         ids = self.prompt_ids(messages)
         room = self.model.config.max_seq_len - len(ids)
         if room < 1:
@@ -85,11 +83,7 @@ class Session:
             self.model,
             self.tokenizer,
             [ids],
-            max_new_tokens=min(max_new_tokens, room),
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
+            replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room)),
             on_text=(lambda row, piece: on_text(piece)) if on_text else None,
         )
         return text
@@ -106,7 +100,7 @@ def named_folders(assignments: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def talk(session: Session, *, max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
+def talk(session: Session, sampling: Sampling) -> None:
     """Read turns from standard input until /quit or its end; commands begin with a slash."""
     console = Console()
     console.print(f"[dim]{HELP}[/dim]", highlight=False)
@@ -126,10 +120,7 @@ def talk(session: Session, *, max_new_tokens: int, temperature: float, top_p: fl
         try:
             reply = session.answer(
                 messages,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                seed=seed,
+                sampling=sampling,
                 on_text=lambda piece: console.print(piece, end="", markup=False, highlight=False, soft_wrap=True),
             )
         except ValueError as error:

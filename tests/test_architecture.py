@@ -51,3 +51,48 @@ def test_every_folder_was_walked() -> None:
         t for folder in MAY_IMPORT for p in sources(folder) for _, t in imports_of(p) if t.split(".")[0] != folder
     ]
     assert crossing
+
+
+def folder_arrows() -> dict[str, set[str]]:
+    """Which folder imports which other, at module level or inside a function; type-checking imports count too."""
+    arrows: dict[str, set[str]] = {}
+    for layer in MAY_IMPORT:
+        for path in sources(layer):
+            folder = ".".join(path.relative_to(ROOT).parent.parts)
+            for _, target in imports_of(path):
+                parts = target.split(".")
+                while parts and not (ROOT / Path(*parts)).is_dir():
+                    parts.pop()
+                other = ".".join(parts)
+                # A folder and the one it lies in are one neighbourhood: base/train.py uses base/optim/, base/optim/ a base/ file.
+                if (
+                    other
+                    and other != folder
+                    and not f"{other}.".startswith(f"{folder}.")
+                    and not f"{folder}.".startswith(f"{other}.")
+                ):
+                    arrows.setdefault(folder, set()).add(other)
+    return arrows
+
+
+def test_folders_import_in_one_direction() -> None:
+    """Law: no circle of folders, so that each can be read after those that it stands on."""
+    arrows = folder_arrows()
+    assert arrows, "no folder imports another: the walk is broken"
+    state: dict[str, int] = {}  # 1: on the path, 2: done
+    circles = []
+
+    def visit(folder: str, path: list[str]) -> None:
+        if state.get(folder) == 2:
+            return
+        if state.get(folder) == 1:
+            circles.append(" -> ".join([*path[path.index(folder) :], folder]))
+            return
+        state[folder] = 1
+        for other in sorted(arrows.get(folder, ())):
+            visit(other, [*path, folder])
+        state[folder] = 2
+
+    for folder in sorted(arrows):
+        visit(folder, [])
+    assert not circles, "\n".join(circles)

@@ -1,109 +1,279 @@
-"""The decoding loop: read all prompts at once, then one token a row a step from the cache."""
+"""The decoding engine: requests join and leave between steps, each with its own length, settings and adapter.
 
-from collections.abc import Callable, Collection, Sequence
+    engine = Engine(model, max_batch=8)
+    request = engine.add(ids, Sampling(max_new_tokens=32, stop_ids={2}))
+    while engine.n_running or engine.n_waiting:
+        for event in engine.step():      # one new token for each running request
+            ...                          # event.request, event.token, event.finished
+
+A step decodes one token for every running row, then reads the prompts of waiting requests while a place is free. A finished
+or removed request frees its place at once.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..model.kv_cache import KVCache
 from ..model.transformer import Transformer
-from .kv_cache import KVCache
-from .sampling import sample
+from .sampling import Sampling, choose_tokens
+
+PROMPT_TOKENS_AT_ONCE = 8192  # prompts are read in groups of at most so many tokens, padding included
 
 
-@torch.inference_mode()
+class Event(NamedTuple):
+    """One new token of one request."""
+
+    request: int
+    token: int
+    finished: Literal["stop", "length"] | None  # "stop": the token is one of the request's stop ids
+
+
+@dataclass
+class Request:
+    """What the engine keeps of a request."""
+
+    id: int
+    ids: Sequence[int]  # the prompt
+    sampling: Sampling
+    adapter: str | None  # a name that the model's row selector understands; the engine passes it on
+    generator: torch.Generator
+    n_produced: int = 0
+
+
+class Engine:
+    """Continuous batching over one model (Yu et al. 2022, "Orca", OSDI, section 4.1: scheduling by iteration).
+
+    At most `max_batch` requests run at once, the others wait in the order of their coming. A request's tokens do not depend
+    on its neighbours beyond rounding. One thread may use an engine at a time.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        max_batch: int = 8,
+        allowed: Tensor | None = None,  # (V,) bool, the ids that may come; None: all
+    ) -> None:
+        if type(max_batch) is not int or max_batch < 1:
+            raise ValueError(f"max_batch={max_batch} must be >= 1, a whole number")
+        self.model, self.max_batch = model, max_batch
+        self._device = model.model.embed_tokens.weight.device
+        self._forbidden = None if allowed is None else ~allowed.to(self._device)
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []  # in the order of the cache's rows
+        self._cache: KVCache | None = None
+        self._selection: AbstractContextManager[object] = nullcontext()  # the rows' adapters
+        self._last: list[int] = []  # the newest token of each row
+        self._next_id = 0
+
+    @property
+    def n_running(self) -> int:
+        """Requests that hold a row."""
+        return len(self._running)
+
+    @property
+    def n_waiting(self) -> int:
+        """Requests that wait for one."""
+        return len(self._waiting)
+
+    def add(self, ids: Sequence[int], sampling: Sampling | None = None, *, adapter: str | None = None) -> int:
+        """Queue a request; returns its id. `adapter`: a name of the model's AdapterBank, None for the bare base.
+
+        Raises ValueError for an empty prompt, ids outside the vocabulary, a request longer than the model's max_seq_len and
+        an adapter that isn't loaded.
+        """
+        sampling = sampling or Sampling()
+        ids = [int(one) for one in ids]
+        limit, vocab_size = self.model.config.max_seq_len, self.model.config.vocab_size
+        if not ids:
+            raise ValueError("the prompt has no token; start from the tokenizer's bos or eos token")
+        if wrong := [one for one in ids if not 0 <= one < vocab_size]:
+            raise ValueError(f"the prompt holds id {wrong[0]}, the model's ids are 0 to {vocab_size - 1}")
+        if len(ids) + sampling.max_new_tokens > limit:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens; with max_new_tokens={sampling.max_new_tokens} that is more than the "
+                f"model's max_seq_len={limit}; shorten one of them"
+            )
+        if adapter is not None:
+            selector = self.model.row_selector
+            if selector is None:
+                raise ValueError(
+                    f"adapter {adapter!r} is named, but the model has no bank; make one: AdapterBank(model)"
+                )
+            selector([adapter])  # raises for a name that isn't loaded
+        request = Request(
+            self._next_id, ids, sampling, adapter, torch.Generator(self._device).manual_seed(sampling.seed)
+        )
+        self._next_id += 1
+        self._waiting.append(request)
+        return request.id
+
+    @torch.inference_mode()
+    def remove(self, request: int) -> None:
+        """Forget a request, running or waiting. Raises ValueError for an id that is neither."""
+        for row, each in enumerate(self._running):
+            if each.id == request:
+                self._free([row])
+                return
+        for each in self._waiting:
+            if each.id == request:
+                self._waiting.remove(each)
+                return
+        raise ValueError(f"request {request} is neither running nor waiting; it has finished, or was never added")
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """One new token for each running request, then the first one of those that start. [] when there is nothing to do."""
+        events: list[Event] = []
+        with evaluating(self.model):
+            if self._running:
+                events += self._decode()
+            while self._waiting and self.n_running < self.max_batch:
+                events += self._start()
+        return events
+
+    def _decode(self) -> list[Event]:
+        """One token for each running row."""
+        ids = torch.tensor(self._last, device=self._device)[:, None]  # (B, 1)
+        with self._selection:
+            logits = self.model(ids, cache=self._cache)[:, 0]  # (B, V)
+        events, ended = self._choose(logits, self._running)
+        self._last = [event.token for event in events]
+        self._free(ended)
+        return events
+
+    def _start(self) -> list[Event]:
+        """Read the prompts of some waiting requests, as many as there are places, and choose their first tokens."""
+        new = [self._waiting.popleft()]
+        longest = len(new[0].ids)
+        while self._waiting and self.n_running + len(new) < self.max_batch:
+            longest = max(longest, len(self._waiting[0].ids))
+            if longest * (len(new) + 1) > PROMPT_TOKENS_AT_ONCE:
+                break
+            new.append(self._waiting.popleft())
+        lengths = [len(request.ids) for request in new]
+        ids = torch.zeros(len(new), max(lengths), dtype=torch.int64)  # padded on the right, where causality hides it
+        for row, request in enumerate(new):
+            ids[row, : len(request.ids)] = torch.tensor(request.ids)
+        cache = self._empty_cache(new) if not self._running else self.model.new_cache(len(new), ids.shape[1])
+        last = torch.tensor([length - 1 for length in lengths], device=self._device)
+        with self._select(new):
+            logits = self.model(ids.to(self._device), cache=cache, logits_at=last)[:, 0]  # (B, V)
+        if not logits.isfinite().all():
+            raise ValueError(
+                "the model's logits hold NaN or infinity: its weights or an adapter's do, or float16 overflows; "
+                "try dtype float32, and look at the weights"
+            )
+        if self._running and self._cache is not None:
+            self._cache.append_rows(cache, lengths)
+        else:
+            cache.align(lengths)
+        self._running += new
+        events, ended = self._choose(logits, new)
+        self._last += [event.token for event in events]
+        self._rows_changed()
+        self._free([self.n_running - len(new) + row for row in ended])
+        return events
+
+    def _empty_cache(self, requests: Sequence[Request]) -> KVCache:
+        """The engine's cache with one empty row for each request and room for all their tokens."""
+        room = max(len(request.ids) + request.sampling.max_new_tokens for request in requests)
+        if self._cache is None or self._cache.capacity < room:
+            self._cache = None  # the old one's memory goes first
+            self._cache = self.model.new_cache(self.max_batch, room)
+        self._cache.clear(len(requests))
+        return self._cache
+
+    def _choose(self, logits: Tensor, requests: Sequence[Request]) -> tuple[list[Event], list[int]]:
+        """Each row's next token, and the rows that end with it."""
+        if self._forbidden is not None:
+            logits = logits.masked_fill(self._forbidden, -torch.inf)
+        tokens = choose_tokens(logits, [r.sampling for r in requests], [r.generator for r in requests])
+        events, ended = [], []
+        for row, (request, token) in enumerate(zip(requests, tokens, strict=True)):
+            request.n_produced += 1
+            finished = None
+            if token in request.sampling.stop_ids:
+                finished = "stop"
+            elif request.n_produced == request.sampling.max_new_tokens:
+                finished = "length"
+            if finished:
+                ended.append(row)
+            events.append(Event(request.id, token, finished))
+        return events, ended
+
+    def _free(self, rows: Sequence[int]) -> None:
+        """Forget rows; each time the last one takes the place."""
+        if not rows:
+            return
+        assert self._cache is not None
+        for row in sorted(rows, reverse=True):
+            self._cache.remove_row(row)
+            self._running[row], self._last[row] = self._running[-1], self._last[-1]
+            self._running.pop()
+            self._last.pop()
+        self._rows_changed()
+
+    def _rows_changed(self) -> None:
+        self._selection = self._select(self._running)
+
+    def _select(self, requests: Sequence[Request]) -> AbstractContextManager[object]:
+        """The block in which each row has its request's adapter."""
+        if self.model.row_selector is None:
+            return nullcontext()
+        return self.model.row_selector([request.adapter for request in requests])
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is in eval mode; afterwards in the mode it had."""
+    if not model.training:  # switching walks every module, which a decoding step would feel
+        yield
+        return
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
+
+
 def generate_ids(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
+    sampling: Sampling | Sequence[Sampling],  # for all, or one for each prompt
     *,
-    max_new_tokens: int,
-    stop_ids: Collection[int] = (),
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
+    adapters: Sequence[str | None] | None = None,  # one for each prompt
+    max_batch: int | None = None,  # requests at once; None: all
     on_token: Callable[[int, int], None] | None = None,  # called with (row, id) as each token comes
     allowed: Tensor | None = None,  # (V,) bool, the ids that may come; None: all
 ) -> list[list[int]]:
     """The new ids of each prompt, without the stop token that ended it.
 
-    Rows of different lengths are padded on the right, where causality hides the padding. Raises ValueError for an empty
-    prompt or one that leaves no room for the new tokens in max_seq_len.
+    One Sampling for all gives row i the seed `seed + i`. Raises ValueError as `Engine.add` does, naming the prompt.
     """
     if not prompts:
         return []
-    _check_lengths(model, prompts, max_new_tokens)
-    device = model.model.embed_tokens.weight.device
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64, device=device)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = torch.as_tensor(list(prompt), dtype=torch.int64)
-    generators = [torch.Generator(device).manual_seed(seed + row) for row in range(len(prompts))]
-    dtype = model.model.embed_tokens.weight.dtype
-    cache = KVCache(model.config, len(prompts), ids.shape[1] + max_new_tokens, dtype=dtype, device=device)
-
-    def allow(logits: Tensor) -> Tensor:  # (B, V)
-        return logits if allowed is None else logits.masked_fill(~allowed.to(device), -torch.inf)
-
-    was_training = model.training
-    model.eval()
-    try:
-        return _decode(
-            model, ids, lengths, cache, max_new_tokens, stop_ids, on_token,
-            lambda logits: sample(allow(logits), generators, temperature=temperature, top_k=top_k, top_p=top_p),
-        )  # fmt: skip
-    finally:
-        model.train(was_training)
-
-
-def _decode(
-    model: Transformer,
-    ids: Tensor,  # (B, T), padded on the right
-    lengths: Tensor,  # (B,) real ids of each row
-    cache: KVCache,
-    max_new_tokens: int,
-    stop_ids: Collection[int],
-    on_token: Callable[[int, int], None] | None,
-    choose: Callable[[Tensor], Tensor],  # logits (B, V) -> ids (B,)
-) -> list[list[int]]:
-    """Read the prompts, then one token a row a step until all rows have stopped."""
-    prompts = range(ids.shape[0])
+    if isinstance(sampling, Sampling):
+        sampling = [replace(sampling, seed=sampling.seed + row) for row in range(len(prompts))]
+    engine = Engine(model, max_batch=max_batch or len(prompts), allowed=allowed)
+    row_of: dict[int, int] = {}
+    for row, (prompt, one) in enumerate(zip(prompts, sampling, strict=True)):
+        try:
+            row_of[engine.add(prompt, one, adapter=adapters[row] if adapters else None)] = row
+        except ValueError as error:
+            raise ValueError(str(error).replace("the prompt", f"prompt {row}", 1)) from None
     produced: list[list[int]] = [[] for _ in prompts]
-    done = [False] * len(prompts)
-    logits = read_tokens(model, ids, lengths, cache)
-    for step in range(max_new_tokens):
-        chosen = choose(logits)  # (B,)
-        for row, token in enumerate(chosen.tolist()):
-            if done[row]:
+    while engine.n_running or engine.n_waiting:
+        for request, token, finished in engine.step():
+            if finished == "stop":
                 continue
-            if token in stop_ids:
-                done[row] = True
-                continue
-            produced[row].append(token)
+            produced[row_of[request]].append(token)
             if on_token is not None:
-                on_token(row, token)
-        if all(done) or step + 1 == max_new_tokens:
-            break
-        logits = read_tokens(model, chosen[:, None], torch.ones_like(lengths), cache)
+                on_token(row_of[request], token)
     return produced
-
-
-def read_tokens(model: Transformer, ids: Tensor, counts: Tensor, cache: KVCache) -> Tensor:
-    """Run (B, T) ids of which each row's first `counts` are real; returns the logits after the last real one, (B, V)."""
-    hidden = model.hidden_states(ids, cache=cache)  # (B, T, D)
-    cache.advance(counts)
-    last = hidden[torch.arange(ids.shape[0], device=ids.device), counts - 1]  # (B, D)
-    return model.lm_head(last[:, None])[:, 0]  # three axes: an adapter bank tells rows by the first
-
-
-def _check_lengths(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be >= 1")
-    limit = model.config.max_seq_len
-    for row, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise ValueError(f"prompt {row} has no token; start from the tokenizer's bos or eos token")
-        if len(prompt) + max_new_tokens > limit:
-            raise ValueError(
-                f"prompt {row} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} that is more than the "
-                f"model's max_seq_len={limit}; shorten one of them"
-            )

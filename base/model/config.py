@@ -1,9 +1,15 @@
 """The sizes and switches of a decoder, and the presets that graft names."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 
 ROPE_TYPES = ("default", "linear", "llama3")
+# Above these a config is a slip or damage; refused before anything is built.
+LARGEST = {
+    "vocab_size": 2**26, "d_model": 2**20, "n_layers": 10_000, "n_heads": 2**16, "n_kv_heads": 2**16, "d_head": 2**16,
+    "d_ff": 2**24, "max_seq_len": 2**31,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -19,6 +25,15 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.rope_type not in ROPE_TYPES:
             raise ValueError(f"rope_type {self.rope_type!r} is not supported; known are {', '.join(ROPE_TYPES)}")
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What one layer is made of. Layers with equal specs have equal shapes, memory and FLOPs."""
+
+    window: int | None = None  # keys that a query sees, its own included; None: all before it
+    attention: str = "grouped"  # grouped-query attention
+    feed_forward: str = "gated"  # SwiGLU
 
 
 @dataclass(frozen=True)
@@ -45,6 +60,7 @@ class ModelConfig:
     attention_out_bias: bool = False  # o_proj has a bias (Llama with attention_bias)
     mlp_bias: bool = False  # gate, up and down projections have a bias
     sliding_window: int | None = None  # a query sees its last w keys (Mistral); None: all
+    sliding_layers: tuple[bool, ...] | None = None  # which layers have that window (Qwen2, Qwen3); None: all of them
     init_std: float = 0.02  # standard deviation of the initial weights
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None  # generation stops at any of them
@@ -53,13 +69,24 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_head", "d_ff", "max_seq_len"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or value < 1:
                 raise ValueError(f"{name}={value!r} must be a whole number >= 1")
+            if value > LARGEST[name]:
+                raise ValueError(
+                    f"{name}={value} is more than {LARGEST[name]:,}, beyond any model that graft can build"
+                )
         for name in ("rope_theta", "norm_eps", "init_std"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be > 0 and finite")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"sliding_window={self.sliding_window} must be >= 1, or none")
+        if self.sliding_layers is not None:
+            if self.sliding_window is None:
+                raise ValueError("sliding_layers is given without sliding_window; set the window, or leave both out")
+            if len(self.sliding_layers) != self.n_layers:
+                raise ValueError(
+                    f"sliding_layers names {len(self.sliding_layers)} layers, n_layers={self.n_layers}; name each layer once"
+                )
         if self.n_heads % self.n_kv_heads:
             fits = [k for k in range(1, self.n_heads + 1) if self.n_heads % k == 0]
             raise ValueError(
@@ -68,16 +95,27 @@ class ModelConfig:
         if self.d_head % 2:
             raise ValueError(f"d_head={self.d_head} is odd; RoPE rotates pairs, use an even d_head")
 
+    def layer(self, i: int) -> LayerSpec:
+        """What layer i is made of, i in [0, n_layers)."""
+        slides = self.sliding_layers is None or self.sliding_layers[i]
+        return LayerSpec(window=self.sliding_window if slides else None)
+
     @property
     def n_params(self) -> int:
         """Parameters, the tied embedding counted once."""
+        embeddings = self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
+        specs = Counter(self.layer(i) for i in range(self.n_layers))
+        return embeddings + sum(n * self.layer_params(spec) for spec, n in specs.items()) + self.d_model
+
+    def layer_params(self, spec: LayerSpec) -> int:
+        """Parameters of one layer."""
+        del spec  # a window has none
         q, kv = self.n_heads * self.d_head, self.n_kv_heads * self.d_head
         attention = self.d_model * (2 * q + 2 * kv)
         attention += (q + 2 * kv) * self.attention_bias + self.d_model * self.attention_out_bias
         feed_forward = 3 * self.d_model * self.d_ff + (2 * self.d_ff + self.d_model) * self.mlp_bias
         norms = 2 * self.d_model + 2 * self.d_head * self.qk_norm
-        embeddings = self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
-        return embeddings + self.n_layers * (attention + feed_forward + norms) + self.d_model
+        return attention + feed_forward + norms
 
 
 def with_sizes(config: ModelConfig, **sizes: object) -> ModelConfig:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import iterate_tensors, read_json, save_tensors, write_json
+from ..dtypes import dtype_named
 from .config import ModelConfig, RopeScaling
 from .transformer import Transformer
 
@@ -22,15 +23,7 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD_BYTES = 5_000_000_000  # Hugging Face's own limit per file
-
-
-def dtype_named(name: str) -> torch.dtype:
-    """'bfloat16' -> torch.bfloat16. Raises ValueError that lists the known names."""
-    if name not in DTYPES:
-        raise ValueError(f"unknown dtype {name!r}; choose {', '.join(DTYPES)}")
-    return DTYPES[name]
 
 
 def config_from_dict(found: dict[str, Any], *, where: str = "config.json") -> ModelConfig:
@@ -56,9 +49,7 @@ def config_from_dict(found: dict[str, Any], *, where: str = "config.json") -> Mo
     _refuse_uncovered(found, model_type, where)
     n_heads = found["num_attention_heads"]
     bias = bool(found.get("attention_bias", model_type == "qwen2"))
-    window = found.get("sliding_window")
-    if model_type in ("qwen2", "qwen3") and not found.get("use_sliding_window", False):
-        window = None
+    window, sliding = _windows(found, model_type, where)
     eos = found.get("eos_token_id")
     return ModelConfig(
         vocab_size=found["vocab_size"],
@@ -78,6 +69,7 @@ def config_from_dict(found: dict[str, Any], *, where: str = "config.json") -> Mo
         attention_out_bias=bias and model_type != "qwen2",
         mlp_bias=bool(found.get("mlp_bias", False)),
         sliding_window=window,
+        sliding_layers=sliding,
         init_std=found.get("initializer_range", 0.02),
         bos_token_id=found.get("bos_token_id"),
         eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
@@ -89,10 +81,39 @@ def _refuse_uncovered(found: dict[str, Any], model_type: str | None, where: str)
     """Features that would be computed wrongly in silence."""
     if found.get("partial_rotary_factor", 1.0) not in (None, 1.0):
         raise ValueError(f"{where}: partial_rotary_factor {found['partial_rotary_factor']} is not covered, only 1")
-    mixed = set(found.get("layer_types") or []) - {"full_attention"}
-    used = found.get("use_sliding_window", False)
-    if model_type in ("qwen2", "qwen3") and ((used and found.get("max_window_layers", 0)) or (mixed and not used)):
-        raise ValueError(f"{where}: a sliding window on some layers only is not covered; on all or on none it is")
+
+
+def _windows(found: dict[str, Any], model_type: str | None, where: str) -> tuple[int | None, tuple[bool, ...] | None]:
+    """(sliding_window, sliding_layers) as transformers reads them.
+
+    Mistral: the window on every layer. Qwen2 and Qwen3: only with use_sliding_window, on the layers from max_window_layers on,
+    unless layer_types says for each layer what it is.
+    """
+    window, types = found.get("sliding_window"), found.get("layer_types")
+    n_layers = found["num_hidden_layers"]
+    if types is not None:
+        unknown = set(types) - {"full_attention", "sliding_attention"}
+        if unknown or len(types) != n_layers:
+            raise ValueError(
+                f"{where}: layer_types names {len(types)} layers of kinds {sorted(set(types))}; graft covers full_attention and "
+                f"sliding_attention, one for each of the {n_layers} layers"
+            )
+    if model_type in ("qwen2", "qwen3"):
+        if not found.get("use_sliding_window", False) or window is None:
+            if types is not None and "sliding_attention" in types:
+                raise ValueError(
+                    f"{where}: layer_types has sliding_attention, but use_sliding_window is off; say one of them"
+                )
+            return None, None
+        if types is None:
+            first = found.get("max_window_layers", 28)
+            types = ["sliding_attention" if i >= first else "full_attention" for i in range(n_layers)]
+    if window is None or types is None:
+        return window, None
+    slides = tuple(kind == "sliding_attention" for kind in types)
+    if not any(slides):
+        return None, None
+    return window, None if all(slides) else slides
 
 
 def _rope_theta(found: dict[str, Any]) -> float:
@@ -182,6 +203,13 @@ def config_to_dict(config: ModelConfig, *, dtype: torch.dtype) -> dict[str, Any]
         found |= {"sliding_window": config.sliding_window}
         if architecture != "MistralForCausalLM":
             found |= {"use_sliding_window": True, "max_window_layers": 0}
+        if config.sliding_layers is not None:
+            if architecture == "MistralForCausalLM":
+                raise ValueError(
+                    "no known architecture has a window on some layers without QK-norm and biases; use all or none"
+                )
+            kinds = ["sliding_attention" if slides else "full_attention" for slides in config.sliding_layers]
+            found |= {"layer_types": kinds, "max_window_layers": config.n_layers}
     return found
 
 

@@ -1,5 +1,7 @@
 """RMSNorm as a module (Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4)."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -8,6 +10,8 @@ from ...kernels.rms_norm import rms_norm
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last axis; the mean is taken in float32."""
+
+    ROLES: ClassVar = {"weight": "gain"}
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()

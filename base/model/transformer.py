@@ -4,54 +4,84 @@ Axes: B batch, T query positions, D model, V vocabulary. Module paths are the ke
 state dict is the file's.
 """
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import ClassVar, Protocol
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..generate.kv_cache import KVCache, LayerCache
+from ...kernels.cross_entropy import linear_cross_entropy
+from ...kernels.decode import add_rms_norm_, can_run
+from . import init
 from .attention import Attention
-from .config import ModelConfig
+from .config import LayerSpec, ModelConfig
 from .feed_forward import FeedForward
+from .kv_cache import KVCache, LayerCache, StepContext
 from .norm import RMSNorm
 from .rope import inverse_frequencies, rope_tables
+
+IGNORE = -100  # a target with this id carries no loss
 
 
 class DecoderLayer(nn.Module):
     """x + attention(norm(x)), then + feed_forward(norm(.)): pre-norm (Xiong et al. 2020, arXiv:2002.04745)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, spec: LayerSpec) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.d_model, config.norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, spec)
         self.post_attention_layernorm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = FeedForward(config)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None, cache: LayerCache | None
-    ) -> Tensor:
-        mixed = self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens=cu_seqlens, cache=cache)
+    def forward(self, x: Tensor, context: StepContext, cache: LayerCache | None = None) -> Tensor:
+        mixed = self.self_attn(self.input_layernorm(x), context, cache)
         normed, x = self.post_attention_layernorm.add(mixed, x)
         return x + self.mlp(normed)
+
+    def decode(self, pending: Tensor | None, stream: Tensor, context: StepContext, cache: LayerCache) -> Tensor:
+        """`forward` for one new token a row in few operators. `stream` (B, D) is the residual stream, changed in place;
+        `pending` the last layer's output that is still to be added to it. Returns this layer's own."""
+        norm = self.input_layernorm
+        mixed = self.self_attn.decode(add_rms_norm_(pending, stream, norm.weight, norm.eps), cache, context)
+        norm = self.post_attention_layernorm
+        return self.mlp.decode(add_rms_norm_(mixed, stream, norm.weight, norm.eps))
+
+
+class Layers(Protocol):
+    """What a ModuleList of layers offers."""
+
+    def __iter__(self) -> Iterator[DecoderLayer]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, i: int) -> DecoderLayer: ...
 
 
 class Decoder(nn.Module):
     """Everything below the output projection: ids -> hidden states after the final norm."""
 
+    ROLES: ClassVar = {"embed_tokens.weight": "embedding"}
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.n_layers))
+        self.layers: Layers = nn.ModuleList(DecoderLayer(config, config.layer(i)) for i in range(config.n_layers))  # pyright: ignore
         self.norm = RMSNorm(config.d_model, config.norm_eps)
 
 
 class Transformer(nn.Module):
     """A causal language model. `checkpointing` recomputes each layer in the backward pass instead of keeping it."""
 
+    ROLES: ClassVar = {"lm_head.weight": "head"}
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.checkpointing = False
         self.fingerprint: str | None = None  # of the files it was loaded from; see huggingface.fingerprint
+        # What gives each row of a batch its own adapter, if anything does: names -> a block to run the model in.
+        self.row_selector: Callable[[Sequence[str | None]], AbstractContextManager[object]] | None = None
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -60,13 +90,24 @@ class Transformer(nn.Module):
     def forward(
         self,
         ids: Tensor,  # (B, T) int64
+        targets: Tensor | None = None,  # (B, T) int64, already shifted; -100: no loss there
         *,
         positions: Tensor | None = None,  # (B, T) int64; default: 0..T-1, or the cache's next ones
         cu_seqlens: Tensor | None = None,  # (n_docs + 1,) int32 with B = 1: documents packed in one row
-        cache: KVCache | None = None,
+        cache: KVCache | None = None,  # is advanced by T
+        logits_at: Tensor | None = None,  # (B,) int64: only this position's logits of each row
     ) -> Tensor:
-        """Logits (B, T, V): [b, t] scores the token after ids[b, t]."""
-        return self.lm_head(self.hidden_states(ids, positions=positions, cu_seqlens=cu_seqlens, cache=cache))
+        """Logits (B, T, V): [b, t] scores the token after ids[b, t]; (B, 1, V) with `logits_at`.
+
+        With targets: the cross entropy in nats, summed over the targets that are not -100, () float32. The logits are then
+        never held whole (kernels/cross_entropy).
+        """
+        hidden = self.hidden_states(ids, positions=positions, cu_seqlens=cu_seqlens, cache=cache)
+        if targets is not None:
+            return self._summed_loss(hidden.flatten(0, 1), targets.flatten())
+        if logits_at is not None:
+            hidden = hidden[torch.arange(hidden.shape[0], device=hidden.device), logits_at][:, None]  # (B, 1, D)
+        return self.lm_head(hidden)
 
     def hidden_states(
         self,
@@ -76,37 +117,58 @@ class Transformer(nn.Module):
         cu_seqlens: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """The final norm's output (B, T, D), which lm_head turns into logits. Does not advance the cache's lengths."""
-        T = ids.shape[1]
-        if positions is None:
-            positions = torch.arange(T, device=ids.device)[None]  # (1, T)
-            if cache is not None:
-                positions = positions + cache.lengths[:, None]  # (B, T)
+        """The final norm's output (B, T, D), which lm_head turns into logits."""
+        B, T = ids.shape
         x = self.model.embed_tokens(ids)  # (B, T, D)
-        cos, sin = rope_tables(positions, inverse_frequencies(self.config, ids.device))
+        if cache is not None:
+            context = cache.begin(B, T)
+        else:
+            if positions is None:
+                positions = torch.arange(T, device=ids.device)[None]  # (1, T)
+            context = StepContext(*rope_tables(positions, inverse_frequencies(self.config, ids.device)), cu_seqlens)
+        if cache is not None and context.start and T == 1 and can_run(x):
+            return self._decode(x[:, 0], context, cache)
         for i, layer in enumerate(self.model.layers):
             layer_cache = cache.layers[i] if cache is not None else None
             if self.checkpointing and self.training and cache is None:
                 # use_reentrant=False: gradients flow also when the input needs none, as with LoRA on a frozen base.
-                x = checkpoint(layer, x, cos, sin, cu_seqlens, None, use_reentrant=False)
+                x = checkpoint(layer, x, context, None, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, cu_seqlens, layer_cache)
+                x = layer(x, context, layer_cache)
+        if cache is not None:
+            cache.advance(T)
         return self.model.norm(x)
+
+    def _decode(self, stream: Tensor, context: StepContext, cache: KVCache) -> Tensor:
+        """The layers and the final norm for one new token a row, (B, D) -> (B, 1, D)."""
+        pending = None
+        context = context._replace(
+            cos=context.cos[:, 0].contiguous(), sin=context.sin[:, 0].contiguous()
+        )  # (B or 1, Dh/2)
+        for layer, layer_cache in zip(self.model.layers, cache.layers, strict=True):
+            pending = layer.decode(pending, stream, context, layer_cache)
+        cache.advance(1)
+        return add_rms_norm_(pending, stream, self.model.norm.weight, self.model.norm.eps)[:, None]
+
+    def _summed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Summed cross entropy in nats of hidden (N, D) and targets (N,), () float32."""
+        if type(self.lm_head) is nn.Linear:
+            return linear_cross_entropy(hidden, self.lm_head.weight, targets, ignore_index=IGNORE, reduction="sum")
+        # An adapted or quantized head is a function, not a matrix; the loss itself is taken in float32.
+        return F.cross_entropy(self.lm_head(hidden).float(), targets, ignore_index=IGNORE, reduction="sum")
+
+    def new_cache(self, n_rows: int, capacity: int) -> KVCache:
+        """An empty cache for `n_rows` rows of up to `capacity` tokens (it grows when they are more).
+
+        Each attention layer makes its own part, in the embedding's dtype and on its device.
+        """
+        weight = self.model.embed_tokens.weight
+        layers = [
+            layer.self_attn.new_cache(n_rows, capacity, weight.dtype, weight.device) for layer in self.model.layers
+        ]
+        return KVCache(self.config, layers, n_rows, capacity)
 
 
 def initialize_(model: Transformer, *, seed: int) -> None:
-    """Fill the weights in place: N(0, init_std^2); projections back into the residual stream are divided by
-    sqrt(2 * n_layers) (Radford et al. 2019, GPT-2, section 2.3); norms 1, biases 0. Depends on the seed only."""
-    generator = torch.Generator().manual_seed(seed)
-    std = model.config.init_std
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-            elif name.endswith(".bias"):
-                parameter.zero_()
-            else:
-                back = name.endswith(("o_proj.weight", "down_proj.weight"))
-                scale = std / (2 * model.config.n_layers) ** 0.5 if back else std
-                values = torch.empty(parameter.shape).normal_(0.0, scale, generator=generator)
-                parameter.copy_(values)
+    """Fill the weights in place by their roles (base/model/init.py). Depends on the seed only."""
+    init.initialize_(model, seed=seed, std=model.config.init_std, n_layers=model.config.n_layers)

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Literal
 
 from ...base.checkpoint import read_json
+from ...base.dtypes import DTYPES
 from ...base.model.config import PRESETS, ModelConfig, preset
-from ...base.model.huggingface import DTYPES, config_from_dict, load_config
+from ...base.model.huggingface import config_from_dict, load_config
 from ...base.train import OPTIMIZERS
 from ..adapters.lora import ALL_LINEAR
 

@@ -6,11 +6,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ...base.generate.engine import read_tokens
-from ...base.generate.kv_cache import KVCache
+from ...base.dtypes import dtype_named
 from ...base.loss import n_labels, next_token_loss
 from ...base.model.config import ModelConfig
-from ...base.model.huggingface import dtype_named, empty_model
+from ...base.model.huggingface import empty_model
+from ...base.model.kv_cache import KVCache
 from ...base.model.transformer import Transformer
 from ...base.optim.adamw import AdamW
 from ...base.optim.muon import Muon
@@ -109,12 +109,11 @@ def run_generation(
     """Read a prompt of seq_len - 1 tokens and choose the next; decoding then needs less at a time. Returns the cache."""
     model.eval()
     ids = torch.zeros(settings.batch_size, settings.seq_len - 1, dtype=torch.int64, device=device)
-    lengths = torch.full((settings.batch_size,), settings.seq_len - 1, dtype=torch.int64, device=device)
-    dtype = model.model.embed_tokens.weight.dtype
-    cache = KVCache(model.config, settings.batch_size, settings.seq_len, dtype=dtype, device=device)
+    cache = model.new_cache(settings.batch_size, settings.seq_len)
     if counter is not None:
-        counter.add([t for layer in cache.layers for t in (layer.keys, layer.values)], "cache")
-    read_tokens(model, ids, lengths, cache).argmax(-1)
+        counter.add([t for layer in cache.layers for t in layer.tensors()], "cache")
+    last = torch.full((settings.batch_size,), settings.seq_len - 2, dtype=torch.int64, device=device)
+    model(ids, cache=cache, logits_at=last).argmax(-1)
     return cache
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from graft.base.generate.sampling import Sampling
 from graft.base.tokenizer.tokenizer import Tokenizer
 from graft.finetune import evaluate
 from graft.finetune.data.records import Record
@@ -34,10 +35,10 @@ def test_answers_come_back_to_their_rows(base_dir: Path, monkeypatch: pytest.Mon
     model, tokenizer = load_model(base_dir), Tokenizer.load(base_dir)
     batches: list[int] = []
 
-    def echo(model: Any, tokenizer: Tokenizer, prompts: list[list[int]], *, max_new_tokens: int, adapters: Any) -> Any:
+    def echo(model: Any, tokenizer: Tokenizer, prompts: list[list[int]], sampling: Sampling, *, adapters: Any) -> Any:
         batches.append(len(prompts))
         assert [len(p) for p in prompts] == sorted(len(p) for p in prompts)
-        assert max_new_tokens == len(tokenizer.encode(" 5")) + 2
+        assert sampling.max_new_tokens == len(tokenizer.encode(" 5")) + 2
         named = adapters or [None] * len(prompts)
         return [f" {tokenizer.decode(p).count('cat')} {name}\n" for p, name in zip(prompts, named, strict=True)]
 

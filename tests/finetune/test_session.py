@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from graft.base.generate.sampling import Sampling
 from graft.base.tokenizer.tokenizer import Tokenizer
 from graft.finetune.adapters.files import save_adapter
 from graft.finetune.adapters.lora import LoraConfig, attach_lora
@@ -88,13 +89,13 @@ def test_answers_come_in_pieces_and_fit_the_model(base_dir: Path) -> None:
     """Law: the pieces are the answer; the room is what the prompt leaves of the model's length; none is an error."""
     speaker = session(base_dir)
     pieces: list[str] = []
-    text = speaker.answer(MESSAGES, max_new_tokens=9, on_text=pieces.append)
+    text = speaker.answer(MESSAGES, sampling=Sampling(max_new_tokens=9), on_text=pieces.append)
     assert text == "".join(pieces)
-    assert speaker.answer(MESSAGES, max_new_tokens=9) == text
-    assert speaker.answer(MESSAGES, max_new_tokens=10_000)  # cut to the room
-    assert speaker.answer([{"role": "user", "content": ""}], max_new_tokens=2) is not None
+    assert speaker.answer(MESSAGES, sampling=Sampling(max_new_tokens=9)) == text
+    assert speaker.answer(MESSAGES, sampling=Sampling(max_new_tokens=10_000))  # cut to the room
+    assert speaker.answer([{"role": "user", "content": ""}], sampling=Sampling(max_new_tokens=2)) is not None
     with pytest.raises(ValueError, match=r"the conversation has \d+ tokens, the model reads 96; shorten the prompt"):
-        speaker.answer([{"role": "user", "content": "the cat " * 90}], max_new_tokens=1)
+        speaker.answer([{"role": "user", "content": "the cat " * 90}], sampling=Sampling(max_new_tokens=1))
 
 
 def test_named_folders() -> None:
@@ -122,7 +123,7 @@ def test_the_talk(
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join([*lines, "six", "/quit", "seven"])))
     speaker = session(base_dir, adapters)
     speaker.use(None)
-    talk(speaker, max_new_tokens=1, temperature=0.0, top_p=1.0, seed=0)
+    talk(speaker, Sampling(max_new_tokens=1))
     assert heard == [
         (None, ["one"]),
         (None, ["one", "re one", "too long"]),

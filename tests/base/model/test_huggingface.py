@@ -30,6 +30,15 @@ KINDS = {
     "llama3 rope": replace(
         TINY, qk_norm=False, rope_theta=5e5, rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, original_max_seq_len=32)
     ),
+    # Wavelengths are 6.3 and 167 tokens: the second lies between original / high = 64 and original / low = 256, where the two
+    # frequencies are blended.
+    "llama3 rope, blended": replace(
+        TINY, qk_norm=False, d_head=4, rope_theta=7e2, rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 256)
+    ),
+    "qwen3 some windows": replace(TINY, sliding_window=5, sliding_layers=(True, False)),
+    "qwen2 last window": replace(
+        TINY, qk_norm=False, attention_bias=True, d_head=8, sliding_window=5, sliding_layers=(False, True)
+    ),
     "linear rope": replace(TINY, qk_norm=False, rope_scaling=RopeScaling("linear", 2.0)),
     "qwen2": replace(TINY, qk_norm=False, attention_bias=True, d_head=8),
     "mistral window": replace(TINY, qk_norm=False, sliding_window=7, tie_embeddings=False),
@@ -185,8 +194,12 @@ def test_a_smaller_model_replaces_a_sharded_one(tmp_path: Path) -> None:
     ("found", "message"),
     [
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not covered"),
-        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}, "on some layers only"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "on some layers only"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types has sliding_attention, but use_sliding",
+        ),
+        ({"layer_types": ["full_attention", "chunked_attention"]}, "graft covers full_attention and sliding_attention"),
+        ({"layer_types": ["full_attention"]}, "layer_types names 1 layers"),
     ],
 )
 def test_what_would_be_computed_wrongly_is_refused(found: dict[str, object], message: str) -> None:

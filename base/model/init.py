@@ -1,0 +1,62 @@
+"""What each parameter is for, declared by the module that owns it, and what follows from it: initial values, decay, optimizer.
+
+A module class lists its own parameters in `ROLES`, {name below the module: role}; a linear's role is declared by the layer
+that uses it, since only that layer knows where its output goes.
+"""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Role = Literal["embedding", "head", "hidden", "residual", "gain", "bias", "adapter"]
+"""embedding (V, D); head (V, D); hidden: a matrix between hidden states; residual: such a matrix whose output is added to the
+residual stream; gain: a norm's weight; bias; adapter: a low-rank factor."""
+
+DECAYED: frozenset[Role] = frozenset(
+    {"embedding", "head", "hidden", "residual", "adapter"}
+)  # weight decay acts on these
+HIDDEN: frozenset[Role] = frozenset({"hidden", "residual"})  # Muon's matrices
+
+
+def parameter_roles(model: nn.Module) -> dict[str, Role]:
+    """The role of each parameter by its name. Raises ValueError for a parameter whose module declares none."""
+    roles: dict[str, Role] = {}
+    for path, module in model.named_modules():
+        for name, role in getattr(module, "ROLES", {}).items():
+            full = f"{path}.{name}" if path else name
+            roles[full] = role
+    found = {}
+    for name, _ in model.named_parameters():
+        # A wrapper around a linear (LoRA, 4 bits) keeps the linear below `.base`.
+        role = roles.get(name) or roles.get(name.replace(".base.", "."))
+        if role is None:
+            raise ValueError(f"parameter {name} has no role; declare it in its module's ROLES")
+        found[name] = role
+    return found
+
+
+def named_roles(model: nn.Module) -> Iterator[tuple[str, Tensor, Role]]:
+    """(name, parameter, role) of every parameter."""
+    roles = parameter_roles(model)
+    for name, parameter in model.named_parameters():
+        yield name, parameter, roles[name]
+
+
+def initialize_(model: nn.Module, *, seed: int, std: float, n_layers: int) -> None:
+    """Fill the weights in place, by role; depends on the seed only.
+
+    embedding, head, hidden   N(0, std^2)
+    residual                  N(0, std^2 / (2 n_layers)) (Radford et al. 2019, GPT-2, section 2.3)
+    gain, bias                1, 0
+    """
+    generator = torch.Generator().manual_seed(seed)
+    scales = {"embedding": std, "head": std, "hidden": std, "residual": std / (2 * n_layers) ** 0.5}
+    constants = {"gain": 1.0, "bias": 0.0}
+    with torch.no_grad():
+        for _, parameter, role in named_roles(model):
+            if role in constants:
+                parameter.fill_(constants[role])
+            else:
+                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, scales[role], generator=generator))

@@ -1,0 +1,231 @@
+"""Keys and values of the tokens already read, so that each new token costs one row of attention.
+
+Rows are aligned at their right end: every live row's newest token lies in the same column, so a decoding step writes one
+slice and reads one slice, whatever the rows' lengths. Row b's tokens lie in the columns [end - lengths[b], end); what lies
+before them is hidden by a mask, which exists only while lengths differ:
+
+                 column  0 1 2 3 4 5 | 6            end = 6; the next step writes column 6 of every row
+    row 0, length 6      a b c d e f |
+    row 1, length 3      . . . g h i |              "." is masked
+    row 2, length 1      . . . . . j |
+
+Lengths are kept on the host: no step asks the device anything. Live rows are the first `n_rows`; a row that ends gives its
+place to the last one, so finished rows cost nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .config import ModelConfig
+from .rope import inverse_frequencies, rope_tables
+
+
+class StepContext(NamedTuple):
+    """What all layers share in one call of the model, computed once."""
+
+    cos: Tensor  # (B or 1, T, Dh/2) float32, of the new tokens' positions
+    sin: Tensor
+    cu_seqlens: Tensor | None = None  # (n_docs + 1,) int32 with B = 1: documents packed in one row
+    start: int = 0  # with a cache: the first column that the new tokens take
+    stop: int = 0  # one past the last
+    masks: Mapping[int | None, Tensor | None] | None = (
+        None  # by window: (B or 1, 1, T, stop) of 0 and -inf; None: no mask
+    )
+
+
+class LayerCache:
+    """One attention layer's keys and values, (rows, K, capacity, Dh) each."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+
+    def write(self, k: Tensor, v: Tensor, context: StepContext) -> None:
+        """Put k, v (B, K, T, Dh) into the step's columns."""
+        B = k.shape[0]
+        self.keys[:B, :, context.start : context.stop].copy_(k)
+        self.values[:B, :, context.start : context.stop].copy_(v)
+
+    def read(self, n_rows: int, context: StepContext, window: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """All keys and values up to the step's last column, and the mask of that window (None: all is seen)."""
+        mask = context.masks[window] if context.masks else None
+        first = 0
+        if window is not None and mask is None:  # one query a row and equal lengths: the window is a slice
+            first = max(0, context.stop - window)
+        return self.keys[:n_rows, :, first : context.stop], self.values[:n_rows, :, first : context.stop], mask
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the cache holds, each with rows on its first axis and columns on its third."""
+        return self.keys, self.values
+
+    def resize(self, capacity: int, n_rows: int, end: int, drop: int) -> None:
+        """Move to new memory of `capacity` columns, without the first `drop` (negative: with that many empty ones before)."""
+        moved = []
+        for old in self.tensors():
+            new = old.new_zeros(old.shape[0], old.shape[1], capacity, old.shape[3])
+            source, target = max(0, drop), max(0, -drop)
+            new[:n_rows, :, target : target + end - source] = old[:n_rows, :, source:end]
+            moved.append(new)
+        self.keys, self.values = moved
+
+    def insert(self, row: int, end: int, other: "LayerCache", other_row: int, length: int) -> None:
+        """Copy `length` columns of another cache's row, from its column 0, so that they end at column `end` here."""
+        for mine, source in zip(self.tensors(), other.tensors(), strict=True):
+            mine[row, :, end - length : end] = source[other_row, :, :length]
+
+    def align(self, row: int, length: int, end: int) -> None:
+        """Move a row's first `length` columns so that they end at column `end`."""
+        for tensor in self.tensors():
+            tensor[row, :, end - length : end] = tensor[row, :, :length].clone()
+
+    def move(self, source: int, target: int, end: int) -> None:
+        """Copy one row over another."""
+        for tensor in self.tensors():
+            tensor[target, :, :end] = tensor[source, :, :end]
+
+
+class KVCache:
+    """The layers' caches and the rows' lengths. Made by `Transformer.new_cache`."""
+
+    def __init__(self, config: ModelConfig, layers: Sequence[LayerCache], n_rows: int, capacity: int) -> None:
+        self.config, self.layers = config, list(layers)
+        self.windows = {config.layer(i).window for i in range(config.n_layers)}
+        self.max_rows, self.capacity = n_rows, capacity
+        self.lengths = [0] * n_rows  # of the live rows, on the host
+        self.end = 0  # columns in use
+        first = self.layers[0].tensors()[0]
+        self.device = first.device
+        self._positions: Tensor | None = None  # (B, 1) int64, of the next token; None while all lengths are equal
+        self._padding: Tensor | None = None  # (B, 1, 1, capacity), -inf on the columns before each row's first token
+        self._dtype = first.dtype
+        self._make_angles(capacity)
+
+    def _make_angles(self, n_positions: int) -> None:
+        """cos and sin of every position up to `n_positions`, (1, n, Dh/2): a step slices or gathers from them."""
+        positions = torch.arange(n_positions, device=self.device)[None]
+        self.cos, self.sin = rope_tables(positions, inverse_frequencies(self.config, self.device))
+
+    @property
+    def n_rows(self) -> int:
+        """Live rows."""
+        return len(self.lengths)
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory of keys and values, free columns included."""
+        return sum(t.numel() * t.element_size() for layer in self.layers for t in layer.tensors())
+
+    def clear(self, n_rows: int | None = None) -> None:
+        """Forget all tokens; the cache then holds `n_rows` empty rows."""
+        self.lengths, self.end = [0] * (self.max_rows if n_rows is None else n_rows), 0
+        self._lengths_changed()
+
+    def begin(self, n_rows: int, T: int) -> StepContext:
+        """Make room for T more tokens a row and return what the layers need. Raises ValueError for another row count."""
+        if n_rows != self.n_rows:
+            raise ValueError(f"the cache holds {self.n_rows} rows, ids have {n_rows}; give one row of ids for each")
+        if self.end + T > self.capacity:
+            self.reserve(self.end + T)
+        start, stop = self.end, self.end + T
+        if self._positions is None:
+            first = self.lengths[0]
+            cos, sin = self.cos[:, first : first + T], self.sin[:, first : first + T]
+        else:
+            positions = self._positions if T == 1 else self._positions + torch.arange(T, device=self.device)
+            cos, sin = self.cos[0][positions], self.sin[0][positions]  # (B, T, Dh/2)
+        masks = {window: self._mask(T, start, stop, window) for window in self.windows}
+        return StepContext(cos, sin, None, start, stop, masks)
+
+    def _mask(self, T: int, start: int, stop: int, window: int | None) -> Tensor | None:
+        """(B or 1, 1, T, stop): 0 where a new token sees a column, -inf where not. None where no mask is needed."""
+        padding = self._padding
+        if T == 1 and (window is None or padding is None):
+            return None if padding is None else padding[..., :stop]
+        if start == 0 and padding is None:
+            return None  # plain causal attention; LayerCache.read hands the new keys back alone
+        columns = torch.arange(stop, device=self.device)
+        last = torch.arange(start, stop, device=self.device)[:, None]  # each new token's own column
+        hidden = columns > last
+        if window is not None:
+            hidden |= columns <= last - window
+        mask = torch.zeros(T, stop, dtype=self._dtype, device=self.device).masked_fill_(hidden, -torch.inf)[None, None]
+        return mask if padding is None else torch.minimum(mask, padding[..., :stop])
+
+    def advance(self, T: int) -> None:
+        """Each live row has read T more tokens."""
+        self.lengths = [length + T for length in self.lengths]
+        self.end += T
+        if self._positions is not None:
+            self._positions += T
+
+    def reserve(self, columns: int) -> None:
+        """Room for `columns` columns: first by dropping columns that no row uses, then by twice the memory."""
+        unused = self.end - max(self.lengths, default=0)
+        columns -= unused
+        capacity = self.capacity if columns <= self.capacity else max(columns, 2 * self.capacity)
+        for layer in self.layers:
+            layer.resize(capacity, self.n_rows, self.end, unused)
+        self.end -= unused
+        if capacity > self.capacity:
+            self.capacity = capacity
+            self._make_angles(capacity)
+        self._lengths_changed()
+
+    def align(self, lengths: Sequence[int]) -> None:
+        """Every row was just read from column 0, padded on the right; keep its first lengths[i] tokens, at the right end."""
+        for row, length in enumerate(lengths):
+            if length < self.end:
+                for layer in self.layers:
+                    layer.align(row, length, self.end)
+        self.lengths = list(lengths)
+        self._lengths_changed()
+
+    def append_rows(self, other: "KVCache", lengths: Sequence[int]) -> None:
+        """Take the rows of a cache that was read from column 0 (prompts padded on the right): the first lengths[i] tokens
+        of its row i. Raises ValueError when there is no place for them."""
+        if self.n_rows + len(lengths) > self.max_rows:
+            raise ValueError(f"{len(lengths)} more rows than the {self.max_rows} of the cache; remove some first")
+        longest = max(lengths)
+        if not self.lengths:
+            self.end = 0
+        if longest > self.end:  # move the live rows to the right
+            ahead = longest - self.end
+            capacity = max(self.capacity, longest)
+            if self.lengths:
+                for layer in self.layers:
+                    layer.resize(capacity, self.n_rows, self.end, -ahead)
+            elif capacity > self.capacity:
+                for layer in self.layers:
+                    layer.resize(capacity, 0, 0, 0)
+            self.end = longest
+            if capacity > self.capacity:
+                self.capacity = capacity
+                self._make_angles(capacity)
+        for i, length in enumerate(lengths):
+            for mine, source in zip(self.layers, other.layers, strict=True):
+                mine.insert(len(self.lengths), self.end, source, i, length)
+            self.lengths.append(length)
+        self._lengths_changed()
+
+    def remove_row(self, row: int) -> None:
+        """Forget a row; the last one takes its place."""
+        last = self.n_rows - 1
+        if row != last:
+            for layer in self.layers:
+                layer.move(last, row, self.end)
+            self.lengths[row] = self.lengths[last]
+        self.lengths.pop()
+        self._lengths_changed()
+
+    def _lengths_changed(self) -> None:
+        """Write the mask and the positions anew; needed only when rows come or go."""
+        if len(set(self.lengths)) <= 1 and (not self.lengths or self.lengths[0] == self.end):
+            self._positions = self._padding = None
+            return
+        starts = torch.tensor([self.end - length for length in self.lengths])[:, None]  # (B, 1)
+        hidden = torch.arange(self.capacity) < starts  # (B, capacity)
+        padding = torch.zeros(hidden.shape, dtype=self._dtype).masked_fill_(hidden, -torch.inf)
+        self._padding = padding[:, None, None].to(self.device)
+        self._positions = torch.tensor(self.lengths)[:, None].to(self.device)
