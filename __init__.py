@@ -15,6 +15,7 @@ _HOME = {
     "save_model": "base.model.huggingface",
     "generate": "finetune.generate",
     "AdapterBank": "finetune.adapters.bank",
+    "adapters_off": "finetune.adapters.selection",
     "estimate_memory": "finetune.memory.predict",
 }
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "ModelConfig",
     "Tokenizer",
     "__version__",
+    "adapters_off",
     "estimate_memory",
     "generate",
     "load_model",
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from .base.model.huggingface import save_model
     from .base.tokenizer.tokenizer import Tokenizer
     from .finetune.adapters.bank import AdapterBank
+    from .finetune.adapters.selection import adapters_off
     from .finetune.generate import generate
     from .finetune.loading import load_model
     from .finetune.memory.predict import estimate_memory

@@ -92,7 +92,7 @@ def generate_rows(
     return [tokenizer.decode(new) for new in produced]
 
 
-def rows_of(model: Transformer, n_rows: int, adapters: Sequence[str | None] | None) -> AbstractContextManager[None]:
+def rows_of(model: Transformer, n_rows: int, adapters: Sequence[str | None] | None) -> AbstractContextManager[object]:
     """A block in which row i of every batch uses adapters[i]; None leaves the bank as it is."""
     if adapters is None:
         return nullcontext()
@@ -104,7 +104,7 @@ def rows_of(model: Transformer, n_rows: int, adapters: Sequence[str | None] | No
         if named:
             raise ValueError(f"adapter {named[0]!r} is named, but the model has no bank; make one: AdapterBank(model)")
         return nullcontext()
-    return bank.use_rows(adapters)
+    return bank.rows(adapters)
 
 
 def start_ids(ids: list[int], tokenizer: Tokenizer) -> list[int]:
