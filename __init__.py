@@ -17,6 +17,7 @@ _HOME = {  # name -> module, or module:attribute where the two names differ
     "Engine": "base.generate.engine",
     "Sampling": "base.generate.sampling",
     "AdapterBank": "finetune.adapters.bank",
+    "adapters_off": "finetune.adapters.selection",
     "estimate_memory": "finetune.memory.predict",
     "evaluate": "finetune.evaluate:run_evaluate",
 }
@@ -27,6 +28,7 @@ __all__ = [
     "Sampling",
     "Tokenizer",
     "__version__",
+    "adapters_off",
     "estimate_memory",
     "evaluate",
     "generate",
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from .base.tokenizer.tokenizer import Tokenizer
     from .finetune.adapters.bank import AdapterBank
     from .finetune.evaluate import run_evaluate as evaluate
+    from .finetune.adapters.selection import adapters_off
     from .finetune.generate import generate
     from .finetune.loading import load_model
     from .finetune.memory.predict import estimate_memory

@@ -42,6 +42,7 @@ class Request:
     ids: Sequence[int]  # the prompt
     sampling: Sampling
     adapter: str | None  # a name that the model's row selector understands; the engine passes it on
+    hold: object  # while it lives, the adapter can't be removed or replaced
     generator: torch.Generator
     n_produced: int = 0
 
@@ -106,10 +107,11 @@ class Engine:
                 raise ValueError(
                     f"adapter {adapter!r} is named, but the model has no bank; make one: AdapterBank(model)"
                 )
-            selector([adapter])  # raises for a name that isn't loaded
-        request = Request(
-            self._next_id, ids, sampling, adapter, torch.Generator(self._device).manual_seed(sampling.seed)
-        )
+            hold = selector([adapter])  # raises for a name that isn't loaded
+        else:
+            hold = None
+        generator = torch.Generator(self._device).manual_seed(sampling.seed)
+        request = Request(self._next_id, ids, sampling, adapter, hold, generator)
         self._next_id += 1
         self._waiting.append(request)
         return request.id

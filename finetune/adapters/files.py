@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...base.checkpoint import load_tensors, read_json, save_tensors, write_file, write_json
-from .lora import LoraConfig, lora_layers
+from .lora import DEFAULT, LoraConfig, linears, lora_layers
 
 CONFIG, WEIGHTS, GRAFT, TEMPLATE = (
     "adapter_config.json",
@@ -46,14 +46,15 @@ def save_adapter(
     config: LoraConfig,
     *,
     base: str,
+    name: str = DEFAULT,
     graft: Mapping[str, Any] | None = None,
     chat_template: str | None = None,
 ) -> None:
-    """Write the attached LoRA layers as a PEFT folder. `base` is the base's folder or hub name, for PEFT to find it."""
+    """Write one of the model's adapters as a PEFT folder. `base` is the base's folder or hub name, for PEFT to find it."""
     folder = Path(folder)
-    layers = list(lora_layers(model))
+    layers = [(path, layer.updates[name]) for path, layer in lora_layers(model) if name in layer.updates]
     if not layers:
-        raise ValueError("the model has no LoRA layer to save; call attach_lora first")
+        raise ValueError(f"the model has no adapter {name!r} to save; call attach_lora first")
     tensors = {}
     for path, layer in layers:
         tensors[f"{PREFIX}{path}.lora_A.weight"] = layer.lora_a
@@ -92,12 +93,8 @@ def save_adapter(
 
 def _target_modules(leaves: list[str], paths: list[str], model: nn.Module) -> list[str]:
     """Short names when they mean exactly these layers to PEFT, which matches by suffix; else the whole paths."""
-    meant = {
-        path
-        for path, module in model.named_modules()
-        if hasattr(module, "in_features") and path.removesuffix(".base").rpartition(".")[2] in leaves
-    }
-    return leaves if {path.removesuffix(".base") for path in meant} == set(paths) else paths
+    meant = {path for path, _ in linears(model) if path.rpartition(".")[2] in leaves}
+    return leaves if meant == set(paths) else paths
 
 
 def read_adapter(folder: Path | str) -> Adapter:

@@ -14,7 +14,7 @@ from graft.base.model.huggingface import load_full_precision
 from graft.base.model.transformer import Transformer
 from graft.finetune.adapters.bank import AdapterBank
 from graft.finetune.adapters.files import read_adapter, save_adapter
-from graft.finetune.adapters.lora import LoraConfig, attach_lora, detach_lora, lora_layers
+from graft.finetune.adapters.lora import LoraConfig, attach_lora, lora_layers, remove_adapter
 from graft.finetune.adapters.merge import merge, run_merge
 from graft.finetune.loading import load_model
 from graft.finetune.quantize import run_quantize
@@ -36,7 +36,7 @@ def make_adapter(base: Path, folder: Path, *, seed: int, **changes: object) -> P
     attach_lora(model, config, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for _, layer in lora_layers(model):
-        layer.lora_b.data.normal_(0, 0.1, generator=generator)
+        layer.updates["default"].lora_b.data.normal_(0, 0.1, generator=generator)
     save_adapter(model, folder, config, base=str(base), graft={"prompt_format": "text"})
     return folder
 
@@ -56,7 +56,7 @@ def test_a_fresh_adapter_is_the_base_and_only_it_trains(base_dir: Path) -> None:
     assert len(paths) == 2 * 7
     assert torch.equal(logits(model), before)
     assert {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad} == {"lora_a", "lora_b"}
-    detach_lora(model)
+    remove_adapter(model, "default")
     assert torch.equal(logits(model), before)
 
 
@@ -67,6 +67,7 @@ def test_update_by_hand() -> None:
     model = nn.Sequential(linear)
     attach_lora(model, LoraConfig(rank=1, alpha=3.0))
     [(path, layer)] = lora_layers(model)
+    layer = layer.updates["default"]
     layer.lora_a.data, layer.lora_b.data = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0], [2.0]])
     assert path == "0"
     assert model(torch.tensor([[5.0, 7.0]])).tolist() == [[5.0, 37.0]]
@@ -81,7 +82,7 @@ def test_gradients_flow_with_checkpointing(base_dir: Path) -> None:
         attach_lora(model, LoraConfig(rank=4), seed=0)
         model.checkpointing = checkpointing
         model(IDS).square().mean().backward()
-        gradients.append([layer.lora_b.grad for _, layer in lora_layers(model)])
+        gradients.append([layer.updates["default"].lora_b.grad for _, layer in lora_layers(model)])
     for plain, recomputed in zip(*gradients, strict=True):
         assert plain is not None
         assert plain.abs().max() > 0
@@ -150,7 +151,7 @@ def test_swapping_is_exact(base_dir: Path, two_adapters: tuple[Path, Path]) -> N
     assert bank.active is None
     assert torch.equal(logits(model), base)
     bank.unload("two")
-    assert not any("BankLinear" in type(m).__name__ for m in model.modules())
+    assert not any("LoRALinear" in type(m).__name__ for m in model.modules())
 
 
 def test_a_mixed_batch_is_each_row_alone(base_dir: Path, two_adapters: tuple[Path, Path]) -> None:
@@ -161,14 +162,14 @@ def test_a_mixed_batch_is_each_row_alone(base_dir: Path, two_adapters: tuple[Pat
     bank.load("two", two_adapters[1])
     ids = IDS[:1].expand(4, -1)
     names = ["two", None, "one", "two"]
-    with torch.no_grad(), bank.use_rows(names):
+    with torch.no_grad(), bank.rows(names):
         mixed = model(ids)
     for row, name in enumerate(names):
         bank.use(name)
         with torch.no_grad():
             expected = model(ids)[row]
         torch.testing.assert_close(mixed[row], expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
-    with pytest.raises(ValueError, match="the batch has 2 rows, adapters were chosen for 4"), bank.use_rows(names):
+    with pytest.raises(ValueError, match="the batch has 2 rows, adapters were chosen for 4"), bank.rows(names):
         logits(model)
 
 
