@@ -11,6 +11,7 @@ from ..base.generate.sampling import Sampling
 from ..base.model.transformer import Transformer
 from ..base.tokenizer.tokenizer import Tokenizer
 from .adapters.bank import bank_of
+from .adapters.selection import RowSelection
 from .data.chat import encode_prompt
 
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end_of_turn|>", "<end_of_turn>", "<|end|>")
@@ -83,10 +84,12 @@ def generate_rows(
 
 
 def rows_of(model: Transformer, n_rows: int, adapters: Sequence[str | None] | None) -> Sequence[str | None] | None:
-    """Each row's adapter: as given, or the bank's active one for all. Raises ValueError for another number of adapters."""
+    """Each row's adapter: as given, else what this thread's block (`adapters_off`, `use_adapters`) or the bank's default
+    chooses. Raises ValueError for another number of adapters."""
     if adapters is None:
         bank = bank_of(model)
-        return None if bank is None else [bank.active] * n_rows
+        choice = None if bank is None else bank.registry.choice()
+        adapters = choice.names if isinstance(choice, RowSelection) else [choice] * n_rows
     if len(adapters) != n_rows:
         raise ValueError(f"{len(adapters)} adapters for {n_rows} prompts; give one for each, None for the base")
     return adapters
