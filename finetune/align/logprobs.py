@@ -42,13 +42,12 @@ def response_logprobs(
     hidden, head = hidden_and_head(model, ids, positions, cu_seqlens)  # (B, T, D)
     scored = mask[:, 1:]  # (B, T - 1)
     before, labels = hidden[:, :-1][scored], ids[:, 1:][scored]  # (N, D), (N,)
-    if temperature != 1.0:
-        before = before / temperature
     if not return_entropy and isinstance(head, nn.Linear) and type(head) is nn.Linear and head.bias is None:
         # A subclass, such as bitsandbytes' Linear4bit, keeps its weight in a form of its own.
-        logp = -linear_cross_entropy(before, head.weight, labels, reduction="none")  # (N,)
+        scaled = before if temperature == 1.0 else before / temperature  # the head is linear
+        logp = -linear_cross_entropy(scaled, head.weight, labels, reduction="none")  # (N,)
         return _spread(logp, mask)
-    logp, entropy = head_logprobs(head, before, labels, n_vocab=model.config.vocab_size)
+    logp, entropy = head_logprobs(head, before, labels, temperature=temperature, n_vocab=model.config.vocab_size)
     return (_spread(logp, mask), _spread(entropy, mask)) if return_entropy else _spread(logp, mask)
 
 
@@ -64,13 +63,14 @@ def head_logprobs(
     hidden: Tensor,  # (N, D)
     labels: Tensor,  # (N,) int64
     *,
+    temperature: float = 1.0,
     n_vocab: int,
 ) -> tuple[Tensor, Tensor]:
     """log p(label) and entropy, (N,) and (N,), in nats. Each chunk of logits is computed again in the backward pass."""
 
     def chunk(h: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         logits = head(h)
-        log_p = F.log_softmax(logits.to(accumulator(logits.dtype)), -1)  # (C, V)
+        log_p = F.log_softmax(logits.to(accumulator(logits.dtype)) / temperature, -1)  # (C, V)
         return log_p.gather(1, label.unsqueeze(1)).squeeze(1), -(log_p.exp() * log_p).sum(1)
 
     n = max(1, hidden.shape[0])

@@ -18,7 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 Row = Mapping[str, Any]
 Reward = Callable[[str, str, Row], float]  # (prompt, completion, row) -> reward
@@ -31,12 +31,12 @@ def import_function(module: str, function: str) -> Reward:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        found: Any = getattr(importlib.import_module(module), function, None)
+        found = getattr(importlib.import_module(module), function, None)
     except Exception as error:
         raise ValueError(f"reward {module}:{function} can't be imported: {type(error).__name__}: {error}") from error
     if not callable(found):
         raise ValueError(f"module {module} has no function {function!r}; give module:function")
-    return found
+    return cast(Reward, found)
 
 
 class ChildReward:
