@@ -20,9 +20,17 @@ from graft.quant.linear import quantize_linears_
 V = 97
 
 
-def small_model(*, tied: bool = False) -> Transformer:
+def small_model(*, tied: bool = False, vocab_size: int = V) -> Transformer:
     config = ModelConfig(
-        V, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_head=8, d_ff=64, max_seq_len=64, tie_embeddings=tied
+        vocab_size,
+        d_model=32,
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=2,
+        d_head=8,
+        d_ff=64,
+        max_seq_len=64,
+        tie_embeddings=tied,
     )
     model = Transformer(config)
     initialize_(model, seed=0)
@@ -46,16 +54,16 @@ def expected(model, ids, mask, temperature=1.0):
     return tuple(F.pad(values, (1, 0)).where(mask, 0.0) for values in (logp, entropy))
 
 
-def plain() -> Transformer:
-    return small_model()
+def plain(vocab_size: int = V) -> Transformer:
+    return small_model(vocab_size=vocab_size)
 
 
 def tied() -> Transformer:
     return small_model(tied=True)
 
 
-def adapted_head() -> Transformer:
-    model = small_model()
+def adapted_head(vocab_size: int = V) -> Transformer:
+    model = small_model(vocab_size=vocab_size)
     attach_lora(model, LoraConfig(rank=4, targets=("lm_head", "q_proj")))
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -64,8 +72,8 @@ def adapted_head() -> Transformer:
     return model
 
 
-def quantized_head() -> Transformer:
-    model = small_model()
+def quantized_head(vocab_size: int = V) -> Transformer:
+    model = small_model(vocab_size=vocab_size)
     quantize_linears_(model, keep=())
     return model
 
@@ -146,7 +154,9 @@ def test_packed_is_each_alone(return_entropy):
     model = small_model()
     ids, mask = batch(2)
     lengths = [8, 9]
-    alone = response_logprobs(model, ids, mask & (torch.arange(11) < torch.tensor(lengths)[:, None]), return_entropy=True)
+    alone = response_logprobs(
+        model, ids, mask & (torch.arange(11) < torch.tensor(lengths)[:, None]), return_entropy=True
+    )
     row, row_mask = (torch.cat([t[i, :n] for i, n in enumerate(lengths)])[None] for t in (ids, mask))
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     packed = response_logprobs(
@@ -174,14 +184,15 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("make", [plain, adapted_head, quantized_head])
 def test_never_holds_all_logits(make, return_entropy, small_chunks):
     """Law: forward and backward, no tensor is as large as tokens x vocabulary, or even a quarter of it."""
-    model = make()
-    ids = torch.randint(0, V, (8, 33))
+    n_vocab = 1000
+    model = make(n_vocab)
+    ids = torch.randint(0, n_vocab, (8, 33))
     mask = torch.ones(8, 33, dtype=torch.bool)
     mask[:, 0] = False
     with Largest() as mode:
         out = response_logprobs(model, ids, mask, return_entropy=return_entropy)
         sum(t.sum() for t in (out if return_entropy else (out,))).backward()
-    assert mode.n <= 8 * 32 * V / 4 or mode.n == 8 * 33 * 64  # the feed-forward's own activations are larger here
+    assert mode.n <= 8 * 32 * n_vocab / 4
 
 
 def test_prompts_and_padding_reach_no_head():

@@ -72,7 +72,10 @@ def test_dpo_mean_and_start():
         ({"beta": 0.0}, r"beta=0.0 must be > 0; start from 0.1"),
         ({"kind": "ippo"}, r"unknown DPO loss 'ippo'; choose sigmoid, ipo, robust, hinge"),
         ({"label_smoothing": 0.5}, r"label_smoothing=0.5 must lie in \[0, 0.5\)"),
-        ({"kind": "ipo", "label_smoothing": 0.1}, r"label_smoothing=0.1 is for sigmoid and robust; the ipo loss has none"),
+        (
+            {"kind": "ipo", "label_smoothing": 0.1},
+            r"label_smoothing=0.1 is for sigmoid and robust; the ipo loss has none",
+        ),
     ],
 )
 def test_dpo_refuses(settings, message):
@@ -102,7 +105,9 @@ def test_orpo():
     chosen, rejected = T(0.5).log(), T(0.25).log()
     close(orpo_loss(chosen, rejected, beta=0.5), LOG2 + 0.5 * LOG4_3)
     close(orpo_loss(chosen, rejected, beta=0.5, nll=torch.tensor(5.0)), 5 + 0.5 * LOG4_3)
-    torch.testing.assert_close(log_odds(T(1e-9, 0.1, 0.9, 0.999).log()), torch.logit(T(1e-9, 0.1, 0.9, 0.999)), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        log_odds(T(1e-9, 0.1, 0.9, 0.999).log()), torch.logit(T(1e-9, 0.1, 0.9, 0.999)), rtol=1e-4, atol=0
+    )
     with pytest.raises(ValueError, match=r"beta=-0.1 must be >= 0"):
         orpo_loss(chosen, rejected, beta=-0.1)
 
@@ -186,8 +191,8 @@ def test_grpo():
     close(figures["clipped_high"], 1 / 3)
     close(figures["old_kl"], (0.5 - math.log(1.5) + 0 - 0.5 + LOG2) / 3)
     assert "kl" not in figures
-    for settings in ({"kind": "grpo", "normalize": "token"}, {"kind": "dapo"}):
-        loss, grad, _ = surrogate(**settings)
+    for token_mean in ({"kind": "grpo", "normalize": "token"}, {"kind": "dapo"}):
+        loss, grad, _ = surrogate(**token_mean)
         close(loss, -1.4 / 3)
         torch.testing.assert_close(grad, torch.tensor([[0, -1 / 3], [0, 0]]))
     loss, grad, _ = surrogate(kind="dr_grpo", normalize="constant:4")
@@ -254,7 +259,9 @@ def test_padding_weighs_nothing():
             logp = LOGP.masked_fill(~MASK, junk).requires_grad_()
             old, ref = (LOGP - RATIO.log()).masked_fill(~MASK, junk), (LOGP - 0.5).masked_fill(~MASK, junk)
             loss, figures = policy_loss(logp, old, ADVANTAGES, MASK, kind=kind, kl_coef=0.1, ref_logp=ref)
-            results.append(torch.cat([loss[None], torch.autograd.grad(loss, logp)[0].flatten(), torch.stack([*figures.values()])]))
+            results.append(
+                torch.cat([loss[None], torch.autograd.grad(loss, logp)[0].flatten(), torch.stack([*figures.values()])])
+            )
         for other in results[1:]:
             assert torch.equal(results[0], other)
 
@@ -265,7 +272,9 @@ def test_micro_batches_add_up():
         whole = policy_loss(LOGP, LOGP - RATIO.log(), ADVANTAGES, MASK, kind=kind, normalize=normalize)[0]
         parts = 0.0
         for i in (slice(0, 1), slice(1, 2)):
-            part, _ = policy_loss(LOGP[i], (LOGP - RATIO.log())[i], ADVANTAGES[i], MASK[i], kind=kind, normalize=normalize)
+            part, _ = policy_loss(
+                LOGP[i], (LOGP - RATIO.log())[i], ADVANTAGES[i], MASK[i], kind=kind, normalize=normalize
+            )
             parts = parts + part * n_averaged(MASK[i], normalize)
         torch.testing.assert_close(parts / n_averaged(MASK, normalize), whole)
 
