@@ -1,0 +1,107 @@
+"""Log-probabilities of response tokens, in chunks, so that the logits of all tokens never exist at once.
+
+    log p(ids[t] | ids[<t]) = z[ids[t]] - logsumexp(z),   z = lm_head(hidden[t - 1]) / temperature
+
+Only the positions that `mask` names reach the head: prompts and padding cost none of its products.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ...base.model.transformer import Transformer
+from ...kernels.checks import accumulator, readable
+from ...kernels.cross_entropy import linear_cross_entropy
+from ...kernels.cross_entropy.torch_cross_entropy import chunk_rows
+
+Head = nn.Module | Callable[[Tensor], Tensor]  # (N, D) -> (N, V)
+
+
+def response_logprobs(
+    model: Transformer,
+    ids: Tensor,  # (B, T) int64
+    mask: Tensor,  # (B, T) bool: the tokens to score; never a sequence's first, which has nothing before it
+    *,
+    temperature: float = 1.0,  # the logits are divided by it, as when sampling
+    return_entropy: bool = False,
+    positions: Tensor | None = None,  # (B, T) int64, for packed rows
+    cu_seqlens: Tensor | None = None,  # (n_docs + 1,) int32 with B = 1: documents packed in one row
+) -> Tensor | tuple[Tensor, Tensor]:
+    """log p(ids[t] | what stands before t) in nats, (B, T) float32, 0 where not mask; differentiable.
+
+    With return_entropy also H = -sum_v p(v) log p(v) of the distribution that ids[t] was drawn from, (B, T), 0 where not
+    mask, differentiable too. (A model in float64 gives float64.) Padding goes to the right, where causality hides it.
+    Sums over a row give the sequence's log-probability. Does not cover the renormalization by top-k or top-p.
+
+    Raises ValueError for shapes that don't fit, temperature <= 0, or a mask that names a sequence's first token.
+    """
+    _check(ids, mask, cu_seqlens, temperature)
+    hidden, head = hidden_and_head(model, ids, positions, cu_seqlens)  # (B, T, D)
+    scored = mask[:, 1:]  # (B, T - 1)
+    before, labels = hidden[:, :-1][scored], ids[:, 1:][scored]  # (N, D), (N,)
+    if not return_entropy and isinstance(head, nn.Linear) and type(head) is nn.Linear and head.bias is None:
+        # A subclass, such as bitsandbytes' Linear4bit, keeps its weight in a form of its own.
+        scaled = before if temperature == 1.0 else before / temperature  # the head is linear
+        logp = -linear_cross_entropy(scaled, head.weight, labels, reduction="none")  # (N,)
+        return _spread(logp, mask)
+    logp, entropy = head_logprobs(head, before, labels, temperature=temperature, n_vocab=model.config.vocab_size)
+    return (_spread(logp, mask), _spread(entropy, mask)) if return_entropy else _spread(logp, mask)
+
+
+def hidden_and_head(
+    model: Transformer, ids: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Head]:
+    """Hidden states (B, T, D) after the final norm, and the head that turns them into logits."""
+    return model.hidden_states(ids, positions=positions, cu_seqlens=cu_seqlens), model.lm_head
+
+
+def head_logprobs(
+    head: Head,  # any function of (N, D) to (N, V): adapted, quantized, with a bias
+    hidden: Tensor,  # (N, D)
+    labels: Tensor,  # (N,) int64
+    *,
+    temperature: float = 1.0,
+    n_vocab: int,
+) -> tuple[Tensor, Tensor]:
+    """log p(label) and entropy, (N,) and (N,), in nats. Each chunk of logits is computed again in the backward pass."""
+
+    def chunk(h: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(h)
+        log_p = F.log_softmax(logits.to(accumulator(logits.dtype)) / temperature, -1)  # (C, V)
+        return log_p.gather(1, label.unsqueeze(1)).squeeze(1), -(log_p.exp() * log_p).sum(1)
+
+    n = max(1, hidden.shape[0])
+    split = zip(hidden.split(min(n, chunk_rows(n_vocab))), labels.split(min(n, chunk_rows(n_vocab))), strict=True)
+    if torch.is_grad_enabled():
+        parts = [checkpoint(chunk, h, label, use_reentrant=False) for h, label in split]
+    else:
+        parts = [chunk(h, label) for h, label in split]
+    logp, entropy = (torch.cat(values) for values in zip(*parts, strict=True))
+    return logp, entropy
+
+
+def _spread(values: Tensor, mask: Tensor) -> Tensor:
+    """(N,) values onto the N true places of mask (B, T); 0 elsewhere."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
+def _check(ids: Tensor, mask: Tensor, cu_seqlens: Tensor | None, temperature: float) -> None:
+    if ids.ndim != 2 or mask.shape != ids.shape or mask.dtype != torch.bool:
+        raise ValueError(
+            f"ids {tuple(ids.shape)} and mask {tuple(mask.shape)} {mask.dtype} don't fit; give ids (B, T) and a bool mask (B, T)"
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be > 0; use 1.0 for the model's own probabilities")
+    if not readable(mask):
+        return
+    first = torch.zeros(1, dtype=torch.int64) if cu_seqlens is None else cu_seqlens[:-1].long()
+    first = first[first < ids.shape[1]]
+    wrong = mask[:, first].nonzero()
+    if wrong.numel():
+        row, at = int(wrong[0, 0]), int(first[wrong[0, 1]])
+        raise ValueError(
+            f"mask[{row}, {at}] names the first token of a sequence, which has nothing before it; mask the prompt's tokens out"
+        )
