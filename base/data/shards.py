@@ -31,6 +31,7 @@ class TokenShards:
         self.split = split
         self.n_bytes: int = entry["n_bytes"]  # of UTF-8 text, for bits per byte
         self.n_documents: int = entry["n_documents"]
+        self.files = [folder / name for name in entry["files"]]
         self._parts = [_map(folder / name, meta["dtype"]) for name in entry["files"]]
         self._ends = np.cumsum([len(part) for part in self._parts], dtype=np.int64)
         if len(self) != entry["n_tokens"]:

@@ -7,8 +7,8 @@ from typing import Literal
 from ...base.checkpoint import read_json
 from ...base.model.config import PRESETS, ModelConfig, preset
 from ...base.model.huggingface import DTYPES, config_from_dict, load_config
-from ...base.train import OPTIMIZERS
 from ..adapters.lora import ALL_LINEAR
+from ..optimizers import OPTIMIZERS
 
 Method = Literal["full", "lora", "qlora", "generate"]
 METHODS = ("full", "lora", "qlora", "generate")
