@@ -14,6 +14,8 @@ _HOME = {
     "load_model": "finetune.loading",
     "save_model": "base.model.huggingface",
     "generate": "finetune.generate",
+    "pretrain": "base.pretrain",
+    "sft": "finetune.sft",
     "AdapterBank": "finetune.adapters.bank",
     "estimate_memory": "finetune.memory.predict",
 }
@@ -25,17 +27,21 @@ __all__ = [
     "estimate_memory",
     "generate",
     "load_model",
+    "pretrain",
     "save_model",
+    "sft",
 ]
 
 if TYPE_CHECKING:
     from .base.model.config import ModelConfig
     from .base.model.huggingface import save_model
+    from .base.pretrain import pretrain
     from .base.tokenizer.tokenizer import Tokenizer
     from .finetune.adapters.bank import AdapterBank
     from .finetune.generate import generate
     from .finetune.loading import load_model
     from .finetune.memory.predict import estimate_memory
+    from .finetune.sft import sft
 
 
 def __getattr__(name: str) -> object:

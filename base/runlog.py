@@ -254,11 +254,26 @@ def lock(folder: Path, owner: object) -> None:
         if held is not None and held.process == os.getpid():
             if held.owner() is not None:
                 raise FileExistsError(
-                    f"another run of this process is training in {folder}; wait for it, or choose another folder"
+                    f"another thread of this process is writing to {folder}; wait for it, or choose another folder"
                 )
             _release(key)
         descriptor = _system_lock(folder)
         _locks[key] = _Lock(os.getpid(), descriptor, weakref.ref(owner))
+
+
+class _Owner:
+    """Who holds a folder's lock when it is no run."""
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Within the block nobody else writes to the folder; see `lock`."""
+    owner = _Owner()
+    lock(folder, owner)
+    try:
+        yield
+    finally:
+        unlock(folder, owner)
 
 
 def _system_lock(folder: Path) -> int | None:
@@ -270,7 +285,7 @@ def _system_lock(folder: Path) -> int | None:
     except BlockingIOError:
         os.close(descriptor)
         raise FileExistsError(
-            f"another process is training in {folder}; wait for it, or choose another folder"
+            f"another process is writing to {folder}; wait for it, or choose another folder"
         ) from None
     except OSError:
         os.close(descriptor)

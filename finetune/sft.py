@@ -90,6 +90,17 @@ def resolve(settings: Mapping[str, Any], *, method: str, n_records: int) -> Run:
     )
 
 
+def default_texts() -> dict[str, object]:
+    """Defaults of fine-tuning's own, for `graft config`; the other keys have their dataclass's."""
+    rates = ", ".join(f"{method} {rate:g}" for method, rate in LEARNING_RATES.items())
+    return DEFAULTS | {
+        "learning_rate": rates,
+        "micro_batch": "batch_size",
+        "steps": "epochs * records / batch_size",
+        "warmup_steps": "steps / 10, at most 20",
+    }
+
+
 def steps_for(epochs: float, n_records: int, batch_size: int) -> int:
     """Updates in which each record is read at least `epochs` times (rounded down to whole passes)."""
     return max(1, math.ceil(epochs * n_records / batch_size - 1e-9))  # 1e-9: 0.1 * 30 / 3 is a little above 1
