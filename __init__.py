@@ -16,6 +16,8 @@ _HOME = {  # name -> module, or module:attribute where the two names differ
     "generate": "finetune.generate",
     "Engine": "base.generate.engine",
     "Sampling": "base.generate.sampling",
+    "pretrain": "base.pretrain",
+    "sft": "finetune.sft",
     "AdapterBank": "finetune.adapters.bank",
     "adapters_off": "finetune.adapters.selection",
     "estimate_memory": "finetune.memory.predict",
@@ -33,7 +35,9 @@ __all__ = [
     "evaluate",
     "generate",
     "load_model",
+    "pretrain",
     "save_model",
+    "sft",
 ]
 
 if TYPE_CHECKING:
@@ -41,13 +45,15 @@ if TYPE_CHECKING:
     from .base.generate.sampling import Sampling
     from .base.model.config import ModelConfig
     from .base.model.huggingface import save_model
+    from .base.pretrain import pretrain
     from .base.tokenizer.tokenizer import Tokenizer
     from .finetune.adapters.bank import AdapterBank
-    from .finetune.evaluate import run_evaluate as evaluate
     from .finetune.adapters.selection import adapters_off
+    from .finetune.evaluate import run_evaluate as evaluate
     from .finetune.generate import generate
     from .finetune.loading import load_model
     from .finetune.memory.predict import estimate_memory
+    from .finetune.sft import sft
 
 
 def __getattr__(name: str) -> object:

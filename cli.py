@@ -19,7 +19,7 @@ from .finetune.memory.commands import plan, vram_app
 ORDER = {
     "1. Try it": ("demo",),
     "2. Text to tokens": ("tokenizer", "data"),
-    "3. Train": ("plan", "pretrain", "sft", "quantize"),
+    "3. Train": ("plan", "config", "pretrain", "sft", "quantize"),
     "4. Use": ("generate", "chat", "adapter", "eval"),
     "5. Look": ("vram", "plot", "doctor"),
 }
@@ -56,16 +56,20 @@ Force = Annotated[bool, typer.Option("--force", help="Start over in a folder tha
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 Seed = Annotated[int | None, typer.Option("--seed", help=r"Decides weights, data order and dropout. \[default: 0]")]
 Steps = Annotated[int | None, typer.Option("--steps", help="Optimizer updates.")]
+BatchSize = Annotated[
+    int | None, typer.Option("--batch-size", help=r"Sequences an update. \[default: 32 pretraining, 16 fine-tuning]")
+]
+LearningRate = Annotated[
+    float | None, typer.Option("--learning-rate", "--lr", help=r"Peak rate. \[default: 1e-3; sft 5e-5, adapters 5e-4]")
+]
 Adapter = Annotated[Path | None, typer.Option("--adapter", help="Adapter folder in PEFT's layout.")]
 
 
-def _settings(config: Path | None, assignments: list[str] | None, **flags: object) -> dict[str, object]:
-    """TOML, then --set, then the flags that were given: the later wins."""
-    from .base.settings import parse_assignments, read_toml
+def _settings(config: Path | None, assignments: list[str] | None, **flags: object) -> dict[str, Any]:
+    """TOML, overridden by --set and by the flags that were given."""
+    from .base.settings import combine
 
-    found: dict[str, object] = read_toml(config) if config else {}
-    found |= parse_assignments(assignments or [])
-    return found | {key: value for key, value in flags.items() if value is not None}
+    return combine(config, assignments or [], flags)
 
 
 @app.command(rich_help_panel=PANEL["demo"])
@@ -84,18 +88,73 @@ def demo(
     run_demo(out, seed=seed, force=force, device=device)
 
 
+@app.command("config", rich_help_panel=PANEL["config"])
+def show_config(
+    stage: Annotated[str | None, typer.Argument(help="pretrain or sft; both when not given.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """List every config key of a training command: type, default, meaning.
+
+    Each is given by --set key=value or in a TOML file, and the commonest by flags.
+
+    Example: graft config sft
+    """
+    import json
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from .base.settings import describe
+
+    if stage not in (None, "pretrain", "sft"):
+        raise ValueError(f"unknown stage {stage!r}; choose pretrain or sft")
+    tables = {}
+    for name in [stage] if stage else ["pretrain", "sft"]:
+        if name == "pretrain":
+            from .base.pretrain import PARTS as parts
+
+            defaults: dict[str, object] = {"vocab_size": "the tokenizer's"}
+        else:
+            from .finetune.sft import PARTS as parts
+            from .finetune.sft import default_texts
+
+            defaults = default_texts()
+        keys = {part: [asdict(key) for key in describe(kind)] for part, kind in parts.items()}
+        for key in (key for part in keys.values() for key in part):
+            key["default"] = str(defaults.get(key["name"], key["default"]))
+        tables[name] = keys
+    if as_json:
+        typer.echo(json.dumps(tables))
+        return
+    for name, keys in tables.items():
+        for part, described in keys.items():
+            table = Table(
+                "key", "type", "default", "meaning", title=escape(f"graft {name}: [{part}]"), title_justify="left"
+            )
+            for key in described:
+                table.add_row(*(escape(key[column]) for column in ("name", "type", "default", "meaning")))
+            Console().print(table)
+
+
+Config = Annotated[Path | None, typer.Argument(help="TOML file with config keys; see graft config.")]
+
+
 @app.command(rich_help_panel=PANEL["pretrain"])
 def pretrain(
     data: Annotated[Path, typer.Option("--data", help="Folder of token shards, from graft data prepare.")],
     tokenizer: Annotated[Path, typer.Option("--tokenizer", help="Folder of the tokenizer.")],
     out: Out,
-    config: Annotated[Path | None, typer.Argument(help="TOML file with config keys.")] = None,
+    config: Config = None,
     preset: Annotated[
         str | None, typer.Option("--preset", help=r"nano, micro, mini, small or medium. \[default: micro]")
     ] = None,
     settings: Settings = None,
     seed: Seed = None,
     steps: Steps = None,
+    batch_size: BatchSize = None,
+    learning_rate: LearningRate = None,
     device: Device = "auto",
     resume: Resume = False,
     force: Force = False,
@@ -107,12 +166,13 @@ def pretrain(
     from .base.pretrain import run_pretrain
     from .finetune.memory.announce import announce
 
+    flags = {"seed": seed, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
     summary = run_pretrain(
         data=data,
         tokenizer=tokenizer,
         out=out,
         preset_name=preset,
-        settings=_settings(config, settings, seed=seed, steps=steps),
+        settings=_settings(config, settings, **flags),
         resume=resume,
         force=force,
         device=device,
@@ -126,6 +186,7 @@ def sft(
     base: Base,
     data: Annotated[Path, typer.Option("--data", help="Records: JSON, JSONL, CSV or Parquet (TRL, Alpaca, ShareGPT).")],
     out: Out,
+    config: Config = None,
     lora: Annotated[bool, typer.Option("--lora", help="Train an adapter on the frozen base.")] = False,
     qlora: Annotated[bool, typer.Option("--qlora", help="Train an adapter on the base in 4 bits.")] = False,
     rank: Annotated[int | None, typer.Option("--rank", help=r"Rank of the adapter. \[default: 16]")] = None,
@@ -147,6 +208,11 @@ def sft(
     settings: Settings = None,
     seed: Seed = None,
     steps: Steps = None,
+    epochs: Annotated[
+        float | None, typer.Option("--epochs", help=r"Passes over the records, without --steps. \[default: 3]")
+    ] = None,
+    batch_size: BatchSize = None,
+    learning_rate: LearningRate = None,
     device: Device = "auto",
     resume: Resume = False,
     force: Force = False,
@@ -155,23 +221,29 @@ def sft(
 
     Example: graft sft --base runs/demo/base --data runs/demo/data/spam/train.jsonl --out runs/spam --lora --steps 60
     """
-    from .finetune.adapters.lora import LoraConfig
     from .finetune.sft import run_sft
 
     if lora and qlora:
         raise ValueError("--lora and --qlora exclude each other; QLoRA is LoRA on a base in 4 bits")
-    names = tuple(t.strip() for t in targets.split(",") if t.strip()) if targets else None
-    asked = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": names}
-    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
-    if given and not (lora or qlora):
-        raise ValueError(f"--{next(iter(given))} is about an adapter; add --lora or --qlora, or leave it out")
+    names = [t.strip() for t in targets.split(",") if t.strip()] if targets else None
+    adapter = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": names}
+    loop = {"seed": seed, "steps": steps, "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
+    given = _settings(config, settings, **adapter, **loop, quant_backend=quant_backend)
+    flag = "lora" if lora else "qlora" if qlora else None
+    method = given.pop("method", None)
+    if flag is not None and method not in (None, flag):
+        raise ValueError(f"--{flag} and method={method!r} contradict each other; give one")
+    method = str(flag or method or "full")
+    if method == "full":
+        for name, value in adapter.items():
+            if value is not None:
+                raise ValueError(f"--{name} is about an adapter; add --lora or --qlora, or leave it out")
     summary = run_sft(
         base=base,
         data=data,
         out=out,
-        method="lora" if lora else "qlora" if qlora else "full",
-        lora=LoraConfig(**given) if given else None,
-        settings=_settings(None, settings, seed=seed, steps=steps, quant_backend=quant_backend),
+        method=method,
+        settings=given,
         eval_data=eval_data,
         resume=resume,
         force=force,

@@ -20,10 +20,11 @@ def beside(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        _flush(temporary)
-        os.replace(temporary, path)
-        _flush(path.parent)
+        with naming(path):
+            yield temporary
+            flush(temporary)
+            os.replace(temporary, path)
+            flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -41,17 +42,32 @@ def folder_beside(path: Path) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        yield temporary
-        _flush(temporary)
-        os.replace(temporary, path)
-        _flush(path.parent)
+        with naming(path):
+            yield temporary
+            flush(temporary)
+            os.replace(temporary, path)
+            flush(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError that leaves the block names the file: the system's own "No space left on device" doesn't."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise type(error)(error.errno, f"{error.strerror}: can't write", str(path)) from None
+
+
+def flush(path: Path) -> None:
     """Ask the disk to hold the file or folder entry, so that a rename never outlives what it names."""
-    handle = os.open(path, os.O_RDONLY)
+    is_folder = path.is_dir()
+    if is_folder and os.name == "nt":  # Windows opens no folder, and has no call for its entries
+        return
+    handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:
@@ -69,22 +85,46 @@ def write_json(path: Path, value: object) -> None:
     write_file(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises FileNotFoundError, or ValueError that names file, line and column."""
+JsonType = type | tuple[type, ...]
+
+
+def read_json(path: Path, expected: Mapping[str, JsonType] | None = None) -> dict[str, Any]:
+    """Read a JSON object, whose keys in `expected` must be there with a value of that type (a bool is no number).
+
+    Raises FileNotFoundError, or ValueError that names the file and the line and column, or the key.
+    """
     path = Path(path)
     if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; a JSON file is due here")
+        raise IsADirectoryError(f"{path} is a folder; expected a JSON file")
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
+    if not path.is_file():
+        raise ValueError(f"{path} is not a regular file; expected a JSON file")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} line {error.lineno}: not JSON ({error.msg} at column {error.colno})") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply") from None
+    except ValueError as error:  # a number of more than 4,300 digits
+        raise ValueError(f"{path}: not JSON ({error})") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}; a JSON object is due here")
+        raise ValueError(f"{path} holds a {type(value).__name__}; expected a JSON object")
+    check_types(value, expected or {}, str(path))
     return value
+
+
+def check_types(value: Mapping[str, Any], expected: Mapping[str, JsonType], where: str) -> None:
+    """Raise ValueError, naming `where` and the key, unless each expected key is there with a value of its type."""
+    for key, kinds in expected.items():
+        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+        if key not in value:
+            raise ValueError(f"{where} is damaged: {key} is missing")
+        if type(value[key]) not in kinds:
+            names = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"{where} is damaged: {key} is {str(value[key])[:60]!r}; expected {names}")
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None) -> None:
@@ -94,7 +134,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping
         try:
             save_file(ready, temporary, metadata={"format": "pt", **(metadata or {})})
         except SafetensorError as error:
-            raise OSError(f"can't write {path}: {error}; free some space and run again with --resume") from None
+            raise OSError(f"can't write {path}: {error}; is the disk full?") from None
 
 
 def load_tensors(path: Path, *, device: str = "cpu") -> dict[str, Tensor]:

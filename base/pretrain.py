@@ -1,7 +1,8 @@
 """`graft pretrain`: token shards -> a base folder that transformers opens."""
 
+import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,45 +10,78 @@ import torch
 
 from .data.batches import WindowBatches, evaluation_batches
 from .data.shards import TokenShards, open_tokens
-from .device import peak_bytes, reset_peak, resolve_device
+from .device import explain_device, memory_bytes, peak_bytes, reset_peak, resolve_device
 from .evaluate import bits_per_byte, mean_loss
 from .model.config import ModelConfig, preset, with_sizes
 from .model.huggingface import config_to_dict, save_model
 from .model.transformer import Transformer, initialize_
 from .progress import step_progress
+from .run import Input, Run, TrainConfig, check_same_inputs, resumed_settings
 from .runlog import RunFolder
 from .settings import check_settings, split_settings
 from .tokenizer.tokenizer import Tokenizer
-from .train import NOT_FOR_PRETRAINING, TrainConfig, make_optimizer, train
+from .train import Result, check_evaluation, check_optimizer, make_optimizer, train
 
-# What may change between a run and its resumption (`steps` moves the rest of the cosine: that is asked for).
-RESUMABLE = {"checkpoint_every", "eval_every", "eval_batches", "steps"}
-
-
-@dataclass(frozen=True)
-class PretrainConfig:
-    """Everything that decides a pretraining run; saved as run.json's `config`."""
-
-    data: Path  # folder of token shards, from graft data prepare
-    tokenizer: Path  # folder of tokenizer.json
-    out: Path
-    model: ModelConfig
-    train: TrainConfig
+PARTS = {"model": ModelConfig, "train": TrainConfig}  # whose keys `graft pretrain` takes
+MAX_LAYERS = 10_000  # ten times the deepest published Transformer (arXiv:2203.00555); each is a Python object
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
-def resolve(
-    settings: Mapping[str, Any], *, data: Path, tokenizer: Path, out: Path, preset_name: str | None, vocab_size: int
-) -> PretrainConfig:
-    """Preset + settings (from TOML and --set) -> one config. Raises ValueError for unknown keys and sizes that don't fit."""
-    checked = check_settings(settings, ModelConfig, TrainConfig)
-    if checked.get("optimizer") == "adamw8bit":
-        raise ValueError(NOT_FOR_PRETRAINING)
+def resolve(settings: Mapping[str, Any], *, preset_name: str | None, vocab_size: int) -> Run:
+    """Preset + settings (from TOML, --set and flags) -> one config.
+
+    Raises ValueError for unknown keys and sizes that don't fit each other.
+    """
+    checked = check_settings(settings, *PARTS.values())
     sizes, loop = split_settings(checked, ModelConfig, TrainConfig)
     if sizes.pop("vocab_size", vocab_size) != vocab_size:
         raise ValueError(f"vocab_size={checked['vocab_size']} differs from the tokenizer's {vocab_size}; leave it out")
-    config = with_sizes(replace(preset(preset_name or "micro"), vocab_size=vocab_size), **sizes)
-    config_to_dict(config, dtype=torch.float32)  # raises for switches that no architecture has together
-    return PretrainConfig(data, tokenizer, out, config, TrainConfig(**loop))
+    model = with_sizes(replace(preset(preset_name or "micro"), vocab_size=vocab_size), **sizes)
+    config_to_dict(model, dtype=torch.float32)  # raises for switches that no architecture has together
+    train = TrainConfig(**loop)
+    check_optimizer(train.optimizer)
+    return Run(train=train, model=model)
+
+
+def check_size(config: ModelConfig, device: str) -> None:
+    """Raise ValueError for a model that can't be built on this machine, before it is tried."""
+    if config.n_layers > MAX_LAYERS:
+        raise ValueError(f"n_layers={config.n_layers} is more than {MAX_LAYERS:,}; use fewer layers, or wider ones")
+    weights, available = 4 * config.n_params, memory_bytes(device)
+    if available is not None and weights > available:
+        raise ValueError(
+            f"{config.n_params:,} parameters take {weights:,} bytes in float32, {device} has {available:,}; "
+            "lower d_model, n_layers or d_ff"
+        )
+
+
+def pretrain(
+    *,
+    data: Path | str,
+    tokenizer: Path | str,
+    out: Path | str,
+    preset: str | None = None,  # whose sizes hold where `settings` gives none: nano, micro, ...
+    resume: bool = False,
+    force: bool = False,
+    device: str = "auto",
+    progress: bool = False,
+    **settings: Any,  # keys of ModelConfig and TrainConfig, as `graft config pretrain` lists them
+) -> dict[str, Any]:
+    """`graft pretrain` from Python: trains a base on token shards into `out`; returns the summary's figures.
+
+    Raises ValueError or OSError for bad input, Interrupted after a signal.
+    """
+    return run_pretrain(
+        data=data,
+        tokenizer=tokenizer,
+        out=out,
+        preset_name=preset,
+        settings=settings,
+        resume=resume,
+        force=force,
+        device=device,
+        progress=progress,
+    )
 
 
 def run_pretrain(
@@ -68,55 +102,54 @@ def run_pretrain(
     The result depends on the config and the seed only: a run that was killed and resumed ends with the same weights.
     Raises ValueError or OSError for bad input, Interrupted after a signal.
     """
-    device = resolve_device(device)
+    requested_device, device = device, resolve_device(device)
     tok = Tokenizer.load(tokenizer)
     train_tokens, val_tokens = open_tokens(data, "train"), open_tokens(data, "val")
     if train_tokens.meta["tokenizer"] != tok.fingerprint():
         raise ValueError(f"{data} was prepared with another tokenizer than {tokenizer}; run graft data prepare again")
     with RunFolder(out, stage="pretrain", resume=resume, force=force) as run:
-        settings = dict(settings or {})
+        requested = check_settings(settings or {}, *PARTS.values())
+        inputs = {
+            "data": Input.of(data, [*train_tokens.files, *val_tokens.files]),
+            "tokenizer": Input.of(
+                tokenizer, [path for name in TOKENIZER_FILES if (path := Path(tokenizer) / name).exists()]
+            ),
+        }
         if run.previous:
             saved = run.previous["config"]
-            same_input(saved, data=data, tokenizer=tokenizer)
+            check_same_inputs(saved, inputs)
             if preset_name is not None:
-                raise ValueError(
-                    f"--resume goes on with the run's own model, asked was preset {preset_name}; leave it out"
-                )
-            settings = resumed_settings(settings, saved)
-        config = resolve(
-            settings,
-            data=Path(data),
-            tokenizer=Path(tokenizer),
-            out=Path(out),
-            preset_name=preset_name,
-            vocab_size=tok.vocab_size,
-        )
-        config = replace(config, model=with_special_ids(config.model, tok))
-        loop = config.train
+                raise ValueError(f"--resume goes on with the run's own model, got preset {preset_name}; leave it out")
+            requested = resumed_settings(requested, saved)
+        config = resolve(requested, preset_name=preset_name, vocab_size=tok.vocab_size)
+        assert config.model is not None
+        check_size(config.model, device)
+        config = replace(config, model=with_special_ids(config.model, tok), inputs=inputs)
+        assert config.model is not None
+        loop, seq_len = config.train, config.model.max_seq_len
         batches = WindowBatches(
             train_tokens,
-            seq_len=config.model.max_seq_len,
+            seq_len=seq_len,
             batch_size=loop.batch_size,
             micro_batch=loop.micro_batch,
             seed=loop.seed,
         )
+        if progress:
+            print(explain_device(requested_device, device), file=sys.stderr)
         predicted = predict(config.model, loop, device) if predict else None
         model = Transformer(config.model).to(device)
         initialize_(model, seed=loop.seed)
         model.checkpointing = loop.checkpointing
         reset_peak(device)
         result = _train(model, config, batches, val_tokens, run, device, progress)
-        save_model(model.cpu(), config.out)
-        tok.save(config.out)
+        with run.results() as folder:
+            save_model(model.cpu(), folder)
+            tok.save(folder)
         summary = {
             "n_params": config.model.n_params,
-            "steps": result.steps,
-            "train_loss": result.loss,
-            **(result.evals[-1] if result.evals else {}),
+            **result.summary(),
             "n_train_tokens": len(train_tokens),
-            "tokens_read": loop.steps * loop.batch_size * config.model.max_seq_len,
-            "seconds": round(result.seconds, 2),
-            "tokens_per_s": round(result.n_tokens / result.seconds, 1) if result.seconds else None,
+            "tokens_read": result.steps * loop.batch_size * seq_len,
             "predicted_peak_bytes": predicted,
             **peak_bytes(device),
             "device": device,
@@ -127,26 +160,27 @@ def run_pretrain(
 
 def _train(
     model: Transformer,
-    config: PretrainConfig,
+    config: Run,
     batches: WindowBatches,
     val_tokens: TokenShards,
     run: RunFolder,
     device: str,
     progress: bool,
-) -> Any:
-    loop, seq_len = config.train, config.model.max_seq_len
-    held_out = evaluation_batches(val_tokens, seq_len=seq_len, batch_size=loop.batch_size, n_batches=loop.eval_batches)
+) -> Result:
+    loop = config.train
+    held_out = evaluation_batches(
+        val_tokens, seq_len=batches.seq_len, batch_size=loop.batch_size, n_batches=loop.eval_batches
+    )
 
     def evaluate() -> dict[str, float]:
         loss = mean_loss(model, held_out, dtype=loop.dtype, device=device)
         bpb = bits_per_byte(loss, n_tokens=len(val_tokens), n_bytes=val_tokens.n_bytes)
         return {"val_loss": loss, "val_bits_per_byte": bpb}
 
+    check_evaluation(loop, has_evaluation=bool(held_out))
     optimizer = make_optimizer(model.named_parameters(), loop)
-    # From here on nothing is refused any more: now a run that is started over may lose its log.
-    run.start(
-        {"data": config.data, "tokenizer": config.tokenizer, "model": config.model, "train": loop}, seed=loop.seed
-    )
+    # All validation is done: only now may --force touch what a former run left.
+    run.start(config.saved(), seed=loop.seed)
     with step_progress("pretrain", loop.steps, shown=progress) as observe:
         return train(
             model,
@@ -168,27 +202,3 @@ def with_special_ids(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-
-
-def same_input(saved: Mapping[str, Any], **asked: Path | str) -> None:
-    """Raise ValueError when a resumed run is given another file or folder than it was started with."""
-    for name, path in asked.items():
-        if Path(saved[name]).resolve() != Path(path).resolve():
-            raise ValueError(f"--resume goes on with {name} {saved[name]}, asked was {path}; give the same")
-
-
-def resumed_settings(asked: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The saved run's settings, with what may change taken from `asked`.
-
-    Raises ValueError when something is asked for that would make it another run.
-    """
-    flat = {**saved["model"], **saved["train"]}
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        flat.pop(key, None)
-    for key, value in asked.items():
-        if key in flat and flat[key] != value and key not in RESUMABLE:
-            raise ValueError(
-                f"--resume goes on with {key}={flat[key]!r}, asked was {value!r}; leave it out, or --force a new run"
-            )
-        flat[key] = value
-    return flat

@@ -1,15 +1,16 @@
-"""THE loop. Pretraining and fine-tuning (and later alignment) give it their batches and a pure loss.
+"""THE loop. Pretraining, fine-tuning and alignment give it their batches and an objective.
 
 Per step: micro-batches -> autocast forward -> summed loss / the whole batch's label count -> backward -> clip -> update.
 Dividing by the count of the whole batch, not of each micro-batch, makes accumulation equal to one large batch.
 """
 
 import math
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -31,56 +32,14 @@ from .loss import n_labels, next_token_loss
 from .optim.adamw import AdamW
 from .optim.clip import clip_gradients_
 from .optim.muon import Muon
-from .optim.schedule import cosine_with_warmup
+from .optim.schedule import learning_rate_at
 from .precision import LossScaler, autocast
+from .run import TrainConfig
 from .runlog import RunFolder
 
 Batch = Mapping[str, Tensor]
-OPTIMIZERS = ("adamw", "muon", "adamw8bit")
-NOT_FOR_PRETRAINING = "optimizer='adamw8bit' is for fine-tuning; use adamw or muon to pretrain"
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """What the loop needs to know. Raises ValueError for values that can't work."""
-
-    steps: int = 1000  # optimizer updates
-    batch_size: int = 32  # sequences an update
-    micro_batch: int = 32  # sequences at once on the device; the rest of the batch is accumulated
-    learning_rate: float = 1e-3  # peak
-    final_lr_fraction: float = 0.1  # of the peak, at the last step
-    warmup_steps: int = 20
-    optimizer: str = "adamw"  # or muon: orthogonalized updates for hidden matrices, AdamW for the rest
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    grad_clip: float = 1.0  # global 2-norm; 0: never clip
-    dtype: str = "float32"  # of the arithmetic: float32, bfloat16 or float16; weights and moments stay float32
-    checkpointing: bool = False  # recompute activations layer by layer in the backward pass
-    checkpoint_every: int = 200  # steps; 0: only at the end
-    eval_every: int = 100  # steps; 0: only at the end
-    eval_batches: int = 16  # batches of batch_size sequences
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "micro_batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be >= 1")
-        for name in (
-            *("warmup_steps", "checkpoint_every", "eval_every", "eval_batches", "seed"),
-            *("weight_decay", "grad_clip", "learning_rate", "final_lr_fraction", "eps"),
-        ):
-            value = getattr(self, name)
-            if not (value >= 0 and math.isfinite(value)):
-                raise ValueError(f"{name}={value} must be >= 0 and finite")
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"unknown dtype {self.dtype!r}; choose float32, bfloat16 or float16")
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"unknown optimizer {self.optimizer!r}; choose {', '.join(OPTIMIZERS)}")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1)")
+Figures = Mapping[str, Tensor | float]
+MAX_SKIPPED_IN_A_ROW = 20  # updates; float16's loss scale falls from 65,536 to 1 in 16
 
 
 class Optimizer(Protocol):
@@ -94,18 +53,84 @@ class Optimizer(Protocol):
     def load_state_tensors(self, state: Mapping[str, Tensor]) -> None: ...
 
 
-def make_optimizer(parameters: Iterable[tuple[str, Tensor]], config: TrainConfig) -> Optimizer:
-    """The config's AdamW or Muon over named parameters. (adamw8bit is quant's: finetune/sft.py makes it.)"""
-    if config.optimizer == "adamw8bit":
-        raise ValueError(NOT_FOR_PRETRAINING)
-    kind = {"adamw": AdamW, "muon": Muon}[config.optimizer]
-    return kind(
+class Objective(Protocol):
+    """What is minimized: next-token loss, DPO, GRPO."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor | tuple[Tensor, Figures]:
+        """The loss summed over the batch's labels, () float32, and perhaps figures summed in the same way.
+
+        The loop divides both by the labels of the whole step, and writes the figures to metrics.jsonl.
+        """
+        ...
+
+    def n_labels(self, batch: Batch) -> int:
+        """How many terms the loss of this batch is the sum of: tokens, pairs or answers."""
+        ...
+
+    def n_tokens(self, batch: Batch) -> int:
+        """How many tokens the model reads for it."""
+        ...
+
+
+class NextToken:
+    """Next-token cross entropy over the targets that carry loss, in nats: pretraining and supervised fine-tuning."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor | tuple[Tensor, Figures]:
+        return next_token_loss(model, batch)
+
+    def n_labels(self, batch: Batch) -> int:
+        return n_labels(batch)
+
+    def n_tokens(self, batch: Batch) -> int:
+        return n_ids(batch)
+
+
+def n_ids(batch: Batch) -> int:
+    """Positions of the batch's ids, padding included."""
+    return batch["ids"].numel()
+
+
+class ExtraState(Protocol):
+    """State beside weights and optimizer that a resumed run needs: rollout buffers, running means."""
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and JSON values by name."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state` gave."""
+        ...
+
+
+# --- optimizers by name --------------------------------------------------------------------------------------------
+
+OptimizerMaker = Callable[..., Optimizer]
+OPTIMIZERS: dict[str, OptimizerMaker] = {"adamw": AdamW, "muon": Muon}
+
+
+def make_optimizer(
+    parameters: Iterable[tuple[str, Tensor]],
+    config: TrainConfig,
+    makers: Mapping[str, OptimizerMaker] = OPTIMIZERS,
+) -> Optimizer:
+    """The config's optimizer over named parameters. Raises ValueError for a name that `makers` doesn't have."""
+    check_optimizer(config.optimizer, makers)
+    return makers[config.optimizer](
         parameters,
         learning_rate=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         weight_decay=config.weight_decay,
     )
+
+
+def check_optimizer(name: str, makers: Mapping[str, OptimizerMaker] = OPTIMIZERS) -> None:
+    """Raise ValueError for a name that `makers` doesn't have."""
+    if name not in makers:
+        raise ValueError(f"unknown optimizer {name!r}; choose {', '.join(makers)}")
+
+
+# --- the loop ------------------------------------------------------------------------------------------------------
 
 
 class Interrupted(Exception):
@@ -120,65 +145,154 @@ class Interrupted(Exception):
 class Result:
     """What a run measured."""
 
-    steps: int
-    loss: float  # of the last step, nats a label
-    val_loss: float | None
+    steps: int  # done, earlier processes' included
+    loss: float  # mean over the labels of the last step's batch, before its update; nats a label
+    val_loss: float | None  # of the newest evaluation
     n_tokens: int  # positions read by this process
-    seconds: float
+    seconds: float  # of this process
     evals: list[dict[str, float]] = field(default_factory=list)
+    n_skipped: int = 0  # updates left out because a gradient was not finite
+    best_step: int | None = None  # keep=best: whose weights the model has now
+
+    def summary(self) -> dict[str, Any]:
+        """The figures that every training command reports."""
+        figures = {
+            "steps": self.steps,
+            "train_loss": self.loss,
+            "train_loss_is": "of the last step's batch alone, before its update, in nats a label",
+            **{name: value for name, value in (self.evals[-1] if self.evals else {}).items() if name != "step"},
+            "n_skipped_steps": self.n_skipped,
+            "seconds": round(self.seconds, 2),
+            "tokens_per_s": round(self.n_tokens / self.seconds, 1) if self.n_tokens and self.seconds else None,
+        }
+        if self.best_step is not None:
+            best = next(line for line in self.evals if line["step"] == self.best_step)
+            figures |= {"best_step": self.best_step, "best_val_loss": best["val_loss"]}
+        return figures
 
 
 def train(
     model: nn.Module,
     optimizer: Optimizer,
-    batch_at: Callable[
-        [int], Sequence[Batch]
-    ],  # step -> its micro-batches; a pure function, so resume needs only the step
+    # step -> its micro-batches. They may depend on the model (rollouts), the step and torch's random state only:
+    # resuming restores those.
+    batch_at: Callable[[int], Sequence[Batch]],
     config: TrainConfig,
     run: RunFolder,
     *,
-    loss: Callable[[nn.Module, Batch], Tensor] = next_token_loss,  # summed over the labels, nats
-    count: Callable[[Batch], int] = n_labels,
+    objective: Objective = NextToken(),  # noqa: B008 (it has no state)
     evaluate: Callable[[], dict[str, float]] | None = None,  # named figures, `val_loss` among them
+    extra: ExtraState | None = None,  # saved with each checkpoint and restored from it
     on_step: Callable[[dict[str, Any]], None] | None = None,  # sees each line of metrics.jsonl
     device: str = "cpu",
     resume_hint: str = "run the same command with --resume",
 ) -> Result:
     """Train in place; checkpoint, log and evaluate in `run`. Starts after the newest checkpoint there, if any.
 
-    Raises Interrupted after SIGINT or SIGTERM, ValueError when the loss or the gradient is no longer finite.
+    Ends after config.steps, or earlier by config.patience. With keep=best the model then has the best step's weights.
+    Raises Interrupted after SIGINT or SIGTERM, ValueError when the loss is no longer finite or too many updates in a row
+    had gradients that were not, OSError when the disk refuses; each names the way to go on.
     """
+    check_evaluation(config, has_evaluation=evaluate is not None)
     scaler = LossScaler(config.dtype)
     torch.manual_seed(config.seed)  # dropout; a checkpoint's own state takes its place on resume
-    start = load_checkpoint(run.checkpoints, optimizer, scaler)
-    result = resumed_result(start, run.open_metrics(after_step=start))
+    start = load_checkpoint(run.checkpoints, optimizer, scaler, extra)
+    lines = run.open_metrics(after_step=start)
+    result = resumed_result(start, lines)
+    skipped_in_a_row = next((i for i, line in enumerate(reversed(lines)) if not line.get("skipped")), len(lines))
     model.train()
     began = time.perf_counter()
-    with stop_on_signal() as stop, closing(run):
-        for step in range(start, config.steps):
-            line = one_step(model, optimizer, batch_at(step), config, scaler, step, loss, count, device)
-            result.steps, result.loss = step + 1, line["loss"]
-            result.n_tokens += line["n_tokens"]
-            last = step + 1 == config.steps
-            if evaluate is not None and (last or (config.eval_every and (step + 1) % config.eval_every == 0)):
-                model.eval()
-                figures = evaluate()
-                model.train()
-                line |= figures
-                result.val_loss = figures.get("val_loss")
-                result.evals.append({"step": step + 1, **figures})
-            run.log(line)
-            if on_step is not None:
-                on_step(line)
-            if last or stop.signal or (config.checkpoint_every and (step + 1) % config.checkpoint_every == 0):
-                save_checkpoint(run.checkpoints, step + 1, optimizer, scaler)
-            if stop.signal and not last:
-                raise Interrupted(
-                    f"stopped after step {step + 1} of {config.steps}; to go on, {resume_hint}", stop.exit_code
-                )
+    try:
+        with stop_on_signal() as stop:
+            for step in range(start, config.steps):
+                if is_out_of_patience(result.evals, config.patience):
+                    break
+                step_began = time.perf_counter()
+                try:
+                    line = one_step(
+                        *(model, optimizer, batch_at(step), config, scaler, step, objective.loss, objective.n_labels),
+                        device,
+                        n_tokens=objective.n_tokens,
+                        began=step_began,
+                    )
+                except NotFiniteError as error:
+                    raise ValueError(f"{error}; {_way_back(run.checkpoints, resume_hint)}") from None
+                result.steps, result.loss = step + 1, line["loss"]
+                result.n_tokens += line["n_tokens"]
+                skipped_in_a_row = skipped_in_a_row + 1 if line.get("skipped") else 0
+                result.n_skipped += bool(line.get("skipped"))
+                last = step + 1 == config.steps
+                is_best = False
+                if evaluate is not None and (last or _is_due(step, config.eval_every)):
+                    model.eval()
+                    figures = evaluate()
+                    model.train()
+                    line |= figures
+                    result.val_loss = figures.get("val_loss")
+                    result.evals.append({"step": step + 1, **figures})
+                    is_best = best_step(result.evals) == step + 1
+                    last = last or is_out_of_patience(result.evals, config.patience)
+                run.log(line)
+                if on_step is not None:
+                    on_step(line)
+                is_kept = _is_due(step, config.kept_every) or (config.keeps_best and is_best)
+                if last or stop.signal or is_kept or _is_due(step, config.checkpoint_every):
+                    save_checkpoint(run.checkpoints, step + 1, optimizer, scaler, extra)
+                    remove_checkpoints(run.checkpoints, config, best_step(result.evals))
+                if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                    raise ValueError(
+                        f"step {step + 1}: the gradients of {skipped_in_a_row} updates in a row were not finite; lower "
+                        f"learning_rate, or use dtype float32 or bfloat16; {_way_back(run.checkpoints, resume_hint)}"
+                    )
+                if stop.signal and not last:
+                    raise Interrupted(
+                        f"stopped after step {step + 1} of {config.steps}; to go on, {resume_hint}", stop.exit_code
+                    )
+    except OSError as error:
+        raise type(error)(f"{error}; {_way_back(run.checkpoints, resume_hint)}") from error
+    finally:
+        run.close_metrics()
+    if config.keeps_best and (best := best_step(result.evals)) is not None:
+        load_weights(run.checkpoints / f"step-{best:08d}", optimizer)
+        result.best_step = best
     result.seconds = time.perf_counter() - began
     model.eval()
     return result
+
+
+def check_evaluation(config: TrainConfig, *, has_evaluation: bool) -> None:
+    """Raise ValueError when the config needs a validation loss and there is none."""
+    for name, needs in (("keep=best", config.keeps_best), (f"patience={config.patience}", config.patience > 0)):
+        if needs and not has_evaluation:
+            raise ValueError(f"{name} needs a validation loss; give held-out data, or leave it out")
+
+
+def best_step(evals: Sequence[Mapping[str, float]]) -> int | None:
+    """The step with the lowest validation loss, the earliest of equals; None when none is a number."""
+    numbers = [line for line in evals if _is_number(line.get("val_loss"))]
+    return int(min(numbers, key=lambda line: line["val_loss"])["step"]) if numbers else None
+
+
+def is_out_of_patience(evals: Sequence[Mapping[str, float]], patience: int) -> bool:
+    """Whether the last `patience` evaluations brought no new lowest validation loss."""
+    best = best_step(evals)
+    return patience > 0 and len([line for line in evals if best is None or line["step"] > best]) >= patience
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and (step + 1) % every == 0
+
+
+def _way_back(checkpoints: Path, resume_hint: str) -> str:
+    """What a run that can't go on leaves, and how to use it."""
+    kept = _checkpoints(checkpoints)
+    if not kept:
+        return "no checkpoint was written yet"
+    return f"the last good checkpoint is {kept[-1]}; to go on from it, {resume_hint}"
 
 
 def resumed_result(start: int, lines: Sequence[Mapping[str, Any]]) -> Result:
@@ -188,8 +302,13 @@ def resumed_result(start: int, lines: Sequence[Mapping[str, Any]]) -> Result:
         for line in lines
         if "val_loss" in line
     ]
-    loss = lines[-1]["loss"] if lines else math.nan
-    return Result(start, loss, evals[-1]["val_loss"] if evals else None, 0, 0.0, evals)
+    loss = lines[-1].get("loss", math.nan) if lines else math.nan
+    n_skipped = sum(bool(line.get("skipped")) for line in lines)
+    return Result(start, loss, evals[-1]["val_loss"] if evals else None, 0, 0.0, evals, n_skipped)
+
+
+class NotFiniteError(ValueError):
+    """The loss itself is NaN or infinite: no loss scale and no skipped update mends that."""
 
 
 def one_step(
@@ -199,108 +318,150 @@ def one_step(
     config: TrainConfig,
     scaler: LossScaler,
     step: int,
-    loss: Callable[[nn.Module, Batch], Tensor],
+    loss: Callable[[nn.Module, Batch], Tensor | tuple[Tensor, Figures]],
     count: Callable[[Batch], int],
     device: str,
+    *,
+    n_tokens: Callable[[Batch], int] = n_ids,
+    began: float | None = None,  # time.perf_counter() when the batch's making began; None: now
 ) -> dict[str, Any]:
-    """One update; returns its line of metrics."""
-    began = time.perf_counter()
+    """One update; returns its line of metrics. An update whose gradients are not finite is left out: `skipped`.
+
+    Raises NotFiniteError when the loss itself is not finite, ValueError when nothing in the batch carries loss.
+    """
+    began = time.perf_counter() if began is None else began
     total = sum(count(batch) for batch in micro_batches)
     if total == 0:
         raise ValueError(f"step {step + 1}: no token of the batch carries loss; check the data's completions")
-    summed, n_tokens = 0.0, 0
+    summed, read = 0.0, 0
+    figures: dict[str, Tensor | float] = {}
     for batch in micro_batches:
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         with autocast(config.dtype, device):
-            value = loss(model, moved) / total
+            found = loss(model, moved)
+            value, more = found if isinstance(found, tuple) else (found, {})
+            value = value / total
         (value * scaler.scale).backward()
         summed += value.detach()
-        n_tokens += batch["ids"].numel()
+        for name, figure in more.items():
+            figures[name] = figures.get(name, 0.0) + (figure.detach() if isinstance(figure, Tensor) else figure) / total
+        read += n_tokens(batch)
     parameters = [parameter for _, parameter in optimizer.named]
     if scaler.active:
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad /= scaler.scale
     norm = float(clip_gradients_(parameters, config.grad_clip))
-    rate = cosine_with_warmup(
+    if not math.isfinite(float(summed)):
+        optimizer.zero_grad()
+        raise NotFiniteError(
+            f"step {step + 1}: loss {float(summed)} with gradient norm {norm}; "
+            "lower learning_rate, raise warmup_steps, or use dtype float32"
+        )
+    rate = learning_rate_at(
         step,
+        schedule=config.schedule,
         peak=config.learning_rate,
         warmup_steps=config.warmup_steps,
         total_steps=config.steps,
         final_fraction=config.final_lr_fraction,
+        decay_fraction=config.decay_fraction,
     )
     finite = math.isfinite(norm)
     scaler.update(finite=finite)
     if finite:
         optimizer.step(rate)
-    elif not scaler.active or scaler.scale <= 1.0:
-        raise ValueError(
-            f"step {step + 1}: loss {float(summed)} with gradient norm {norm}; "
-            "lower learning_rate, raise warmup_steps, or use dtype float32"
-        )
     optimizer.zero_grad()
     seconds = time.perf_counter() - began
-    return {
+    line = {
         "step": step + 1,
         "loss": float(summed),
         "lr": rate,
         "grad_norm": norm,
+        **({} if finite else {"skipped": True}),
+        **({"loss_scale": scaler.scale} if scaler.active else {}),
         "n_labels": total,
-        "n_tokens": n_tokens,
-        "tokens_per_s": round(n_tokens / seconds, 1),
+        "n_tokens": read,
+        "tokens_per_s": round(read / seconds, 1),
         "step_s": round(seconds, 5),
     }
+    if taken := line.keys() & figures.keys():
+        raise ValueError(f"the objective's figures {sorted(taken)} have names of the loop's own; rename them")
+    return line | {name: float(figure) for name, figure in figures.items()}
 
 
 # --- checkpoints ---------------------------------------------------------------------------------------------------
 
+STATE = {"step": int, "loss_scale": (int, float), "n_good_steps": int, "extra": dict}
 
-def save_checkpoint(folder: Path, step: int, optimizer: Optimizer, scaler: LossScaler) -> None:
-    """Write folder/step-N: trained weights, optimizer, random state, step. The older ones go once it is complete."""
+
+def save_checkpoint(
+    folder: Path, step: int, optimizer: Optimizer, scaler: LossScaler, extra: ExtraState | None = None
+) -> None:
+    """Write folder/step-N: trained weights, optimizer, random state, step, extra state; whole or not at all."""
     target = folder / f"step-{step:08d}"
-    if not target.exists():
-        with folder_beside(target) as temporary:
-            save_tensors(temporary / "weights.safetensors", dict(optimizer.named))
-            save_tensors(temporary / "optimizer.safetensors", optimizer.state_tensors())
-            save_tensors(temporary / "random.safetensors", random_state())
-            write_json(
-                temporary / "state.json", {"step": step, "loss_scale": scaler.scale, "n_good_steps": scaler.n_good}
-            )
-    for old in _checkpoints(folder):
-        if old != target:
-            _remove(old)
+    if target.exists():
+        return
+    more = extra.state() if extra is not None else {}
+    with folder_beside(target) as temporary:
+        save_tensors(temporary / "weights.safetensors", dict(optimizer.named))
+        save_tensors(temporary / "optimizer.safetensors", optimizer.state_tensors())
+        save_tensors(temporary / "random.safetensors", random_state())
+        if tensors := {name: value for name, value in more.items() if isinstance(value, Tensor)}:
+            save_tensors(temporary / "extra.safetensors", tensors)
+        state = {"step": step, "loss_scale": scaler.scale, "n_good_steps": scaler.n_good}
+        rest = {name: value for name, value in more.items() if name not in tensors}
+        write_json(temporary / "state.json", state | {"extra": rest})
 
 
-def load_checkpoint(folder: Path, optimizer: Optimizer, scaler: LossScaler) -> int:
+def load_checkpoint(folder: Path, optimizer: Optimizer, scaler: LossScaler, extra: ExtraState | None = None) -> int:
     """Put the newest checkpoint of `folder` back in place; returns its step, 0 when there is none."""
     found = _checkpoints(folder)
     if not found:
         return 0
     newest = found[-1]
-    weights = load_tensors(newest / "weights.safetensors")
+    state = read_json(newest / "state.json", STATE)
+    load_weights(newest, optimizer)
+    optimizer.load_state_tensors(load_tensors(newest / "optimizer.safetensors"))
+    set_random_state(load_tensors(newest / "random.safetensors"))
+    scaler.scale, scaler.n_good = state["loss_scale"], state["n_good_steps"]
+    if extra is not None:
+        tensors = newest / "extra.safetensors"
+        extra.restore(state["extra"] | (load_tensors(tensors) if tensors.exists() else {}))
+    return state["step"]
+
+
+def load_weights(checkpoint: Path, optimizer: Optimizer) -> None:
+    """Copy a checkpoint's weights into the parameters that the optimizer trains."""
+    weights = load_tensors(checkpoint / "weights.safetensors")
     with torch.no_grad():
         for name, parameter in optimizer.named:
             if name not in weights or weights[name].shape != parameter.shape:
-                raise ValueError(f"{newest} does not fit this model: weight {name}; resume with the run's own config")
+                raise ValueError(
+                    f"{checkpoint} does not fit this model: weight {name}; resume with the run's own config"
+                )
             parameter.copy_(weights[name])
-    optimizer.load_state_tensors(load_tensors(newest / "optimizer.safetensors"))
-    set_random_state(load_tensors(newest / "random.safetensors"))
-    state = read_json(newest / "state.json")
-    scaler.scale, scaler.n_good = state["loss_scale"], state["n_good_steps"]
-    return int(state["step"])
+
+
+def remove_checkpoints(folder: Path, config: TrainConfig, best: int | None) -> None:
+    """Remove the checkpoints that config.keep doesn't name. The newest always stays: resuming needs it."""
+    *older, _ = _checkpoints(folder)
+    for checkpoint in older:
+        step = int(checkpoint.name.removeprefix("step-"))
+        if not (config.kept_every and step % config.kept_every == 0) and not (config.keeps_best and step == best):
+            _remove(checkpoint)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    """Whole checkpoints, the oldest first; other folders are somebody else's."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdecimal())
 
 
 def _remove(folder: Path) -> None:
     """Delete a checkpoint so that a kill in between can't leave a broken one under its name."""
     aside = folder.with_name(f".{folder.name}.tmp")
     folder.rename(aside)
-    for file in aside.iterdir():
-        file.unlink()
-    aside.rmdir()
+    shutil.rmtree(aside)
 
 
 # --- signals -------------------------------------------------------------------------------------------------------

@@ -1,80 +1,140 @@
 """`graft sft`: a base + records -> a fine-tuned base (full) or an adapter (LoRA, QLoRA). Same loop as pretraining."""
 
-from collections.abc import Mapping
+import dataclasses
+import math
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
-
-from ..base.checkpoint import read_json
-from ..base.device import peak_bytes, reset_peak, resolve_device
+from ..base.checkpoint import read_json, write_json
+from ..base.device import explain_device, peak_bytes, reset_peak, resolve_device
 from ..base.evaluate import mean_loss
 from ..base.model.config import ModelConfig
-from ..base.model.huggingface import fingerprint, load_config, save_model
+from ..base.model.huggingface import fingerprint, load_config, save_model, weight_files
 from ..base.model.transformer import Transformer
-from ..base.pretrain import RESUMABLE, same_input
+from ..base.pretrain import TOKENIZER_FILES
 from ..base.progress import step_progress
+from ..base.run import Input, Run, TrainConfig, check_same_inputs, resumed_settings
 from ..base.runlog import RunFolder
 from ..base.settings import check_settings, split_settings
 from ..base.tokenizer.tokenizer import Tokenizer
-from ..base.train import Optimizer, Result, TrainConfig, make_optimizer, train
-from ..quant.adamw8bit import AdamW8bit
+from ..base.train import Result, check_evaluation, check_optimizer, make_optimizer, train
 from ..quant.files import read_quantization_config
 from ..quant.linear import quantize_linears_
 from .adapters.files import GRAFT, save_adapter
 from .adapters.lora import LoraConfig, attach_lora
 from .data.chat import ChatTemplate, Encoded, encode_record
 from .data.packing import SFTBatches, collate_padded
-from .data.records import read_records
+from .data.records import Record, read_records
 from .loading import load_model, weight_bytes
 from .memory.announce import announce
+from .optimizers import OPTIMIZERS, PAGED_OPTIMIZERS
 
 Method = Literal["full", "lora", "qlora"]
 METHODS = ("full", "lora", "qlora")
 # Peak rates where training starts well; a low-rank update wants about ten times the full one's ("LoRA Without Regret").
 LEARNING_RATES = {"full": 5e-5, "lora": 5e-4, "qlora": 5e-4}
+# Fine-tuning's own defaults for keys of the loop; those that depend on the method or the data are in `resolve`.
+DEFAULTS = {"batch_size": 16, "weight_decay": 0.0}
 
 
 @dataclass(frozen=True)
-class SFTOptions:
-    """What fine-tuning adds to the loop's config."""
+class DataOptions:
+    """How records become batches."""
 
     epochs: float = 3.0  # passes over the records, when `steps` is not given
-    max_seq_len: int | None = None  # tokens a record may have, longer ones are cut; None: the model's
+    max_seq_len: int | None = None  # tokens a record may have, longer ones are cut; none: the model's
     packing: bool = False  # records end to end in one row, each seeing only itself, instead of one a row, padded
-    double_quant: bool = True  # QLoRA: quantize the quantization constants too
-    paged: bool = False  # optimizer=adamw8bit: keep its moments in the host's memory, a GPU reads them in each step
-    quant_backend: str = "graft"  # QLoRA: or bitsandbytes, whose layers give the same results, to compare
+
+    def __post_init__(self) -> None:
+        if not (self.epochs > 0 and math.isfinite(self.epochs)):
+            raise ValueError(f"epochs={self.epochs} must be > 0 and finite")
 
 
 @dataclass(frozen=True)
-class SFTConfig:
-    """Everything that decides a fine-tuning run; saved as run.json's `config`."""
+class QuantOptions:
+    """What is held in few bits, and how."""
 
-    base: Path
-    data: Path
-    method: Method
-    lora: LoraConfig | None
-    options: SFTOptions
-    train: TrainConfig
+    double_quant: bool = True  # QLoRA: quantize the quantization constants too
+    quant_backend: str = "graft"  # QLoRA: or bitsandbytes, whose layers give the same results, to compare
+    paged: bool = False  # optimizer=adamw8bit: keep its moments in the host's memory, a GPU reads them in each step
 
 
-def resolve(
-    settings: Mapping[str, Any], *, base: Path, data: Path, method: str, n_records: int, lora: LoraConfig
-) -> SFTConfig:
-    """Settings -> one config. Raises ValueError for an unknown method or key."""
+PARTS = {"data": DataOptions, "train": TrainConfig, "lora": LoraConfig, "quant": QuantOptions}  # keys of `graft sft`
+
+
+def resolve(settings: Mapping[str, Any], *, method: str, n_records: int) -> Run:
+    """Settings (from TOML, --set, flags) -> one config. Raises ValueError for an unknown method or key."""
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; choose {', '.join(METHODS)}")
-    checked = check_settings(settings, SFTOptions, TrainConfig)
-    own, loop = split_settings(checked, SFTOptions, TrainConfig)
-    options = SFTOptions(**own)
-    defaults: dict[str, Any] = {"batch_size": 16, "learning_rate": LEARNING_RATES[method], "weight_decay": 0.0}
-    loop = defaults | loop
+    checked = check_settings(settings, *PARTS.values())
+    data, loop, lora, quant = split_settings(checked, *PARTS.values())
+    if method == "full" and lora:
+        key = next(iter(lora))
+        raise ValueError(f"{key}={lora[key]!r} is about an adapter; use method lora or qlora, or leave it out")
+    options = DataOptions(**data)
+    loop = DEFAULTS | {"learning_rate": LEARNING_RATES[method]} | loop
     loop.setdefault("micro_batch", loop["batch_size"])
-    loop.setdefault("steps", max(1, round(options.epochs * n_records / loop["batch_size"])))
+    loop.setdefault("steps", steps_for(options.epochs, n_records, loop["batch_size"]))
     loop.setdefault("warmup_steps", min(20, loop["steps"] // 10))
-    return SFTConfig(base, data, method, None if method == "full" else lora, options, TrainConfig(**loop))  # pyright: ignore[reportArgumentType]
+    train = TrainConfig(**loop)
+    check_optimizer(train.optimizer, OPTIMIZERS)
+    return Run(
+        train=train,
+        method=method,
+        data=options,
+        lora=None if method == "full" else LoraConfig(**lora),
+        quant=QuantOptions(**quant),
+    )
+
+
+def default_texts() -> dict[str, object]:
+    """Defaults of fine-tuning's own, for `graft config`; the other keys have their dataclass's."""
+    rates = ", ".join(f"{method} {rate:g}" for method, rate in LEARNING_RATES.items())
+    return DEFAULTS | {
+        "learning_rate": rates,
+        "micro_batch": "batch_size",
+        "steps": "epochs * records / batch_size",
+        "warmup_steps": "steps / 10, at most 20",
+    }
+
+
+def steps_for(epochs: float, n_records: int, batch_size: int) -> int:
+    """Updates in which each record is read at least `epochs` times (rounded down to whole passes)."""
+    return max(1, math.ceil(epochs * n_records / batch_size - 1e-9))  # 1e-9: 0.1 * 30 / 3 is a little above 1
+
+
+def sft(
+    *,
+    base: Path | str,
+    data: Path | str,
+    out: Path | str,
+    method: str = "full",
+    eval_data: Path | str | None = None,
+    resume: bool = False,
+    force: bool = False,
+    device: str = "auto",
+    progress: bool = False,
+    **settings: Any,  # keys of the parts, as `graft config sft` lists them: rank, learning_rate, epochs, ...
+) -> dict[str, Any]:
+    """`graft sft` from Python: fine-tunes `base` on the records in `data` into `out`; returns the summary's figures.
+
+    Raises ValueError or OSError for bad input, Interrupted after a signal.
+    """
+    return run_sft(
+        base=base,
+        data=data,
+        out=out,
+        method=method,
+        eval_data=eval_data,
+        resume=resume,
+        force=force,
+        device=device,
+        progress=progress,
+        settings=settings,
+    )
 
 
 def run_sft(
@@ -83,7 +143,7 @@ def run_sft(
     data: Path | str,
     out: Path | str,
     method: str = "full",
-    lora: LoraConfig | None = None,
+    lora: LoraConfig | None = None,  # instead of its keys in `settings`; the full method has none
     settings: Mapping[str, Any] | None = None,
     eval_data: Path | str | None = None,
     resume: bool = False,
@@ -96,50 +156,57 @@ def run_sft(
 
     Raises ValueError or OSError for bad input, Interrupted after a signal.
     """
-    device = resolve_device(device)
+    requested_device, device = device, resolve_device(device)
     if Path(out).resolve() == Path(base).resolve():
         raise ValueError(f"--out {out} is the base itself; choose another folder")
     records = read_records(data)
     held_out = read_records(eval_data) if eval_data else []
     with RunFolder(out, stage=f"sft {method}", resume=resume, force=force) as run:
+        requested = check_settings(settings or {}, *PARTS.values())
+        if lora is not None and method != "full":
+            requested = dataclasses.asdict(lora) | requested
+        model_config = load_config(base)
+        inputs = _inputs(Path(base), Path(data), Path(eval_data) if eval_data else None)
         if run.previous:
-            same_input(run.previous["config"], base=base, data=data)
-        lora, settings = _resumed(run, lora, dict(settings or {}))
-        config = resolve(settings, base=Path(base), data=Path(data), method=method, n_records=len(records), lora=lora)
-        limit = _limit(config.options.max_seq_len, load_config(base))
+            saved = run.previous["config"]
+            check_same_inputs(saved, inputs)
+            requested = resumed_settings(requested, saved)
+        config = dataclasses.replace(resolve(requested, method=method, n_records=len(records)), inputs=inputs)
+        limit = _limit(config.data.max_seq_len, model_config)
         tokenizer = Tokenizer.load(base)
         template = ChatTemplate.of(tokenizer)
-        encoded = [encode_record(record, tokenizer, template, limit) for record in records]
-        encoded_eval = [encode_record(record, tokenizer, template, limit) for record in held_out]
+        encoded = _encode(records, tokenizer, template, limit)
+        encoded_eval = _encode(held_out, tokenizer, template, limit)
         stored = _stored_in_4_bits(config)
+        check_evaluation(config.train, has_evaluation=bool(encoded_eval))
+        if progress:
+            print(explain_device(requested_device, device), file=sys.stderr)
         predicted = announce(
-            load_config(base),
+            model_config,
             config.train,
             device,
             method="qlora" if stored else config.method,
             seq_len=max(len(record.ids) for record in encoded) - 1,
             lora=config.lora,
-            double_quant=stored["double_quant"] if stored else config.options.double_quant,
+            double_quant=stored["double_quant"] if stored else config.quant.double_quant,
         )
         reset_peak(device)
         model = prepare_model(config, device)
         made_for = fingerprint(model)
         result = _train(model, config, encoded, encoded_eval, run, device, progress, label or f"sft {method}")
-        about = {
+        metadata = {
             "prompt_format": "chat" if any(record.messages is not None for record in records) else "text",
             "base_fingerprint": made_for,
             "method": method,
         }
-        _save(model, config, Path(out), tokenizer, template, about)
+        with run.results() as folder:
+            _save(model, config, folder, tokenizer, template, metadata)
         summary = {
             "method": method,
-            "steps": result.steps,
-            "train_loss": result.loss,
-            "val_loss": result.val_loss,
+            **result.summary(),
             "n_records": len(records),
             "n_trained_params": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "weight_bytes": weight_bytes(model),
-            "seconds": round(result.seconds, 2),
             "predicted_peak_bytes": predicted,
             **peak_bytes(device),
             "device": device,
@@ -148,27 +215,21 @@ def run_sft(
         return summary
 
 
-def _resumed(run: RunFolder, lora: LoraConfig | None, settings: dict[str, Any]) -> tuple[LoraConfig, dict[str, Any]]:
-    """On --resume the saved config, with what may change taken from the settings."""
-    if not run.previous:
-        return lora or LoraConfig(), settings
-    saved = run.previous["config"]
-    flat = {**saved["options"], **saved["train"]}
-    for key, value in settings.items():
-        if key in flat and flat[key] != value and key not in RESUMABLE:
-            raise _another_run(key, flat[key], value)
-        flat[key] = value
-    if saved["lora"] is None:
-        return LoraConfig(), flat
-    before = LoraConfig(**saved["lora"] | {"targets": tuple(saved["lora"]["targets"])})
-    for key in before.__dataclass_fields__:
-        if lora is not None and getattr(lora, key) != getattr(before, key):
-            raise _another_run(key, getattr(before, key), getattr(lora, key))
-    return before, flat
+def _encode(
+    records: Sequence[Record], tokenizer: Tokenizer, template: ChatTemplate | None, limit: int
+) -> list[Encoded]:
+    return [encode_record(record, tokenizer, template, limit) for record in records]
 
 
-def _another_run(key: str, saved: object, asked: object) -> ValueError:
-    return ValueError(f"--resume goes on with {key}={saved!r}, asked was {asked!r}; leave it out, or --force a new run")
+def _inputs(base: Path, data: Path, eval_data: Path | None) -> dict[str, Input]:
+    """What the run reads, known by content: the base's config and weights, its tokenizer, the records."""
+    tokenizer = [path for name in TOKENIZER_FILES if (path := base / name).exists()]
+    inputs = {
+        "base": Input.of(base, [base / "config.json", *weight_files(base)]),
+        "tokenizer": Input.of(base, tokenizer),
+        "data": Input.of(data),
+    }
+    return inputs | ({"eval_data": Input.of(eval_data)} if eval_data is not None else {})
 
 
 def _limit(asked: int | None, model: ModelConfig) -> int:
@@ -178,41 +239,43 @@ def _limit(asked: int | None, model: ModelConfig) -> int:
     return asked or model.max_seq_len + 1
 
 
-def _stored_in_4_bits(config: SFTConfig) -> dict[str, Any] | None:
+def _stored_in_4_bits(config: Run) -> dict[str, Any] | None:
     """How the base's linears are quantized on disk, or None; refuses options that don't go together or with such a base."""
-    stored = read_quantization_config(read_json(config.base / "config.json"))
-    backend = config.options.quant_backend
+    base = config.inputs["base"].path
+    stored = read_quantization_config(read_json(base / "config.json"))
+    backend = config.quant.quant_backend
     if stored and config.method == "full":
-        raise ValueError(f"{config.base} is in 4 bits and can't be fully fine-tuned; use --qlora, or its full base")
+        raise ValueError(f"{base} is in 4 bits and can't be fully fine-tuned; use --qlora, or its full base")
     if backend != "graft" and config.method != "qlora":
         raise ValueError(f"quant_backend={backend} is about QLoRA; add --qlora, or leave it out")
-    if config.options.paged and config.train.optimizer != "adamw8bit":
+    if config.quant.paged and config.train.optimizer != "adamw8bit":
         raise ValueError("paged=true is about optimizer=adamw8bit; set that too, or leave it out")
     if stored and backend != "graft":
         raise ValueError(
-            f"{config.base} is in 4 bits already, and bitsandbytes' layers are made from a full-precision base; "
+            f"{base} is in 4 bits already, and bitsandbytes' layers are made from a full-precision base; "
             "leave --quant-backend out, or give that base"
         )
     return stored
 
 
-def prepare_model(config: SFTConfig, device: str) -> Transformer:
+def prepare_model(config: Run, device: str) -> Transformer:
     """Load the base as the method wants it: full in float32, LoRA's base frozen in the run's dtype, QLoRA's in NF4."""
+    base = config.inputs["base"].path
     if config.method == "full":
-        model = load_model(config.base, dtype="float32", device=device)
+        model = load_model(base, dtype="float32", device=device)
         model.requires_grad_(True)
     else:
-        theirs = config.method == "qlora" and config.options.quant_backend != "graft"
-        quantize = "nf4" if config.method == "qlora" and not theirs else None
+        is_peer = config.method == "qlora" and config.quant.quant_backend != "graft"
+        quantize = "nf4" if config.method == "qlora" and not is_peer else None
         model = load_model(
-            config.base,
+            base,
             dtype=config.train.dtype,
             device=device,
             quantize=quantize,
-            double_quant=config.options.double_quant,
+            double_quant=config.quant.double_quant,
         )
-        if theirs:  # bitsandbytes quantizes whole layers, so the base is held in full precision first
-            double_quant, backend = config.options.double_quant, config.options.quant_backend
+        if is_peer:  # bitsandbytes quantizes whole layers, so the base is held in full precision first
+            double_quant, backend = config.quant.double_quant, config.quant.quant_backend
             quantize_linears_(model, double_quant=double_quant, backend=backend)
         assert config.lora is not None
         attach_lora(model, config.lora, seed=config.train.seed)
@@ -222,7 +285,7 @@ def prepare_model(config: SFTConfig, device: str) -> Transformer:
 
 def _train(
     model: Transformer,
-    config: SFTConfig,
+    config: Run,
     encoded: list[Encoded],
     held_out: list[Encoded],
     run: RunFolder,
@@ -235,15 +298,17 @@ def _train(
         encoded,
         batch_size=loop.batch_size,
         max_tokens=loop.micro_batch * max(len(record.ids) for record in encoded),
-        packed=config.options.packing,
+        packed=config.data.packing,
         seed=loop.seed,
     )
     val = [collate_padded(held_out[i : i + loop.micro_batch]) for i in range(0, len(held_out), loop.micro_batch)]
-    optimizer = _optimizer(
-        [(name, p) for name, p in model.named_parameters() if p.requires_grad], loop, config.options.paged
+    optimizer = make_optimizer(
+        [(name, p) for name, p in model.named_parameters() if p.requires_grad],
+        loop,
+        PAGED_OPTIMIZERS if config.quant.paged else OPTIMIZERS,
     )
-    # From here on nothing is refused any more: now a run that is started over may lose its log.
-    run.start({field: getattr(config, field) for field in config.__dataclass_fields__}, seed=loop.seed)
+    # All validation is done: only now may --force touch what a former run left.
+    run.start(config.saved(), seed=loop.seed)
     with step_progress(label, loop.steps, shown=progress) as observe:
         return train(
             model,
@@ -257,36 +322,24 @@ def _train(
         )
 
 
-def _optimizer(trained: list[tuple[str, Tensor]], loop: TrainConfig, paged: bool) -> Optimizer:
-    if loop.optimizer != "adamw8bit":
-        return make_optimizer(trained, loop)
-    return AdamW8bit(
-        trained,
-        learning_rate=loop.learning_rate,
-        betas=(loop.beta1, loop.beta2),
-        eps=loop.eps,
-        weight_decay=loop.weight_decay,
-        paged=paged,
-    )
-
-
 def _save(
     model: Transformer,
-    config: SFTConfig,
-    out: Path,
+    config: Run,
+    folder: Path,
     tokenizer: Tokenizer,
     template: ChatTemplate | None,
-    about: dict[str, Any],
+    metadata: dict[str, Any],
 ) -> None:
     """The folder that other tools open; the chat template of training goes with it."""
     source = template.source if template is not None else None
     if config.lora is None:
-        from ..base.checkpoint import write_json
-
         tokenizer.chat_template = source
-        tokenizer.save(out)
-        write_json(out / GRAFT, about)
-        save_model(model.cpu(), out, dtype=None)
+        tokenizer.save(folder)
+        write_json(folder / GRAFT, metadata)
+        save_model(model.cpu(), folder, dtype=None)
         return
-    base = str(config.base.resolve()) if config.base.exists() else str(config.base)
-    save_adapter(model, out, config.lora, base=base, graft=about, chat_template=source)
+    base = config.inputs["base"].path
+    save_adapter(
+        model, folder, config.lora, base=str(base.resolve()) if base.exists() else str(base), graft=metadata,
+        chat_template=source,
+    )  # fmt: skip

@@ -1,15 +1,21 @@
 """Token shards: documents as ids, end to end, in flat memory-mapped files, with meta.json beside them."""
 
 import json
+import os
+import re
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..checkpoint import check_types, flush, naming, write_json
+from ..runlog import locked
 from .documents import PIECE_BYTES, Errors, Piece, batch_pieces, list_files, read_documents, total_bytes
 
 if TYPE_CHECKING:
@@ -19,6 +25,9 @@ if TYPE_CHECKING:
 SHARD_TOKENS = 100_000_000
 COPY_TOKENS = 1 << 20
 SPLITS = ("train", "val")
+SHARD_NAME = r"(train|val)-\d{5}(-\d+)?\.bin"
+META = {"dtype": str, "tokenizer": str, "splits": dict}
+SPLIT = {"files": list, "n_tokens": int, "n_bytes": int, "n_documents": int}
 Progress = Callable[[str, int, int], None]
 
 
@@ -31,6 +40,7 @@ class TokenShards:
         self.split = split
         self.n_bytes: int = entry["n_bytes"]  # of UTF-8 text, for bits per byte
         self.n_documents: int = entry["n_documents"]
+        self.files = [folder / name for name in entry["files"]]
         self._parts = [_map(folder / name, meta["dtype"]) for name in entry["files"]]
         self._ends = np.cumsum([len(part) for part in self._parts], dtype=np.int64)
         if len(self) != entry["n_tokens"]:
@@ -61,8 +71,8 @@ class TokenShards:
 
 
 def _map(file: Path, dtype: str) -> np.ndarray:
-    if not file.exists():
-        raise FileNotFoundError(f"{file} is missing; run graft data prepare again")
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing or no regular file; run graft data prepare again")
     return np.memmap(file, dtype=dtype, mode="r") if file.stat().st_size else np.zeros(0, dtype)
 
 
@@ -71,12 +81,21 @@ def open_tokens(folder: str | Path, split: str = "train") -> TokenShards:
     folder = Path(folder)
     if not (folder / "meta.json").exists():
         raise FileNotFoundError(f"{folder} holds no meta.json; make it with graft data prepare PATH --out {folder}")
+    if not (folder / "meta.json").is_file():
+        raise ValueError(f"{folder / 'meta.json'} is not a regular file; expected the index of token shards")
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        check_types(meta, META, "it")
+        for name, entry in meta["splits"].items():
+            check_types(entry, SPLIT, f"split {name}")
+            if not all(isinstance(file, str) for file in entry["files"]):
+                raise ValueError(f"split {name}'s files are {entry['files']}; expected names")
+        if meta["dtype"] not in ("uint16", "uint32"):
+            raise ValueError(f"dtype is {meta['dtype']!r}; expected uint16 or uint32")
         splits = list(meta["splits"])
         if split in splits:
             return TokenShards(folder, split, meta)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         again = f"make it again with graft data prepare PATH --out {folder} --force"
         raise ValueError(f"{folder / 'meta.json'} is damaged ({type(error).__name__}: {error}); {again}") from None
     raise ValueError(f"unknown split {split!r}; {folder} has {', '.join(splits)}")
@@ -108,48 +127,123 @@ def prepare(
 ) -> dict[str, Any]:
     """Encode files to `train-00000.bin`.., `val-00000.bin`.. and meta.json in `out`; returns the meta.
 
-    EOS follows each document. Whole documents validate, drawn by seed; when no set of documents comes near
-    val_fraction (one long text), the end of the last document does. Memory does not grow with the files' size, but for
-    16 bytes a document. Raises ValueError for a tokenizer without EOS and for an `out` that is finished already.
+    EOS follows each document; BOS precedes it where the tokenizer asks for it before each text. Whole documents validate,
+    drawn by seed; when no set of documents comes near val_fraction (one long text), the end of the last document does.
+    Memory does not grow with the files' size, but for 16 bytes a document. Shards that `force` replaces stay, and stay
+    readable, until the new ones are on disk; other files in `out` are left alone. Raises ValueError for a tokenizer
+    without EOS and for an `out` that is finished already, OSError when the disk refuses.
     """
     out = Path(out)
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction} is out of range; give at least 0 and less than 1")
     if tokenizer.definition.eos is None:
         raise ValueError("the tokenizer has no end-of-text token; train it with special_tokens=['<|endoftext|>']")
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out} is a file; expected a folder for the token shards")
     if (out / "meta.json").exists() and not force:
         raise ValueError(f"{out} holds finished token shards; give another folder or pass --force")
     files = list_files(paths)
+    created = [path for path in (out, *out.parents) if not path.exists()]
     out.mkdir(parents=True, exist_ok=True)
-    (out / "meta.json").unlink(missing_ok=True)
-    for old in [*out.glob("train-*.bin"), *out.glob("val-*.bin")]:
-        old.unlink()
-    everything = out / "all-tokens.tmp"
+    temporary = out / f".tokens.{os.getpid()}.tmp"
     try:
-        stream = _encode_all(files, tokenizer, everything, workers, field, errors, progress)
-        ranges = _choose(stream, val_fraction, seed, tokenizer)
-        splits = {split: _write_split(stream, out, split, *ranges[split], shard_tokens) for split in SPLITS}
+        with locked(out):
+            _sweep(out)
+            temporary.mkdir()
+            stream = _encode_all(files, tokenizer, temporary / "all", workers, field, errors, progress)
+            ranges = _choose(stream, val_fraction, seed, tokenizer)
+            splits = {split: _write_split(stream, temporary, split, *ranges[split], shard_tokens) for split in SPLITS}
+            replaced = _shards_of(out)
+            _move_shards(temporary, out, splits)
+            flush(out)
+            meta = {
+                "format": 1,
+                "dtype": stream.dtype.name,
+                "vocab_size": tokenizer.vocab_size,
+                "bos_token_id": tokenizer.bos_token_id if tokenizer.add_bos else None,  # at the start of each document
+                "eos_token_id": tokenizer.eos_token_id,
+                "tokenizer": tokenizer.fingerprint(),
+                "val_fraction": val_fraction,
+                "seed": seed,
+                "sources": [str(file) for file in files],
+                "splits": splits,
+            }
+            write_json(out / "meta.json", meta)  # from here on readers see the new shards
+            for old in replaced:
+                old.unlink(missing_ok=True)
+            _take_plain_names(out, meta)
     finally:
-        everything.unlink(missing_ok=True)
-    meta = {
-        "format": 1,
-        "dtype": stream.dtype.name,
-        "vocab_size": tokenizer.vocab_size,
-        "eos_token_id": tokenizer.eos_token_id,
-        "tokenizer": tokenizer.fingerprint(),
-        "val_fraction": val_fraction,
-        "seed": seed,
-        "sources": [str(file) for file in files],
-        "splits": splits,
-    }
-    from ..checkpoint import write_json
-
-    write_json(out / "meta.json", meta)
+        shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):  # a folder that is not empty stays
+            for path in created:
+                path.rmdir()
     return meta
 
 
+def _sweep(out: Path) -> None:
+    """Remove what a process that was killed left half done."""
+    for path in out.iterdir():
+        if path.is_dir() and re.fullmatch(r"\.tokens\.\d+\.tmp", path.name):
+            shutil.rmtree(path)
+
+
+def _shards_of(out: Path) -> list[Path]:
+    """The shards that a folder's meta.json names; none when it can't be read: then nothing is known to be ours."""
+    try:
+        splits = json.loads((out / "meta.json").read_text(encoding="utf-8"))["splits"].values()
+        names = [name for entry in splits for name in entry["files"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return []
+    return [out / name for name in names if isinstance(name, str) and re.fullmatch(SHARD_NAME, name)]
+
+
+def _move_shards(source: Path, out: Path, splits: dict[str, dict[str, Any]]) -> None:
+    """Move the shards to `out`, under names that nothing there has, and put these into `splits`."""
+    version = 0
+    names = [name for entry in splits.values() for name in entry["files"]]
+    while any((out / _versioned(name, version)).exists() for name in names):
+        version += 1
+    for entry in splits.values():
+        for name in entry["files"]:
+            os.replace(source / name, out / _versioned(name, version))
+        entry["files"] = [_versioned(name, version) for name in entry["files"]]
+
+
+def _take_plain_names(out: Path, meta: dict[str, Any]) -> None:
+    """Rename shards that had to make way for replaced ones, if the plain names are free now.
+
+    By a second name, a new meta.json and the first name's end, so that readers find whole shards at any moment.
+    """
+    names = [name for entry in meta["splits"].values() for name in entry["files"]]
+    plain = {name: re.sub(r"-\d+\.bin$", ".bin", name) if name.count("-") == 2 else name for name in names}
+    changed = {name: new for name, new in plain.items() if new != name}
+    if not changed or any((out / new).exists() for new in changed.values()):
+        return
+    try:
+        for name, new in changed.items():
+            os.link(out / name, out / new)
+    except OSError:  # a file system without hard links
+        for new in changed.values():
+            (out / new).unlink(missing_ok=True)
+        return
+    for entry in meta["splits"].values():
+        entry["files"] = [plain[name] for name in entry["files"]]
+    flush(out)
+    write_json(out / "meta.json", meta)
+    for name in changed:
+        (out / name).unlink()
+
+
+def _versioned(name: str, version: int) -> str:
+    """train-00000.bin -> train-00000-1.bin; version 0 is the plain name."""
+    return name if version == 0 else f"{name.removesuffix('.bin')}-{version}.bin"
+
+
 class EncodeHandler:
-    """Encodes blocks of documents, EOS behind each document's last piece (tokenizer.parallel.Handler)."""
+    """Encodes blocks of documents, EOS behind each document's last piece (tokenizer.parallel.Handler).
+
+    Where the tokenizer asks for BOS, it precedes each document's first piece.
+    """
 
     def __init__(self, definition: "Definition", dtype: str):
         from ..tokenizer.tokenizer import Tokenizer
@@ -157,12 +251,19 @@ class EncodeHandler:
         self._tokenizer = Tokenizer(definition)
         self._dtype = np.dtype(dtype)
 
-    def take(self, block: list[Piece]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids, and where each piece's ids end (its EOS included)."""
-        ids, ends = self._tokenizer.encode_ragged([piece.data.decode() for piece in block])
-        closes = np.array([piece.ends for piece in block])
-        ids = np.insert(ids, ends[closes], self._tokenizer.eos_token_id or 0)
-        return ids.astype(self._dtype), ends + np.cumsum(closes)
+    def take(self, block: list[tuple[Piece, bool]]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of pieces, each with whether it begins its document, and where each piece's ids end (EOS included)."""
+        ids, ends = self._tokenizer.encode_ragged([piece.data.decode() for piece, _ in block])
+        closes = np.array([piece.ends for piece, _ in block])
+        opens = np.array([begins and self._tokenizer.add_bos for _, begins in block])
+        starts = np.concatenate([[0], ends[:-1]])
+        # np.insert keeps the given order at equal positions: an EOS comes before the next document's BOS.
+        positions = np.concatenate([ends[closes], starts[opens]])
+        special = np.repeat(
+            [self._tokenizer.eos_token_id or 0, self._tokenizer.bos_token_id or 0], [closes.sum(), opens.sum()]
+        )
+        ids = np.insert(ids, positions, special)
+        return ids.astype(self._dtype), ends + np.cumsum(closes) + np.cumsum(opens)
 
     def finish(self) -> None:
         pass
@@ -193,21 +294,26 @@ def _encode_all(
     )
     notes: deque[list[tuple[int, bool]]] = deque()  # of the blocks under way: each piece's size, and if it ends there
 
-    def noted() -> Iterator[list[Piece]]:
+    def noted() -> Iterator[list[tuple[Piece, bool]]]:
+        begins = True
         for block in batch_pieces(pieces):
             notes.append([(len(piece.data), piece.ends) for piece in block])
-            yield block
+            marked = []
+            for piece in block:
+                marked.append((piece, begins))
+                begins = piece.ends
+            yield marked
 
     token_ends: list[int] = []
     n_bytes: list[int] = []
     n_tokens = open_bytes = 0
     make = partial(EncodeHandler, tokenizer.definition, dtype.name)
-    with target.open("wb") as file:
+    with naming(target), target.open("wb") as file:
         for what, result in run_blocks(make, noted(), default_workers(total) if workers is None else workers):
             if what == "finish":
                 continue
             ids, ends = result
-            ids.tofile(file)
+            file.write(memoryview(ids))  # ndarray.tofile loses the last 4 KiB on a full disk without an error
             for (size, closes), end in zip(notes.popleft(), ends.tolist(), strict=True):
                 open_bytes += size
                 if closes:
@@ -215,6 +321,7 @@ def _encode_all(
                     n_bytes.append(open_bytes)
                     open_bytes = 0
             n_tokens += len(ids)
+    _check_size(target, n_tokens * dtype.itemsize)
     if not token_ends:
         raise ValueError("the files hold no document; give files with text")
     return _Stream(target, dtype, np.array(token_ends, np.int64), np.array(n_bytes, np.int64))
@@ -245,7 +352,8 @@ def _choose(stream: _Stream, val_fraction: float, seed: int, tokenizer: "Tokeniz
         }
     cut = n_tokens - budget
     last = np.fromfile(stream.file, stream.dtype, count=budget, offset=cut * stream.dtype.itemsize)
-    inside = last[last != tokenizer.eos_token_id]
+    special = [tokenizer.eos_token_id, tokenizer.bos_token_id] if tokenizer.add_bos else [tokenizer.eos_token_id]
+    inside = last[~np.isin(last, [token for token in special if token is not None])]
     val_bytes = len(tokenizer.decode_bytes(inside))
     n_val = int((ends > cut).sum())
     return {
@@ -271,24 +379,39 @@ def _write_split(
     width = stream.dtype.itemsize
     names: list[str] = []
     room = 0  # in the open shard, in tokens
-    target = None
-    with stream.file.open("rb") as source:
+    with stream.file.open("rb") as source, ExitStack() as stack:
+        target = None
         for start, stop in ranges.tolist():
             source.seek(start * width)
             left = stop - start
             while left:
                 if room == 0:
-                    if target is not None:
-                        target.close()
+                    stack.close()  # flushes the full shard
                     names.append(f"{split}-{len(names):05d}.bin")
-                    target = (out / names[-1]).open("wb")
+                    target = stack.enter_context(_flushed(out / names[-1]))
                     room = shard_tokens
                 assert target is not None
                 n = min(left, room, COPY_TOKENS)
                 target.write(source.read(n * width))
                 left -= n
                 room -= n
-    if target is not None:
-        target.close()
     n_tokens = int((ranges[:, 1] - ranges[:, 0]).sum()) if len(ranges) else 0
+    for i, name in enumerate(names):
+        _check_size(out / name, min(shard_tokens, n_tokens - i * shard_tokens) * width)
     return {"files": names, "n_tokens": n_tokens, "n_bytes": n_bytes, "n_documents": n_documents}
+
+
+@contextmanager
+def _flushed(path: Path) -> Iterator[IO[bytes]]:
+    """A new file to write; on the disk when the block ends. An OSError names it."""
+    with naming(path), path.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _check_size(path: Path, expected: int) -> None:
+    """Raise OSError when a file is shorter than what was written to it."""
+    found = path.stat().st_size
+    if found != expected:
+        raise OSError(f"can't write {path}: {found:,} of {expected:,} bytes arrived; is the disk full?")

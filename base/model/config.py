@@ -45,7 +45,7 @@ class ModelConfig:
 
     vocab_size: int  # V, rows of the embedding
     d_model: int = 256  # D
-    n_layers: int = 6
+    n_layers: int = 6  # blocks of attention and feed-forward
     n_heads: int = 8  # H, query heads
     n_kv_heads: int = 4  # K, key and value heads; H / K queries share one
     d_head: int = 32  # Dh; H * Dh need not equal D

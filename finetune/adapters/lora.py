@@ -25,8 +25,8 @@ DEFAULT = "default"  # the adapter's name where there is only one, as in PEFT
 class LoraConfig:
     """What is attached where. The defaults follow "LoRA Without Regret" (Schulman et al. 2025): every linear, alpha 32."""
 
-    rank: int = 16
-    alpha: float = 32.0
+    rank: int = 16  # of the update's two factors
+    alpha: float = 32.0  # the update is scaled by alpha / rank
     dropout: float = 0.0  # on the adapter's input, while training
     targets: tuple[str, ...] = (ALL_LINEAR,)  # last parts of module paths, or whole paths, or all-linear
     rank_stabilized: bool = False  # scale = alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732, eq. 4)

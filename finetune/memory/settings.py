@@ -8,8 +8,8 @@ from ...base.checkpoint import read_json
 from ...base.dtypes import DTYPES
 from ...base.model.config import PRESETS, ModelConfig, preset
 from ...base.model.huggingface import config_from_dict, load_config
-from ...base.train import OPTIMIZERS
 from ..adapters.lora import ALL_LINEAR
+from ..optimizers import OPTIMIZERS
 
 Method = Literal["full", "lora", "qlora", "generate"]
 METHODS = ("full", "lora", "qlora", "generate")
