@@ -182,17 +182,29 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("return_entropy", [False, True])
 @pytest.mark.parametrize("make", [plain, adapted_head, quantized_head])
-def test_never_holds_all_logits(make, return_entropy, small_chunks):
-    """Law: forward and backward, no tensor is as large as tokens x vocabulary, or even a quarter of it."""
+def test_never_holds_all_logits(make, return_entropy, small_chunks, monkeypatch):
+    """Law: forward and backward, no tensor is as large as tokens x vocabulary, or even a quarter of it, nor is all that the
+    graph keeps between the two."""
     n_vocab = 1000
     model = make(n_vocab)
     ids = torch.randint(0, n_vocab, (8, 33))
     mask = torch.ones(8, 33, dtype=torch.bool)
     mask[:, 0] = False
-    with Largest() as mode:
+    kept: dict[int, int] = {}  # storage -> elements that the graph keeps for the backward pass
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // tensor.element_size()
+        return tensor
+
+    with Largest() as mode, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        hidden, head = logprobs.hidden_and_head(model, ids, None, None)
+        kept.clear()  # what the layers keep is theirs
+        monkeypatch.setattr(logprobs, "hidden_and_head", lambda *_: (hidden, head))
         out = response_logprobs(model, ids, mask, return_entropy=return_entropy)
+        n_kept = sum(kept.values())
         sum(t.sum() for t in (out if return_entropy else (out,))).backward()
     assert mode.n <= 8 * 32 * n_vocab / 4
+    assert n_kept <= 8 * 32 * n_vocab / 4
 
 
 def test_prompts_and_padding_reach_no_head():
