@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Backend = Literal["auto", "reference", "torch", "triton"]
+Backend = Literal["auto", "reference", "torch", "triton", "numba"]  # numba: where takes_loops is asked first
 Chosen = Literal["reference", "torch", "triton"]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -50,6 +50,8 @@ def choose_backend(
 
     An explicit backend that can't run raises ValueError with the reason; `auto` never raises.
     """
+    if backend == "numba":
+        raise ValueError(f"{kernel}: backend 'numba' can't run here: it has no compiled CPU loops; use backend='auto'")
     if backend not in ("auto", "reference", "torch", "triton"):
         raise ValueError(f"unknown backend {backend!r}; choose auto, reference, torch or triton")
     if backend in ("reference", "torch"):

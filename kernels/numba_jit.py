@@ -2,11 +2,11 @@
 
 import gc
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numba
 from numba.core import event
@@ -29,15 +29,24 @@ def collector_paused() -> Iterator[None]:
         gc.enable()
 
 
-def compiled(function: Callable[..., Any] | None = None, *, nogil: bool = False) -> Any:
+def compiled(
+    function: Callable[..., Any] | None = None,
+    *,
+    nogil: bool = False,
+    fastmath: Collection[str] = (),  # LLVM's flags; "reassoc" is what lets a sum be vectorized
+    error_model: Literal[
+        "python", "numpy"
+    ] = "python",  # numpy: x / 0 is infinity, without a check that stops vectorizing
+) -> Any:
     """numba.njit with the on-disk cache; without a writable cache folder the loops are compiled in each process."""
+    options: dict[str, Any] = {"nogil": nogil, "fastmath": set(fastmath), "error_model": error_model}
     if function is None:
-        return partial(compiled, nogil=nogil)
+        return partial(compiled, **options)
     try:
-        loop: Any = numba.njit(cache=True, nogil=nogil)(function)
+        loop: Any = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # numba found no folder that it may write
         _Announcer.how_often = "in each process, for want of a cache folder (NUMBA_CACHE_DIR can name one)"
-        return numba.njit(nogil=nogil)(function)
+        return numba.njit(**options)(function)
     # Numba asks only whether the function's own file changed, but each loop holds parts of the files beside it.
     loop._cache._cache_file._source_stamp = _stamp(Path(function.__code__.co_filename).parent)
     loop._cache.load_overload = partial(_load, loop._cache)
@@ -69,21 +78,25 @@ def inlined(function: Callable[..., Any]) -> Any:
 
 
 class _Announcer(event.Listener):
-    """Says once for each folder that compilation has begun. Numba sends no event when it finds the code on disk."""
+    """Says once for each kind of loops that compilation has begun. Numba sends no event when it finds the code on disk."""
 
     said: ClassVar[set[str]] = set()
     how_often = "once per machine"
-    names: ClassVar = {"tokenizer": "the tokenizer's loops", "nf4": "the 4-bit loops", "decode": "the decoding loops"}
+    names: ClassVar = {
+        "tokenizer": "the tokenizer's loops",
+        "nf4": "the 4-bit loops",
+        "decode": "the decoding loops",
+        **dict.fromkeys(("swiglu", "rms_norm", "rope", "cross_entropy", "kernels"), "the training loops"),
+    }
 
     def on_start(self, event: event.Event) -> None:
         details: Any = event.data
         package, _, module = details["dispatcher"].py_func.__module__.rpartition(".")
         folder = package.rpartition(".")[2]
-        if folder not in self.said and module and package.startswith(_PACKAGE):
-            self.said.add(folder)
-            _log.warning(
-                "graft: compiling %s, %s, about ten seconds ...", self.names.get(folder, folder), self.how_often
-            )
+        name = self.names.get(folder, folder)
+        if name not in self.said and module and package.startswith(_PACKAGE):
+            self.said.add(name)
+            _log.warning("graft: compiling %s, %s, about ten seconds ...", name, self.how_often)
 
     def on_end(self, event: event.Event) -> None:
         pass

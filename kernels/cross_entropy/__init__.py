@@ -1,13 +1,16 @@
 """The language-model head and its loss in one function, without the (tokens x vocabulary) logits."""
 
+from functools import partial
 from typing import Literal
 
 from torch import Tensor
 
 from ..checks import check_floats, check_integers, check_shape, readable
+from ..cpu_loops import takes_loops
 from ..dispatch import Backend, choose_backend
 from .function import linear_cross_entropy_chunked
 from .reference import linear_cross_entropy_reference
+from .torch_cross_entropy import chunked_pass
 
 
 def linear_cross_entropy(
@@ -47,6 +50,9 @@ def linear_cross_entropy(
                 f"use ids below it, or ignore_index={ignore_index} for no loss"
             )
     options = {"ignore_index": ignore_index, "z_loss": z_loss, "reduction": reduction}
+    if takes_loops("linear_cross_entropy", backend, [hidden, weight]):
+        chunks = partial(chunked_pass, loops=True)
+        return linear_cross_entropy_chunked(hidden, weight, targets, **options, chunks=chunks)
     chosen = choose_backend("linear_cross_entropy", backend, [hidden, weight])
     if chosen == "reference":
         return linear_cross_entropy_reference(hidden, weight, targets, **options)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..checks import accumulator, readable
+from ..cpu_loops import has_memory
 
 # Bytes of float32 logits; 2048 x 256 x 8192, one core: 378 ms at 2 MB, 306 at 16, 318 at 32; plain 434.
 CHUNK_BYTES = 16 << 20
@@ -40,6 +41,7 @@ def chunked_pass(
     z_loss: float,
     need_hidden: bool,
     need_weight: bool,
+    loops: bool = False,  # whether the compiled CPU loops take the softmax and its gradient
     weight_dtype: torch.dtype,  # what the caller's weight has; the sum here is float32 at least whatever it is
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Each token's loss (N,), 0 where ignored, and the gradients wanted."""
@@ -55,19 +57,20 @@ def chunked_pass(
     logits = hidden.new_empty(min(block, kept.shape[0]), V)  # one buffer: a fresh one each time costs its page faults
     for rows in in_chunks(kept, block):
         h, weigh = hidden[rows], keep[rows].to(wide)  # (C, D), (C,)
-        label = targets[rows].where(keep[rows], 0).unsqueeze(1)  # (C, 1)
-        p = torch.mm(h, weight.T, out=logits[: len(rows)]).to(wide)  # (C, V), logits now; soon probabilities
-        label_logit = p.gather(1, label)
-        top = p.amax(1, keepdim=True)
-        total = p.sub_(top).exp_().sum(1, keepdim=True)
-        lse = top + total.log()  # (C, 1)
-        losses[rows] = (lse - label_logit + z_loss * lse.square()).squeeze(1) * weigh
-        if d_hidden is None and d_weight is None:
-            continue
+        label = targets[rows].where(keep[rows], 0)  # (C,)
+        p = torch.mm(h, weight.T, out=logits[: len(rows)]).to(wide)  # (C, V), logits now; soon their gradient
         scale = (row_scale[rows] if row_scale.numel() > 1 else row_scale) * weigh  # (C,)
-        scale = scale.unsqueeze(1)
-        p.mul_(scale * (1 + 2 * z_loss * lse) / total)
-        p.scatter_add_(1, label, -scale)
+        wanted = d_hidden is not None or d_weight is not None
+        if loops and wanted and has_memory(p):
+            from .numba_cross_entropy import softmax_and_gradient_
+
+            row_losses = torch.empty_like(weigh)
+            softmax_and_gradient_(p, label, scale, weigh, row_losses, z_loss=z_loss)
+            losses[rows] = row_losses
+        else:
+            losses[rows] = _softmax_and_gradient_(p, label, scale, weigh, z_loss, gradient=wanted)
+        if not wanted:
+            continue
         p = p.to(h.dtype)
         if d_hidden is not None:
             d_hidden[rows] = p @ weight
@@ -76,3 +79,25 @@ def chunked_pass(
         elif d_weight is not None:
             d_weight += p.T @ h
     return losses, d_hidden, d_weight
+
+
+def _softmax_and_gradient_(
+    logits: Tensor,  # (C, V)
+    label: Tensor,  # (C,)
+    scale: Tensor,  # (C,)
+    weigh: Tensor,  # (C,)
+    z_loss: float,
+    *,
+    gradient: bool,  # whether the logits become their gradient; else they are probabilities times a factor afterwards
+) -> Tensor:
+    """Each row's loss (C,); what numba_cross_entropy.softmax_and_gradient_ computes, from PyTorch operators."""
+    label, p = label.unsqueeze(1), logits  # (C, 1)
+    label_logit = p.gather(1, label)
+    top = p.amax(1, keepdim=True)
+    total = p.sub_(top).exp_().sum(1, keepdim=True)
+    lse = top + total.log()  # (C, 1)
+    if gradient:
+        scale = scale.unsqueeze(1)
+        p.mul_(scale * (1 + 2 * z_loss * lse) / total)
+        p.scatter_add_(1, label, -scale)
+    return (lse - label_logit + z_loss * lse.square()).squeeze(1) * weigh

@@ -5,6 +5,7 @@ from typing import overload
 from torch import Tensor
 
 from ..checks import check_floats, check_shape
+from ..cpu_loops import takes_loops
 from ..dispatch import Backend, choose_backend
 from .reference import rms_norm_reference
 from .torch_rms_norm import rms_norm_torch
@@ -41,6 +42,10 @@ def rms_norm(
         raise ValueError(f"rms_norm: eps must be >= 0, got {eps}; 1e-6 and 1e-5 are usual")
     tensors = [x, weight] if residual is None else [x, weight, residual]
     unsupported = f"its rows are at most {MAX_D} long, got {x.shape[-1]}" if x.shape[-1] > MAX_D else None
+    if takes_loops("rms_norm", backend, tensors):
+        from .numba_rms_norm import rms_norm_numba
+
+        return rms_norm_numba(x, weight, eps=eps, residual=residual)
     chosen = choose_backend("rms_norm", backend, tensors, unsupported=unsupported)
     if chosen == "reference":
         return rms_norm_reference(x, weight, eps=eps, residual=residual)

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from ..checks import check_floats, check_shape
+from ..cpu_loops import takes_loops
 from ..dispatch import Backend, choose_backend, name_of
 from .reference import swiglu_reference
 from .torch_swiglu import swiglu_torch
@@ -22,6 +23,10 @@ def swiglu(
     check_shape("swiglu", "up", up, tuple(gate.shape), "it has gate's shape")
     if gate.dtype != up.dtype:
         raise ValueError(f"swiglu: gate is {name_of(gate.dtype)} but up is {name_of(up.dtype)}; cast one to the other")
+    if takes_loops("swiglu", backend, [gate, up]):
+        from .numba_swiglu import swiglu_numba
+
+        return swiglu_numba(gate, up)
     chosen = choose_backend("swiglu", backend, [gate, up])
     if chosen == "reference":
         return swiglu_reference(gate, up)
