@@ -44,12 +44,12 @@ class Moment8bit:
 
     def write_(self, chunk: slice, values: Tensor) -> None:
         """Put a chunk back, quantized."""
-        codes, absmax = nf4.quantize_8bit(values, borders(self.signed, values.device), BLOCK_SIZE)
+        codes, absmax = nf4.quantize_8bit(values, bounds_of(self.signed, values.device), BLOCK_SIZE)
         self.codes[chunk].copy_(codes, non_blocking=True)
         self.absmax[blocks_of(chunk)].copy_(absmax, non_blocking=True)
 
 
-def borders(signed: bool, device: torch.device) -> Tensor:  # (255,)
+def bounds_of(signed: bool, device: torch.device) -> Tensor:  # (255,)
     """Between which values each code is chosen: half way, but above zero a second moment never becomes zero.
 
     A first moment over the root of a second one that rounding made zero would be a step of m / eps.

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..kernels.nf4 import NESTED_BLOCK_SIZE
-from .blockwise import BLOCK_SIZES, QuantState, name_of
-from .double import DoubleQuantized
+from ..kernels.dispatch import name_of
+from ..kernels.nf4 import NESTED_BLOCK_SIZE, DoubleQuantized
+from .blockwise import BLOCK_SIZES, QuantState
 
 FILE_TYPES = ("nf4", "fp4")  # the quant_types that bitsandbytes knows
 STATE_KEY = "quant_state.bitsandbytes__"

@@ -22,10 +22,10 @@ def test_blocks_of_8_bits(n: int, signed: bool) -> None:
     """Law: compiled equals reference; each value lies within half a gap of the map (times absmax) of its own."""
     values = torch.randn(n) * torch.logspace(-6, 0, n)
     values = values if signed else values.square()
-    borders = adamw8bit.borders(signed, torch.device("cpu"))
+    bounds = adamw8bit.bounds_of(signed, torch.device("cpu"))
     codebook = torch.tensor(dynamic8(signed))
-    codes, absmax = nf4.quantize_8bit(values, borders, 256)
-    expected = reference.quantize_8bit(values, borders, block_size=256)
+    codes, absmax = nf4.quantize_8bit(values, bounds, 256)
+    expected = reference.quantize_8bit(values, bounds, block_size=256)
     assert torch.equal(codes, expected[0])
     assert torch.equal(absmax, expected[1])
     back = nf4.dequantize_8bit(codes, absmax, codebook, 256)
@@ -38,12 +38,12 @@ def test_blocks_of_8_bits(n: int, signed: bool) -> None:
 
 def test_the_first_guess_is_never_too_high() -> None:
     """Law: every float32 in [-1, 1] whose code is looked up starts at or below its code (10^6 random bit patterns)."""
-    borders = adamw8bit.borders(True, torch.device("cpu"))
+    bounds = adamw8bit.bounds_of(True, torch.device("cpu"))
     bits = torch.randint(0, 2**32, (10**6,), generator=torch.Generator().manual_seed(0)).to(torch.int64)
     values = bits.to(torch.uint32).view(torch.float32)
-    values = torch.cat([values[values.abs() <= 1], torch.tensor([-1.0, 1.0, 0.0, -0.0]), borders])
-    codes = torch.bucketize(values, borders)
-    guess = torch.from_numpy(numba_cpu.first_guess(borders.numpy().tobytes()))
+    values = torch.cat([values[values.abs() <= 1], torch.tensor([-1.0, 1.0, 0.0, -0.0]), bounds])
+    codes = torch.bucketize(values, bounds)
+    guess = torch.from_numpy(numba_cpu.first_guess(bounds.numpy().tobytes()))
     started = guess[(values.view(torch.int32).to(torch.int64) >> 16) & 0xFFFF]
     assert bool((started <= codes).all())
     assert (codes - started.to(codes.dtype)).max() <= 2
@@ -52,7 +52,7 @@ def test_the_first_guess_is_never_too_high() -> None:
 def test_a_second_moment_is_never_rounded_to_zero() -> None:
     """Law: above zero stays above zero, and zero stays zero, at 1e-30 of the block's absmax."""
     values = torch.tensor([1.0, 1e-30, 0.0, 1e-9])
-    codes, absmax = nf4.quantize_8bit(values, adamw8bit.borders(False, torch.device("cpu")), 256)
+    codes, absmax = nf4.quantize_8bit(values, adamw8bit.bounds_of(False, torch.device("cpu")), 256)
     back = nf4.dequantize_8bit(codes, absmax, torch.tensor(dynamic8(False)), 256)
     assert (back > 0).tolist() == [True, True, False, True]
 
