@@ -130,6 +130,55 @@ def test_resume_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(a, b)
 
 
+def test_vectors_do_not_decay() -> None:
+    """Law: with a zero gradient a matrix shrinks by lr * weight_decay, a vector of any size stays: 1 - 0.1 * 0.5 = 0.95."""
+    named = {"matrix": (64, 96), "small matrix": (8, 8), "vector": (8192,), "small vector": (8,)}
+    parameters = {name: nn.Parameter(torch.ones(shape)) for name, shape in named.items()}
+    optimizer = AdamW8bit(parameters.items(), learning_rate=0.1, weight_decay=0.5)
+    for parameter in parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(parameter, torch.full_like(parameter, 1.0 if "vector" in name else 0.95))
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (80, 64)])
+def test_a_first_gradient_that_comes_late(shape: tuple[int, int]) -> None:
+    """Parity: a parameter's first update is torch's, however many steps the others had, also after resuming."""
+    early, late = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(shape))
+    optimizer = AdamW8bit([("early", early), ("late", late)], learning_rate=0.01, weight_decay=0.0)
+    for _ in range(3):
+        early.grad = torch.ones(4, 4)
+        optimizer.step()
+    resumed = AdamW8bit([("early", early), ("late", late)], learning_rate=0.01, weight_decay=0.0)
+    resumed.load_state_tensors(optimizer.state_tensors())
+    assert (resumed.steps, resumed.n_steps) == ([3, 0], 3)
+    theirs = nn.Parameter(torch.ones(shape))
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    late.grad, theirs.grad = gradient.clone(), gradient.clone()
+    resumed.step()
+    torch.optim.AdamW([theirs], lr=0.01, betas=(0.9, 0.95), weight_decay=0.0).step()
+    assert (1 - late).abs().min() > 0.0099  # a full step, not 0.0055
+    torch.testing.assert_close(late, theirs, atol=1e-7, rtol=0)
+
+
+def test_state_of_an_older_version() -> None:
+    """Law: one count for all is every parameter's count; anything else is refused by name."""
+    net = small_net()
+    optimizer = AdamW8bit(net.named_parameters())
+    state = optimizer.state_tensors()
+    optimizer.load_state_tensors(state | {"n_steps": torch.tensor(7)})
+    assert optimizer.steps == [7] * 4
+    for wrong, message in (
+        (torch.ones(3, dtype=torch.int64), r"n_steps: expected \(4,\) torch.int64, got \(3,\) torch.int64"),
+        (torch.ones(4), r"n_steps: expected \(4,\) torch.int64, got \(4,\) torch.float32"),
+        (torch.tensor(-1), r"n_steps: -1 is negative; the checkpoint is damaged"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_tensors(state | {"n_steps": wrong})
+    assert optimizer.steps == [7] * 4
+
+
 def test_bytes_of_the_state() -> None:
     """Worked by hand: 65,536 weights have 2 x 65,536 codes and 2 x 256 float32: 133,120 bytes beside AdamW's 524,288."""
     optimizer = AdamW8bit([("w", nn.Parameter(torch.zeros(256, 256)))])
