@@ -1,6 +1,6 @@
 """A base from disk, in full precision or in 4 bits: the one `load_model` that users call."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from ..base.checkpoint import read_json
 from ..base.device import resolve_device
 from ..base.dtypes import dtype_named
+from ..base.model.config import ModelConfig
 from ..base.model.huggingface import (
     empty_model,
     iterate_weights,
@@ -20,6 +21,7 @@ from ..base.model.huggingface import (
     write_weights,
 )
 from ..base.model.transformer import Transformer
+from ..base.tokenizer.tokenizer import Tokenizer
 from ..quant.files import read_quantization_config
 from ..quant.linear import module_names, quantize_linears_
 from ..quant.streaming import WeightStream
@@ -41,7 +43,11 @@ def load_model(
     """
     device = resolve_device(device)
     model = empty_model(load_config(folder))
-    stored = read_quantization_config(read_json(Path(folder) / "config.json"))
+    config_file = Path(folder) / "config.json"
+    try:
+        stored = read_quantization_config(read_json(config_file))
+    except ValueError as error:
+        raise ValueError(f"{config_file}: {error}") from None
     stream = None
     if stored is not None:
         # The arithmetic is in `dtype`, as everywhere else, whatever the file's author computed in.
@@ -60,9 +66,21 @@ def load_model(
         dtype=dtype_named(dtype) if dtype else None,
         device=device,
         where=str(folder),
-        take=stream.take if stream else None,
+        take=None if stream is None else _named_take(stream, folder),
     )
     return model.eval()
+
+
+def _named_take(stream: WeightStream, folder: Path | str) -> Callable[[str, Tensor], bool]:
+    """stream.take, whose errors also name the folder."""
+
+    def take(name: str, tensor: Tensor) -> bool:
+        try:
+            return stream.take(name, tensor)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
+
+    return take
 
 
 def _checked(
@@ -74,6 +92,27 @@ def _checked(
         stream.finish()
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
+
+
+def check_token_ids(tokenizer: Tokenizer, config: ModelConfig, *, where: Path | str = "this base") -> None:
+    """Raise ValueError for a token or a special id beyond the embedding's rows, which would fail at the first such text.
+
+    Every command calls it once it has loaded a base's tokenizer and config. More rows than tokens are fine: many bases
+    pad their embedding.
+    """
+    rows = config.vocab_size
+    ends = config.eos_token_id if isinstance(config.eos_token_id, tuple) else (config.eos_token_id,)
+    special = [("bos_token_id", config.bos_token_id), ("pad_token_id", config.pad_token_id)]
+    special += [("eos_token_id", end) for end in ends]
+    named = [(f"config.json's {key}", index) for key, index in special if index is not None]
+    named += [(f"token {content!r}", index) for content, index in tokenizer.special_tokens.items()]
+    named.append(("the tokenizer's last token", max(tokenizer.vocab)))
+    for name, index in named:
+        if not 0 <= index < rows:
+            raise ValueError(
+                f"{where}: {name} has id {index}, but the embedding has {rows} rows (ids 0 to {rows - 1}); "
+                "take the tokenizer that belongs to these weights, or a base whose embedding was enlarged for it"
+            )
 
 
 def save_any(model: Transformer, folder: Path | str, *, stored: dict[str, Any] | None) -> None:

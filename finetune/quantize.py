@@ -6,11 +6,13 @@ from typing import Any
 import torch
 
 from ..base.checkpoint import read_json
+from ..base.model.huggingface import load_config
 from ..base.tokenizer.tokenizer import Tokenizer
 from ..quant.blockwise import check_weight
 from ..quant.files import quantization_config
 from ..quant.linear import KEEP, NF4Linear
-from .loading import load_model, save_any, weight_bytes
+from .folders import carry_over, replaced_folder
+from .loading import check_token_ids, load_model, save_any, weight_bytes
 
 
 def run_quantize(
@@ -18,8 +20,9 @@ def run_quantize(
 ) -> dict[str, Any]:
     """Quantize each linear but lm_head as it streams in; returns named figures.
 
-    Embeddings, norms and the head keep the file's dtype. Raises ValueError for a base that is in 4 bits already,
-    FileExistsError for an `out` that is not empty.
+    Embeddings, norms and the head keep the file's dtype; the base's generation settings come along. `force` replaces what
+    `out` holds once the new files are whole. Raises ValueError for a base that is in 4 bits already, whose weights are not
+    finite or whose tokens have no row in the embedding; FileExistsError for an `out` that is not empty.
     """
     base, out = Path(base), Path(out)
     if out.exists() and not out.is_dir():
@@ -30,6 +33,8 @@ def run_quantize(
         raise ValueError(f"--out {out} is the base itself; choose another folder")
     if (base / "config.json").exists() and read_json(base / "config.json").get("quantization_config"):
         raise ValueError(f"{base} is quantized already; quantize the base in full precision")
+    tokenizer = Tokenizer.load(base)
+    check_token_ids(tokenizer, load_config(base), where=base)
     model = load_model(base, dtype=None, quantize="nf4", double_quant=double_quant)
     layers = {path: module for path, module in model.named_modules() if isinstance(module, NF4Linear)}
     for name, tensor in model.named_parameters():
@@ -37,10 +42,11 @@ def run_quantize(
             check_weight(tensor)
         except ValueError as error:
             raise ValueError(f"{base}: {name}: {error}") from None
-    about = quantization_config(double_quant=double_quant, compute_dtype=torch.bfloat16, keep=KEEP)
-    tokenizer = Tokenizer.load(base)
-    tokenizer.save(out)
-    save_any(model, out, stored=about)
+    settings = quantization_config(double_quant=double_quant, compute_dtype=torch.bfloat16, keep=KEEP)
+    with replaced_folder(out) as folder:
+        tokenizer.save(folder)
+        save_any(model, folder, stored=settings)
+        carry_over(base, folder)
     n_weights = sum(layer.in_features * layer.out_features for layer in layers.values())
     stored = sum(stored_bytes(layer) for layer in layers.values())
     return {

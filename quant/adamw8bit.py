@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import nf4
-from ..kernels.adamw import adamw_update_
+from ..kernels.adamw import adamw_update_, read_steps
 from .codebooks import dynamic8
 
 BLOCK_SIZE = 256
@@ -44,12 +44,12 @@ class Moment8bit:
 
     def write_(self, chunk: slice, values: Tensor) -> None:
         """Put a chunk back, quantized."""
-        codes, absmax = nf4.quantize_8bit(values, borders(self.signed, values.device), BLOCK_SIZE)
+        codes, absmax = nf4.quantize_8bit(values, bounds_of(self.signed, values.device), BLOCK_SIZE)
         self.codes[chunk].copy_(codes, non_blocking=True)
         self.absmax[blocks_of(chunk)].copy_(absmax, non_blocking=True)
 
 
-def borders(signed: bool, device: torch.device) -> Tensor:  # (255,)
+def bounds_of(signed: bool, device: torch.device) -> Tensor:  # (255,)
     """Between which values each code is chosen: half way, but above zero a second moment never becomes zero.
 
     A first moment over the root of a second one that rounding made zero would be a step of m / eps.
@@ -68,8 +68,9 @@ class AdamW8bit:
     """Decoupled weight decay Adam over (name, parameter) pairs, in the interface of base.optim's AdamW.
 
     Two bytes a parameter for the moments (2.03 with the absmax) in place of eight. `paged` keeps them in the host's memory
-    and brings a chunk to the device for its update; on the CPU that changes nothing. Parameters without a gradient at
-    a step are left as they are. Small tensors (below 4,096 values) have float32 moments.
+    and brings a chunk to the device for its update; on the CPU that changes nothing. Parameters without a gradient at a
+    step are left as they are, and each parameter counts its own updates, as in torch.optim.AdamW. Small tensors (below
+    4,096 values) have float32 moments.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class AdamW8bit:
             if not parameter.is_contiguous():
                 raise ValueError(f"parameter {name} with strides {parameter.stride()} is not contiguous; make it so")
         self.learning_rate, self.betas, self.eps, self.weight_decay = learning_rate, betas, eps, weight_decay
-        self.n_steps = 0
+        self.steps = [0] * len(self.named)  # updates of each parameter
         self.decayed = [decay(name, parameter) for name, parameter in self.named]
         self.full: dict[int, tuple[Tensor, Tensor]] = {}  # both moments in float32, of the small ones by position
         self.quantized: dict[int, tuple[Moment8bit, Moment8bit]] = {}
@@ -113,42 +114,49 @@ class AdamW8bit:
             )
             self.quantized[i] = (first, second)
 
+    @property
+    def n_steps(self) -> int:
+        """Updates so far, of the parameter that had most."""
+        return max(self.steps)
+
     @torch.no_grad()
     def step(self, learning_rate: float | None = None) -> None:
         """One update in place from the parameters' .grad, at this learning rate."""
-        self.n_steps += 1
         lr = self.learning_rate if learning_rate is None else learning_rate
+        gradients = {i: parameter.grad for i, (_, parameter) in enumerate(self.named) if parameter.grad is not None}
+        for i in gradients:
+            self.steps[i] += 1
         for decayed in (True, False):
-            small = [i for i in self.full if self.decayed[i] == decayed and self.named[i][1].grad is not None]
-            pairs = [(self.named[i][1], self.named[i][1].grad) for i in small]
+            small = [i for i in self.full if i in gradients and self.decayed[i] == decayed]
             if small:
-                self._update(
-                    [p for p, _ in pairs],
-                    [g for _, g in pairs if g is not None],
-                    [self.full[i] for i in small],
-                    lr,
-                    decayed,
-                )
+                params, grads = [self.named[i][1] for i in small], [gradients[i] for i in small]
+                steps = [self.steps[i] for i in small]
+                self._update(params, grads, [self.full[i] for i in small], steps, lr, decayed)
         for i, (first, second) in self.quantized.items():
-            parameter = self.named[i][1]
-            if parameter.grad is None:
+            if i not in gradients:
                 continue
-            flat, grad = parameter.detach().view(-1), parameter.grad.reshape(-1)
+            flat, grad = self.named[i][1].detach().view(-1), gradients[i].reshape(-1)
             for chunk in chunks(flat.numel()):
                 moments = first.read(chunk, flat.device), second.read(chunk, flat.device)
-                self._update([flat[chunk]], [grad[chunk]], [moments], lr, self.decayed[i])
+                self._update([flat[chunk]], [grad[chunk]], [moments], [self.steps[i]], lr, self.decayed[i])
                 first.write_(chunk, moments[0])
                 second.write_(chunk, moments[1])
 
     def _update(
-        self, params: list[Tensor], grads: list[Tensor], moments: list[tuple[Tensor, Tensor]], lr: float, decayed: bool
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        moments: list[tuple[Tensor, Tensor]],
+        steps: list[int],
+        lr: float,
+        decayed: bool,
     ) -> None:
         adamw_update_(
             params,
             grads,
             [first for first, _ in moments],
             [second for _, second in moments],
-            step=self.n_steps,
+            step=steps,
             lr=lr,
             beta1=self.betas[0],
             beta2=self.betas[1],
@@ -165,7 +173,11 @@ class AdamW8bit:
         """Everything that resume needs, by name; the moments themselves, not copies."""
         if any(second.codes.is_pinned() for _, second in self.quantized.values()):
             torch.cuda.synchronize()  # paged moments may still be on their way to the host
-        state = {"n_steps": torch.tensor(self.n_steps)}
+        return {"n_steps": torch.tensor(self.steps)} | self._moments()
+
+    def _moments(self) -> dict[str, Tensor]:
+        """The moments by name, not copied."""
+        state: dict[str, Tensor] = {}
         for i, (name, _) in enumerate(self.named):
             if i in self.full:
                 state[f"{name}.exp_avg"], state[f"{name}.exp_avg_sq"] = self.full[i]
@@ -176,16 +188,17 @@ class AdamW8bit:
 
     def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
         """Put back what `state_tensors` gave. Raises ValueError when a tensor is missing or has another shape."""
-        for name, target in self.state_tensors().items():
+        steps = read_steps(state.get("n_steps"), len(self.named))
+        for name, target in self._moments().items():
             saved = state.get(name)
             if saved is None or saved.shape != target.shape or saved.dtype != target.dtype:
-                found = "nothing" if saved is None else f"{tuple(saved.shape)} {saved.dtype}"
+                got = "nothing" if saved is None else f"{tuple(saved.shape)} {saved.dtype}"
                 raise ValueError(
-                    f"optimizer state {name}: {found} saved, {tuple(target.shape)} {target.dtype} due; "
+                    f"optimizer state {name}: {got} saved, {tuple(target.shape)} {target.dtype} due; "
                     "resume with the config that the run was started with"
                 )
             target.copy_(saved)
-        self.n_steps = int(state["n_steps"])
+        self.steps = steps
 
 
 def chunks(n: int) -> Iterator[slice]:

@@ -8,9 +8,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..kernels import nf4
+from ..kernels.dispatch import name_of
+from ..kernels.nf4 import DoubleQuantized, PackedWeight
 from ..kernels.nf4.reference import not_finite
 from .codebooks import codebook
-from .double import DoubleQuantized, quantize_absmax
+from .double import quantize_absmax
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # what bitsandbytes reads
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -36,6 +38,10 @@ class QuantState:
     def absmax(self) -> Tensor:  # (n_blocks,) float32
         """The scale of each block, decoded when it is double-quantized."""
         return self.scales if isinstance(self.scales, Tensor) else self.scales.absmax()
+
+    def weight(self, packed: Tensor) -> PackedWeight:
+        """The weight with its packed codes, as graft.kernels.nf4 takes it."""
+        return PackedWeight(packed, self.codebook, self.scales, self.block_size, self.shape)
 
 
 def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True) -> tuple[Tensor, QuantState]:
@@ -100,28 +106,15 @@ def dequantize_nf4(
             f"packed is {tuple(packed.shape)} {name_of(packed.dtype)}, but shape {state.shape} needs {n_bytes} uint8; "
             "was it packed with another state?"
         )
-    absmax, nested = split_scales(state.scales)
+    weight = state.weight(packed)
     if out is not None:
         if out.shape != state.shape or not out.is_contiguous() or (dtype or out.dtype) != out.dtype:
             raise ValueError(
-                f"out is {tuple(out.shape)} {name_of(out.dtype)} with strides {out.stride()}; "
-                f"a contiguous {state.shape} tensor is due"
+                f"out: expected a contiguous {state.shape} tensor, got {tuple(out.shape)} {name_of(out.dtype)} with "
+                f"strides {out.stride()}"
             )
         if out.is_cpu and out.dtype in FLOATS:
-            nf4.dequantize_4bit_(out, packed, absmax, nested, state.codebook, state.block_size)
+            nf4.dequantize_4bit_(out, weight)
             return out
         return out.copy_(dequantize_nf4(packed, state, dtype=out.dtype))
-    shape = list(state.shape)
-    return nf4.dequantize_4bit(packed, absmax, nested, state.codebook, state.block_size, shape, dtype or state.dtype)
-
-
-def split_scales(scales: Tensor | DoubleQuantized) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """absmax as stored, and the second level's tensors: the form that graft.kernels.nf4 takes."""
-    if isinstance(scales, Tensor):
-        return scales, ()
-    return scales.absmax_q, (scales.absmax_scale, scales.absmax_mean, scales.codebook)
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """`torch.float32` -> `float32`, for messages and files."""
-    return str(dtype).removeprefix("torch.")
+    return nf4.dequantize_4bit(weight, dtype or state.dtype)

@@ -6,21 +6,24 @@
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..kernels.nf4 import NESTED_BLOCK_SIZE
-from .blockwise import BLOCK_SIZES, QuantState, name_of
-from .double import DoubleQuantized
+from ..kernels.checks import readable
+from ..kernels.dispatch import name_of
+from ..kernels.nf4 import NESTED_BLOCK_SIZE, DoubleQuantized
+from ..kernels.nf4.reference import not_finite
+from .blockwise import BLOCK_SIZES, QuantState
 
 FILE_TYPES = ("nf4", "fp4")  # the quant_types that bitsandbytes knows
 STATE_KEY = "quant_state.bitsandbytes__"
 NESTED_KEYS = ("nested_absmax", "nested_quant_map")
 PARTS = ("absmax", "quant_map", *NESTED_KEYS, *(STATE_KEY + quant_type for quant_type in FILE_TYPES))
+STATE_BYTES = 2**16  # of a quant_state's JSON, which has about 200
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -41,7 +44,7 @@ def nf4_to_tensors(name: str, layer: Packed | tuple[Tensor, QuantState]) -> dict
     packed, state = layer if isinstance(layer, tuple) else (layer.packed, layer.state)
     if state.quant_type not in FILE_TYPES:
         raise ValueError(f"{name}: {state.quant_type} has no file format; store nf4 or fp4")
-    about: dict[str, Any] = {
+    metadata: dict[str, Any] = {
         "quant_type": state.quant_type,
         "blocksize": state.block_size,
         "dtype": name_of(state.dtype),
@@ -57,12 +60,14 @@ def nf4_to_tensors(name: str, layer: Packed | tuple[Tensor, QuantState]) -> dict
             f"{name}.nested_absmax": state.double.absmax_scale,
             f"{name}.nested_quant_map": state.double.codebook,
         }
-        about |= {
+        metadata |= {
             "nested_blocksize": NESTED_BLOCK_SIZE,
             "nested_dtype": "float32",
             "nested_offset": state.double.absmax_mean.item(),
         }
-    tensors[f"{name}.{STATE_KEY}{state.quant_type}"] = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
+    tensors[f"{name}.{STATE_KEY}{state.quant_type}"] = torch.tensor(
+        list(json.dumps(metadata).encode()), dtype=torch.uint8
+    )
     return tensors
 
 
@@ -77,46 +82,94 @@ def nf4_from_tensors(name: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, 
             f"4-bit weight {name} lacks {', '.join(missing)}; the file is incomplete, write or copy it again"
         )
     state_key = next(key for key in state_keys(name) if key in tensors)
-    about = read_state(state_key, tensors[state_key])
-    shape = tuple(about["shape"])
+    metadata = read_state(state_key, tensors[state_key])
+    shape = tuple(metadata["shape"])
+    n_blocks = -(-prod(shape) // metadata["blocksize"])
     packed = tensors[name].reshape(-1, 1).view(torch.uint8).reshape(-1, 1)  # quant_storage may be another dtype
-    n_blocks = -(-prod(shape) // about["blocksize"])
-    expect_size(name, packed, (prod(shape) + 1) // 2)
     absmax, codebook = tensors[f"{name}.absmax"], tensors[f"{name}.quant_map"]
-    expect_size(f"{name}.absmax", absmax, n_blocks)
-    expect_size(f"{name}.quant_map", codebook, 16)
-    scales = absmax
-    if "nested_blocksize" in about:
+    expect(name, packed, torch.uint8, (prod(shape) + 1) // 2)
+    expect(f"{name}.quant_map", codebook, torch.float32, 16)
+    if "nested_blocksize" not in metadata:
+        expect(f"{name}.absmax", absmax, torch.float32, n_blocks)
+        scales = absmax
+    else:
         scale, nested_codebook = (tensors[f"{name}.{key}"] for key in NESTED_KEYS)
-        expect_size(f"{name}.nested_absmax", scale, -(-n_blocks // NESTED_BLOCK_SIZE))
-        expect_size(f"{name}.nested_quant_map", nested_codebook, 256)
-        mean = torch.tensor(about["nested_offset"], dtype=torch.float32, device=absmax.device)
+        expect(f"{name}.absmax", absmax, torch.uint8, n_blocks)
+        expect(f"{name}.nested_absmax", scale, torch.float32, -(-n_blocks // NESTED_BLOCK_SIZE))
+        expect(f"{name}.nested_quant_map", nested_codebook, torch.float32, 256)
+        mean = torch.tensor(metadata["nested_offset"], dtype=torch.float32, device=absmax.device)
         scales = DoubleQuantized(absmax, scale, mean, nested_codebook)
-    dtype = FLOATS[about["dtype"]]
-    return packed, QuantState(shape, dtype, about["quant_type"], about["blocksize"], codebook, scales)
+    dtype = FLOATS[metadata["dtype"]]
+    return packed, QuantState(shape, dtype, metadata["quant_type"], metadata["blocksize"], codebook, scales)
 
 
 def read_state(key: str, packed_json: Tensor) -> dict[str, Any]:
-    """The JSON of a quant_state tensor. Raises ValueError when it is no JSON, or holds what is not supported here."""
+    """The JSON of a quant_state tensor. Raises ValueError that names the key where it isn't what bitsandbytes writes."""
+    not_json = f"{key} is not bitsandbytes' JSON"
+    if packed_json.dtype != torch.uint8 or packed_json.numel() > STATE_BYTES:
+        raise ValueError(
+            f"{not_json}: expected at most {STATE_BYTES} uint8, got {packed_json.numel()} {name_of(packed_json.dtype)}"
+        )
     try:
-        about = json.loads(bytes(packed_json.cpu().tolist()))
-        dtype, nested = about["dtype"], about.get("nested_blocksize", NESTED_BLOCK_SIZE)
-        _ = about["quant_type"], about["blocksize"], list(about["shape"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{key} is not bitsandbytes' JSON ({error}); the file is damaged, copy it again") from None
-    if dtype not in FLOATS:
-        raise ValueError(f"{key}: dtype {dtype!r} is not supported; {', '.join(FLOATS)} are")
-    if about["blocksize"] not in BLOCK_SIZES:
-        raise ValueError(f"{key}: blocksize {about['blocksize']!r} is not one of {', '.join(map(str, BLOCK_SIZES))}")
-    if nested != NESTED_BLOCK_SIZE:
-        raise ValueError(f"{key}: nested_blocksize {nested} is not supported; bitsandbytes writes {NESTED_BLOCK_SIZE}")
-    return about
+        metadata = json.loads(bytes(packed_json.reshape(-1).cpu().tolist()))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{not_json} ({error}); the file is damaged, copy it again") from None
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{not_json}: expected an object, got {type(metadata).__name__}; the file is damaged")
+    fields = STATE_FIELDS | (NESTED_FIELDS if "nested_blocksize" in metadata else {})
+    for field, (fits, expected) in fields.items():
+        if field not in metadata:
+            raise ValueError(f"{not_json} ({field!r} is missing); the file is damaged, copy it again")
+        if not fits(metadata[field]):
+            raise ValueError(f"{not_json}: {field} {shown(metadata[field])} is not supported; {expected}")
+    if not key.endswith(STATE_KEY + metadata["quant_type"]):
+        raise ValueError(f"{key} holds quant_type {metadata['quant_type']!r}; the file is damaged, copy it again")
+    return metadata
 
 
-def expect_size(key: str, tensor: Tensor, size: int) -> None:
-    """Raise ValueError unless the tensor has that many elements."""
+def is_count(value: object) -> bool:
+    """A whole number above zero; True and False are none."""
+    return type(value) is int and value > 0
+
+
+def is_shape(value: object) -> bool:
+    """A list of sizes whose product a tensor can have."""
+    return isinstance(value, list) and 0 < len(value) < 9 and all(map(is_count, value)) and prod(value) < 2**62
+
+
+def is_finite(value: object) -> bool:
+    """A float32 that is finite."""
+    return type(value) in (int, float) and abs(value) < 3e38  # pyright: ignore[reportArgumentType]
+
+
+def shown(value: object) -> str:
+    """A value in a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+Fits = Callable[[object], bool]
+STATE_FIELDS: dict[str, tuple[Fits, str]] = {  # of the JSON: what fits, and the words for it
+    "dtype": (lambda value: isinstance(value, str) and value in FLOATS, f"{', '.join(FLOATS)} are"),
+    "quant_type": (lambda value: isinstance(value, str) and value in FILE_TYPES, f"{', '.join(FILE_TYPES)} are"),
+    "blocksize": (lambda value: is_count(value) and value in BLOCK_SIZES, f"{', '.join(map(str, BLOCK_SIZES))} are"),
+    "shape": (is_shape, "a list of sizes above 0 is"),
+}
+NESTED_FIELDS: dict[str, tuple[Fits, str]] = {
+    "nested_blocksize": (lambda value: is_count(value) and value == NESTED_BLOCK_SIZE, "bitsandbytes writes 256"),
+    "nested_dtype": (lambda value: value == "float32", "float32 is"),
+    "nested_offset": (is_finite, "a finite number is"),
+}
+
+
+def expect(key: str, tensor: Tensor, dtype: torch.dtype, size: int) -> None:
+    """Raise ValueError unless the tensor has that dtype and that many elements, all finite."""
     if tensor.numel() != size:
         raise ValueError(f"{key} has {tensor.numel()} elements, its weight's shape needs {size}; the file is damaged")
+    if tensor.dtype != dtype:
+        raise ValueError(f"{key}: expected {name_of(dtype)}, got {name_of(tensor.dtype)}; the file is damaged")
+    if dtype == torch.float32 and readable(tensor) and not tensor.isfinite().all():
+        raise ValueError(f"{key}: {not_finite(tensor)}")
 
 
 def state_keys(name: str) -> list[str]:
@@ -175,22 +228,32 @@ def read_quantization_config(config: Mapping[str, Any]) -> dict[str, Any] | None
 
     Raises ValueError for a quantization that is not bitsandbytes in 4 bits.
     """
-    about = config.get("quantization_config")
-    if not about:
+    settings = config.get("quantization_config")
+    if not settings:
         return None
-    if about.get("quant_method", "bitsandbytes") != "bitsandbytes" or not about.get("load_in_4bit"):
-        method = about.get("quant_method")
+    if not isinstance(settings, dict):
+        raise ValueError(f"quantization_config: expected an object, got {shown(settings)}")
+    method = settings.get("quant_method", "bitsandbytes")
+    if method != "bitsandbytes" or settings.get("load_in_4bit") is not True:
         raise ValueError(
-            f"quantization_config: method {method!r} with load_in_4bit={about.get('load_in_4bit')} is not supported; "
+            f"quantization_config: method {shown(settings.get('quant_method'))} with "
+            f"load_in_4bit={shown(settings.get('load_in_4bit'))} is not supported; "
             "bitsandbytes in 4 bits is, or a model that is not quantized"
         )
-    compute = about.get("bnb_4bit_compute_dtype")
-    if compute is not None and compute not in FLOATS:
-        raise ValueError(f"quantization_config: bnb_4bit_compute_dtype {compute!r} is none of {', '.join(FLOATS)}")
-    skipped = about.get("llm_int8_skip_modules")
+    compute = settings.get("bnb_4bit_compute_dtype")
+    if compute is not None and not (isinstance(compute, str) and compute in FLOATS):
+        raise ValueError(f"quantization_config: bnb_4bit_compute_dtype {shown(compute)} is none of {', '.join(FLOATS)}")
+    quant_type = settings.get("bnb_4bit_quant_type", "fp4")
+    if not (isinstance(quant_type, str) and quant_type in FILE_TYPES):
+        raise ValueError(
+            f"quantization_config: bnb_4bit_quant_type {shown(quant_type)} is none of {', '.join(FILE_TYPES)}"
+        )
+    skipped = settings.get("llm_int8_skip_modules")
+    if skipped is not None and not (isinstance(skipped, list) and all(isinstance(name, str) for name in skipped)):
+        raise ValueError(f"quantization_config: llm_int8_skip_modules {shown(skipped)} is no list of names")
     return {
         "keep": ("lm_head",) if skipped is None else tuple(skipped),
-        "double_quant": bool(about.get("bnb_4bit_use_double_quant", False)),
+        "double_quant": bool(settings.get("bnb_4bit_use_double_quant", False)),
         "compute_dtype": None if compute is None else FLOATS[compute],
-        "quant_type": about.get("bnb_4bit_quant_type", "fp4"),
+        "quant_type": quant_type,
     }

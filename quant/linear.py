@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.nf4 import NESTED_BLOCK_SIZE, autocast_is_on, linear_4bit
+from ..kernels.nf4 import NESTED_BLOCK_SIZE, DoubleQuantized, PackedWeight, autocast_is_on, linear_4bit
 from .blockwise import QuantState, check_weight, dequantize_nf4, quantize_4bit
 from .codebooks import codebook, dynamic8
-from .double import DoubleQuantized
 from .files import PARTS, nf4_from_tensors, nf4_to_tensors
 from .files import missing_keys as keys_missing
 
@@ -90,14 +89,17 @@ class NF4Linear(nn.Module):
         return layer.train(linear.training)
 
     @property
+    def scales(self) -> Tensor | DoubleQuantized:
+        """absmax, or the same in 8 bits; the tensors are the layer's own."""
+        if self.double_quant:
+            return DoubleQuantized(self.absmax_q, self.absmax_scale, self.absmax_mean, self.nested_codebook)
+        return self.absmax
+
+    @property
     def state(self) -> QuantState:
         """What `dequantize_nf4(self.packed, self.state)` needs; the tensors are the layer's own."""
-        if self.double_quant:
-            scales = DoubleQuantized(self.absmax_q, self.absmax_scale, self.absmax_mean, self.nested_codebook)
-        else:
-            scales = self.absmax
         shape = (self.out_features, self.in_features)
-        return QuantState(shape, self.dtype, self.quant_type, self.block_size, self.codebook, scales)
+        return QuantState(shape, self.dtype, self.quant_type, self.block_size, self.codebook, self.scales)
 
     def set_weight_(self, weight: Tensor) -> None:
         """Quantize a weight (out, in) into this layer, on the weight's device. Raises as `quantize_nf4` does."""
@@ -133,19 +135,10 @@ class NF4Linear(nn.Module):
         """The product in compute_dtype, else under autocast in its dtype, else in x's; returned in x's or autocast's."""
         dtype = torch.get_autocast_dtype(x.device.type) if autocast_is_on(x) and x.dtype != torch.float64 else x.dtype
         compute = self.compute_dtype or dtype
-        nested = ()
-        if self.double_quant:
-            nested = (self.absmax_scale, self.absmax_mean, self.nested_codebook)
-        return linear_4bit(
-            x.to(compute),
-            self.packed,
-            self.absmax_q if self.double_quant else self.absmax,
-            nested,
-            self.codebook,
-            None if self.bias is None else self.bias.to(compute),
-            block_size=self.block_size,
-            out_features=self.out_features,
-        ).to(dtype)
+        shape = (self.out_features, self.in_features)
+        weight = PackedWeight(self.packed, self.codebook, self.scales, self.block_size, shape)
+        bias = None if self.bias is None else self.bias.to(compute)
+        return linear_4bit(x.to(compute), weight, bias).to(dtype)
 
     def extra_repr(self) -> str:
         """As nn.Linear prints itself, and the format."""

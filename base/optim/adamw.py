@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from ...kernels.adamw import adamw_update_
+from ...kernels.adamw import adamw_update_, read_steps
 
 
 def decays(name: str, parameter: Tensor) -> bool:
@@ -18,7 +18,7 @@ class AdamW:
     """Decoupled weight decay Adam. Moments are float32 whatever the parameter's dtype.
 
     Takes (name, parameter) pairs; the names key the state on disk. Parameters without a gradient at a step are left
-    as they are, as in torch.optim.AdamW.
+    as they are, and each parameter counts its own updates, as in torch.optim.AdamW.
     """
 
     def __init__(
@@ -39,25 +39,31 @@ class AdamW:
         if not self.named:
             raise ValueError("no parameter to train: all are frozen; attach an adapter or unfreeze the model")
         self.learning_rate, self.betas, self.eps, self.weight_decay = learning_rate, betas, eps, weight_decay
-        self.n_steps = 0
+        self.steps = [0] * len(self.named)  # updates of each parameter
         self.decayed = [decay(name, parameter) for name, parameter in self.named]
         self.exp_avgs = [torch.zeros_like(p, dtype=torch.float32) for _, p in self.named]
         self.exp_avg_sqs = [torch.zeros_like(p, dtype=torch.float32) for _, p in self.named]
 
+    @property
+    def n_steps(self) -> int:
+        """Updates so far, of the parameter that had most."""
+        return max(self.steps)
+
     @torch.no_grad()
     def step(self, learning_rate: float | None = None) -> None:
         """One update in place from the parameters' .grad, at this learning rate."""
-        self.n_steps += 1
         for decayed in (True, False):
             chosen = [i for i, (_, p) in enumerate(self.named) if p.grad is not None and self.decayed[i] == decayed]
             if not chosen:
                 continue
+            for i in chosen:
+                self.steps[i] += 1
             adamw_update_(
                 [self.named[i][1] for i in chosen],
                 [g for i in chosen if (g := self.named[i][1].grad) is not None],
                 [self.exp_avgs[i] for i in chosen],
                 [self.exp_avg_sqs[i] for i in chosen],
-                step=self.n_steps,
+                step=[self.steps[i] for i in chosen],
                 lr=self.learning_rate if learning_rate is None else learning_rate,
                 beta1=self.betas[0],
                 beta2=self.betas[1],
@@ -72,14 +78,14 @@ class AdamW:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything that resume needs, by name."""
-        state = {"n_steps": torch.tensor(self.n_steps)}
+        state = {"n_steps": torch.tensor(self.steps)}
         for i, (name, _) in enumerate(self.named):
             state[f"{name}.exp_avg"], state[f"{name}.exp_avg_sq"] = self.exp_avgs[i], self.exp_avg_sqs[i]
         return state
 
     def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
         """Put back what `state_tensors` gave. Raises ValueError when a parameter is missing or has another shape."""
-        self.n_steps = int(state["n_steps"])
+        self.steps = read_steps(state.get("n_steps"), len(self.named))
         for i, (name, parameter) in enumerate(self.named):
             for kind, target in (("exp_avg", self.exp_avgs[i]), ("exp_avg_sq", self.exp_avg_sqs[i])):
                 saved = state.get(f"{name}.{kind}")

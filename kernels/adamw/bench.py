@@ -1,6 +1,7 @@
 """AdamW over a model's tensors against torch.optim and copy bandwidth: python -m graft.kernels.adamw.bench [--quick]"""
 
 import sys
+from typing import Any
 
 import torch
 
@@ -20,12 +21,12 @@ def bench(quick: bool) -> list[Row]:
     theirs = [torch.nn.Parameter(p.clone()) for p in params]
     for p, g in zip(theirs, grads, strict=True):
         p.grad = g
-    ours = {"step": 1, "lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+    ours: dict[str, Any] = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
     fused = torch.optim.AdamW(theirs, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     foreach = torch.optim.AdamW(theirs, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, foreach=True)
     runs = {
-        "ours": lambda: adamw_update_(params, grads, exp_avgs, exp_avg_sqs, **ours),
-        "definition": lambda: adamw_reference_(params, grads, exp_avgs, exp_avg_sqs, **ours),
+        "ours": lambda: adamw_update_(params, grads, exp_avgs, exp_avg_sqs, step=1, **ours),
+        "definition": lambda: adamw_reference_(params, grads, exp_avgs, exp_avg_sqs, steps=[1] * len(params), **ours),
         "torch.optim fused": fused.step,
         "torch.optim foreach": foreach.step,
     }

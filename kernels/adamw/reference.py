@@ -11,7 +11,7 @@ def adamw_reference_(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     *,
-    step: int,
+    steps: Sequence[int],  # of each parameter
     lr: float,
     beta1: float,
     beta2: float,
@@ -19,7 +19,7 @@ def adamw_reference_(
     weight_decay: float,
 ) -> None:
     """Loshchilov & Hutter 2017 (arXiv:1711.05101, algorithm 2): decay, the two moments, the bias-corrected step."""
-    for p, g, m, v in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
+    for p, g, m, v, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
         g = g.to(m.dtype)
         m.copy_(beta1 * m + (1 - beta1) * g)
         v.copy_(beta2 * v + (1 - beta2) * g.square())

@@ -27,7 +27,7 @@ def adamw_torch_(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     *,
-    step: int,
+    steps: Sequence[int],  # of each parameter
     lr: float,
     beta1: float,
     beta2: float,
@@ -41,14 +41,14 @@ def adamw_torch_(
     first = params[0]
     alike = all(t.dtype == first.dtype and t.device == first.device for t in everything)
     if alike and first.device.type in ("cpu", "cuda"):
-        steps = [torch.full((), float(step), device=first.device)] * len(params)
+        counts = {step: torch.full((), float(step), device=first.device) for step in set(steps)}
         torch._fused_adamw_(
             list(params),
             list(grads),
             list(exp_avgs),
             list(exp_avg_sqs),
             [],
-            steps,
+            [counts[step] for step in steps],
             lr=lr,
             beta1=beta1,
             beta2=beta2,
@@ -65,9 +65,9 @@ def adamw_torch_(
         torch._foreach_mul_(v, beta2)
         torch._foreach_addcmul_(v, g, g, 1 - beta2)
         root = torch._foreach_sqrt(v)
-        torch._foreach_div_(root, (1 - beta2**step) ** 0.5)
+        torch._foreach_div_(root, [(1 - beta2**step) ** 0.5 for step in steps[part]])
         torch._foreach_add_(root, eps)
         change = torch._foreach_div(m, root)
-        torch._foreach_mul_(change, -lr / (1 - beta1**step))
+        torch._foreach_mul_(change, [-lr / (1 - beta1**step) for step in steps[part]])
         torch._foreach_add_(change, p, alpha=-lr * weight_decay)
         torch._foreach_add_(p, change)  # rounded once, also where p is narrower than its moments

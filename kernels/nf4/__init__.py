@@ -2,7 +2,6 @@
 
 from .linear import autocast_is_on, linear_4bit
 from .ops import (
-    NESTED_BLOCK_SIZE,
     dequantize_4bit,
     dequantize_4bit_,
     dequantize_8bit,
@@ -11,9 +10,12 @@ from .ops import (
     quantize_8bit,
     quantize_absmax,
 )
+from .weight import NESTED_BLOCK_SIZE, DoubleQuantized, PackedWeight
 
 __all__ = [
     "NESTED_BLOCK_SIZE",
+    "DoubleQuantized",
+    "PackedWeight",
     "autocast_is_on",
     "dequantize_4bit",
     "dequantize_4bit_",

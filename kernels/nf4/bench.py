@@ -24,7 +24,7 @@ from ..measure import (
     row,
     time_rows,
 )
-from . import dequantize_4bit, linear_4bit, quantize_4bit, quantize_absmax
+from . import DoubleQuantized, PackedWeight, dequantize_4bit, linear_4bit, quantize_4bit, quantize_absmax
 from .linear import FUSED_ROWS
 
 BLOCK_SIZE = 64
@@ -37,12 +37,13 @@ class Weight:
         self.shape = shape
         full = torch.randn(shape, device=device, dtype=torch.bfloat16) * 0.02
         # The kernels' speed does not depend on the values of the codebooks, so evenly spaced ones will do without a peer.
-        self.codebook = torch.linspace(-1, 1, 16, device=device)
+        codebook = torch.linspace(-1, 1, 16, device=device)
         nested_codebook = torch.linspace(-1, 1, 256, device=device)
-        self.packed, absmax = quantize_4bit(full, self.codebook, BLOCK_SIZE)
+        self.packed, absmax = quantize_4bit(full, codebook, BLOCK_SIZE)
         mean = absmax.mean()
-        self.absmax, scale = quantize_absmax(absmax - mean, nested_codebook)
-        self.nested = (scale, mean, nested_codebook)
+        absmax_q, absmax_scale = quantize_absmax(absmax - mean, nested_codebook)
+        double = DoubleQuantized(absmax_q, absmax_scale, mean, nested_codebook)
+        self.weight = PackedWeight(self.packed, codebook, double, BLOCK_SIZE, shape)
         self.peer: tuple[Any, Tensor, Any] | None = None
         if device.type == "cuda":
             try:
@@ -53,21 +54,10 @@ class Weight:
             self.peer = (bitsandbytes, packed, state)
 
     def dequantize(self) -> Tensor:
-        return dequantize_4bit(
-            self.packed, self.absmax, self.nested, self.codebook, BLOCK_SIZE, self.shape, torch.bfloat16
-        )
+        return dequantize_4bit(self.weight, torch.bfloat16)
 
     def times(self, x: Tensor, backend: str) -> Tensor:
-        return linear_4bit(
-            x,
-            self.packed,
-            self.absmax,
-            self.nested,
-            self.codebook,
-            block_size=BLOCK_SIZE,
-            out_features=self.shape[0],
-            backend=backend,  # pyright: ignore[reportArgumentType]
-        )
+        return linear_4bit(x, self.weight, backend=backend)  # pyright: ignore[reportArgumentType]
 
 
 def bench(quick: bool) -> list[Row]:

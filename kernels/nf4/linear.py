@@ -1,6 +1,5 @@
 """The product with a 4-bit weight, whose gradient is the input's alone (QLoRA, arXiv:2305.14314, eq. 5 and 6)."""
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from math import gcd
 from typing import Any
@@ -11,7 +10,8 @@ from torch.nn import functional as F
 
 from ..dispatch import Backend, choose_backend
 from . import reference
-from .ops import NESTED_BLOCK_SIZE, dequantize_4bit
+from .ops import dequantize_4bit
+from .weight import NESTED_BLOCK_SIZE, PackedWeight, check_block_size
 
 # Weights that the CPU dequantizes at a time: 16 MiB of float32. Above 32 MiB each allocation is made of fresh pages, whose first
 # touch costs more than the dequantization (4096 x 4096: 34 ms instead of 5, in huge pages 9), and peak memory grows for nothing.
@@ -27,62 +27,51 @@ class Linear4bit(torch.autograd.Function):
         ctx: Any,
         x: Tensor,  # (..., in), any float: the product's dtype
         bias: Tensor | None,  # (out,) in x's dtype
-        packed: Tensor,
-        absmax: Tensor,
-        codebook: Tensor,
         block_size: int,
-        out_features: int,
+        shape: tuple[int, int],
         fused: bool,  # by Triton's products, else by dequantizing and PyTorch's
-        *nested: Tensor,
+        *tensors: Tensor,  # of the PackedWeight
     ) -> Tensor:  # (..., out)
-        ctx.block_size, ctx.shape, ctx.fused = block_size, (out_features, x.shape[-1]), fused
-        ctx.save_for_backward(packed, absmax, codebook, *nested)
+        ctx.block_size, ctx.shape, ctx.fused = block_size, shape, fused
+        ctx.save_for_backward(*tensors)
         if fused:
-            run = torch.ops.graft.linear_4bit.default
-            return run(x, bias, packed, absmax, nested, codebook, block_size, out_features)
-        parts = []
+            return torch.ops.graft.linear_4bit.default(x, bias, tensors, block_size, shape)
+        weight, parts = PackedWeight.of(tensors, block_size, shape), []
         with without_autocast(x):
-            for rows in row_tiles(ctx.shape, block_size, x.device):
-                weight = dequantize_rows(rows, packed, absmax, nested, codebook, block_size, ctx.shape, x.dtype)
-                parts.append(F.linear(x, weight, None if bias is None else bias[rows]))
-                del weight  # before the next one is made
+            for rows in row_tiles(shape, block_size, x.device):
+                tile = dequantize_4bit(rows_of(weight, rows), x.dtype)
+                parts.append(F.linear(x, tile, None if bias is None else bias[rows]))
+                del tile  # before the next one is made
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        packed, absmax, codebook, *nested = ctx.saved_tensors
+        tensors = ctx.saved_tensors
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0] and ctx.fused:
-            run = torch.ops.graft.linear_4bit_gradient.default
-            grad_x = run(grad, packed, absmax, nested, codebook, ctx.block_size, ctx.shape[1])
+            grad_x = torch.ops.graft.linear_4bit_gradient.default(grad, tensors, ctx.block_size, ctx.shape)
         elif ctx.needs_input_grad[0]:
+            weight = PackedWeight.of(tensors, ctx.block_size, ctx.shape)
             with without_autocast(grad):
                 for rows in row_tiles(ctx.shape, ctx.block_size, grad.device):
-                    weight = dequantize_rows(
-                        rows, packed, absmax, nested, codebook, ctx.block_size, ctx.shape, grad.dtype
-                    )
-                    part = grad[..., rows] @ weight
+                    tile = dequantize_4bit(rows_of(weight, rows), grad.dtype)
+                    part = grad[..., rows] @ tile
                     # several parts are summed in float32 at least
                     grad_x = (
                         part if grad_x is None else part + grad_x.to(torch.promote_types(grad.dtype, torch.float32))
                     )
-                    del weight
+                    del tile
                 grad_x = None if grad_x is None else grad_x.to(grad.dtype)
         if ctx.needs_input_grad[1]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-        return (grad_x, grad_bias, *[None] * (6 + len(nested)))
+        return (grad_x, grad_bias, *[None] * (3 + len(tensors)))
 
 
 def linear_4bit(
     x: Tensor,  # (..., in), any float: the product's dtype
-    packed: Tensor,  # (ceil(out * in / 2), 1) uint8
-    absmax: Tensor,  # (n_blocks,) float32, or uint8 with the second level
-    nested: tuple[Tensor, ...],  # absmax_scale, absmax_mean and the (256,) codebook; empty without the second level
-    codebook: Tensor,  # (16,) float32
+    weight: PackedWeight,  # of shape (out, in)
     bias: Tensor | None = None,  # (out,) in x's dtype
     *,
-    block_size: int,
-    out_features: int,
     backend: Backend = "auto",
 ) -> Tensor:  # (..., out)
     """x times the transposed 4-bit weight; differentiable in x and bias.
@@ -90,7 +79,12 @@ def linear_4bit(
     `torch`: dequantize (Numba on the CPU, Triton on a GPU), then PyTorch's product; `triton`: the weight is decoded inside the
     product. `auto` on a GPU takes the second up to FUSED_ROWS rows. Raises ValueError where an explicit backend can't run.
     """
-    in_features = x.shape[-1]
+    out_features, in_features = weight.shape
+    if x.shape[-1] != in_features:
+        raise ValueError(
+            f"x has {x.shape[-1]} features on its last axis; the weight {(out_features, in_features)} takes {in_features}"
+        )
+    check_block_size(weight.block_size, even=True)
     if backend == "auto" and x.numel() > FUSED_ROWS * in_features:
         backend = "torch"
     unsupported = (
@@ -98,13 +92,9 @@ def linear_4bit(
     )
     chosen = choose_backend("nf4", backend, (x,), unsupported=unsupported)
     if chosen == "reference":
-        if nested:
-            absmax = reference.dequantize_absmax(absmax, *nested, nested_block_size=NESTED_BLOCK_SIZE)
-        shape = (out_features, in_features)
-        weight = reference.dequantize_4bit(packed, absmax, codebook, block_size=block_size, shape=shape, dtype=x.dtype)
-        return F.linear(x, weight, bias)
-    fused = chosen == "triton"
-    return Linear4bit.apply(x, bias, packed, absmax, codebook, block_size, out_features, fused, *nested)  # pyright: ignore
+        return F.linear(x, reference.dequantize_4bit(weight, x.dtype), bias)
+    shape, fused = (out_features, in_features), chosen == "triton"
+    return Linear4bit.apply(x, bias, weight.block_size, shape, fused, *weight.tensors)  # pyright: ignore
 
 
 def row_tiles(shape: tuple[int, int], block_size: int, device: torch.device) -> list[slice]:
@@ -121,26 +111,22 @@ def row_tiles(shape: tuple[int, int], block_size: int, device: torch.device) -> 
     return [slice(start, min(start + step, out_features)) for start in range(0, out_features, step)]
 
 
-def dequantize_rows(
-    rows: slice,  # one of row_tiles
-    packed: Tensor,
-    absmax: Tensor,
-    nested: Sequence[Tensor],
-    codebook: Tensor,
-    block_size: int,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
-) -> Tensor:  # (rows, in)
-    """Some rows of the weight."""
-    in_features = shape[1]
+def rows_of(weight: PackedWeight, rows: slice) -> PackedWeight:
+    """Some rows of a weight (out, in), given by one of row_tiles, as a weight of its own; nothing is copied."""
+    out_features, in_features = weight.shape
+    if rows.stop - rows.start == out_features:
+        return weight
     first, last = rows.start * in_features, rows.stop * in_features
-    if last - first < shape[0] * in_features:
-        packed = packed[first // 2 : (last + 1) // 2]
-        absmax = absmax[first // block_size : -(-last // block_size)]
-        if nested:
-            unit = block_size * NESTED_BLOCK_SIZE
-            nested = [nested[0][first // unit : -(-last // unit)], *nested[1:]]
-    return dequantize_4bit(packed, absmax, nested, codebook, block_size, [rows.stop - rows.start, in_features], dtype)
+    blocks = slice(first // weight.block_size, -(-last // weight.block_size))
+    scales = weight.scales
+    if isinstance(scales, Tensor):
+        scales = scales[blocks]
+    else:
+        unit = weight.block_size * NESTED_BLOCK_SIZE
+        nested = scales.absmax_scale[first // unit : -(-last // unit)]
+        scales = scales._replace(absmax_q=scales.absmax_q[blocks], absmax_scale=nested)
+    packed = weight.packed[first // 2 : (last + 1) // 2]
+    return weight._replace(packed=packed, scales=scales, shape=(rows.stop - rows.start, in_features))
 
 
 def autocast_is_on(x: Tensor) -> bool:

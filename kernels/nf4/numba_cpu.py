@@ -1,26 +1,31 @@
 """The blockwise formats on the CPU, compiled by Numba: one pass over memory, no temporaries of the weight's size (but
 for float16 weights, and for float16 results where simd.py has no instructions for the processor or the block).
 
-Equal to reference.py to the bit. Imported when the first CPU tensor is quantized (Numba's import takes 0.3 s), compiled on
-first use, cached beside this file. `python bench/quant.py` measures it beside bitsandbytes.
+Equal to reference.py to the bit. The loops read and write by address: what they take has been checked, by ops.py or here. Imported
+when the first CPU tensor is quantized (Numba's import takes 0.3 s), compiled on first use, cached beside this file.
+`python bench/quant.py` measures it beside bitsandbytes.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any, NoReturn
+from math import prod
+from typing import Any
 
 import numpy as np
 import torch
 from numba import carray
 from torch import Tensor
 
+from .. import huge_pages
+from ..dispatch import name_of
 from ..numba_jit import compiled
 from ..numba_memory import pointer
 from . import reference
-from .numba_dequantize import dequantize_any, dequantize_avx2, dequantize_avx512
-from .simd import STEP, instruction_set
+from .numba_dequantize import dequantize_any, dequantize_avx2
+from .simd import STEP, uses_avx2
+from .weight import NESTED_BLOCK_SIZE, PackedWeight, check_packed
 
 SMALLEST_SCALE = np.float32(reference.SMALLEST_SCALE)
 NOT_FINITE = np.uint32(0x7F800000)  # float32 bits from here on are infinity and NaN
@@ -29,17 +34,16 @@ ONE, HALF = np.float32(1), np.float32(0.5)
 PART = 2**19  # weights a thread: 30 us of dequantization, about what handing it over costs
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LIKE = {dtype: np.empty(0, bits) for dtype, bits in zip(DTYPES, (np.float32, np.uint16, np.int16), strict=True)}
-LOOPS = {"avx512": dequantize_avx512, "avx2": dequantize_avx2}
 
 
 def quantize_4bit(weight: Tensor, codebook: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:
     """reference.quantize_4bit."""
-    flat = weight.detach().reshape(-1).contiguous().resolve_neg()
+    flat = weight.detach().reshape(-1).contiguous().resolve_neg()  # both by address below
     flat = flat.float() if flat.dtype == torch.float16 else flat
     n, n_blocks = flat.numel(), -(-flat.numel() // block_size)
     packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8, device="cpu")
     absmax = torch.empty(n_blocks, dtype=torch.float32, device="cpu")
-    midpoints, order = borders(codebook.numpy().tobytes())
+    middle, order = midpoints(flat_memory(codebook).tobytes())
 
     def part(first: int, last: int) -> bool:
         start = first * block_size
@@ -49,7 +53,7 @@ def quantize_4bit(weight: Tensor, codebook: Tensor, *, block_size: int) -> tuple
             absmax.data_ptr() + 4 * first,
             min(last * block_size, n) - start,
             block_size,
-            midpoints,
+            middle,
             order,
             DTYPES.index(flat.dtype),
         )
@@ -59,78 +63,64 @@ def quantize_4bit(weight: Tensor, codebook: Tensor, *, block_size: int) -> tuple
     return packed, absmax
 
 
-def dequantize_4bit_(
-    out: Tensor,  # contiguous, of one of DTYPES; is overwritten
-    packed: Tensor,
-    absmax: Tensor,
-    nested: Sequence[Tensor],
-    codebook: Tensor,
-    *,
-    block_size: int,
-) -> None:
-    """reference.dequantize_4bit into `out`, with reference.dequantize_absmax before it when there is a second level."""
-    if block_size % 2:
-        raise ValueError(f"block_size must be even, got {block_size}: two values share a byte")
-    if not out.numel():
-        return
-    if not (out.is_cpu and out.is_contiguous() and out.dtype in DTYPES and out.data_ptr()):
+def dequantize_4bit(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """reference.dequantize_4bit, for one of DTYPES."""
+    tensors = check_packed(weight)
+    out = huge_pages.empty(weight.shape, dtype)
+    _dequantize(out, weight, tensors)
+    return out
+
+
+def dequantize_4bit_(out: Tensor, weight: PackedWeight) -> None:
+    """reference.dequantize_4bit into `out`, contiguous and of one of DTYPES."""
+    tensors, n = check_packed(weight), prod(weight.shape)
+    if not (out.is_cpu and out.is_contiguous() and out.dtype in LIKE and out.numel() == n):
         raise ValueError(
-            f"out is {out.dtype} on {out.device} with strides {out.stride()}; contiguous CPU memory is due"
+            f"out: expected {n} values in contiguous CPU memory, got {out.numel()} {name_of(out.dtype)} on {out.device} "
+            f"with strides {out.stride()}"
         )
-    n = out.numel()
-    n_blocks, n_scales = n // block_size, -(-n // block_size)  # whole blocks, and with a shorter last one
-    tensors = (packed, absmax, codebook, *nested)
-    due = [(n + 1) // 2, n_scales if nested else 4 * n_scales, 64]  # bytes
-    if nested:
-        due += [4 * -(-n_scales // 256), 4, 1024]
-    if [tensor.nbytes if tensor.is_cpu else -1 for tensor in tensors] != due:
-        _refuse(tensors, due)
+    _dequantize(out, weight, tensors)
+
+
+def _dequantize(out: Tensor, weight: PackedWeight, tensors: list[Tensor]) -> None:
+    """dequantize_4bit_ after its checks."""
+    n, block_size = out.numel(), weight.block_size
+    if not n:
+        return
+    n_blocks = n // block_size  # whole ones
     tensors = [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in tensors]
-    addresses = [tensor.data_ptr() for tensor in tensors]  # good for as long as `tensors` lives
-    if 0 in addresses:
+    addresses = [tensor.data_ptr() for tensor in tensors]  # valid for as long as `tensors` lives
+    if 0 in addresses or not out.data_ptr():
         raise ValueError("a fake tensor has no memory to read; use dequantize_4bit, which knows its shape")
-    if not nested:
-        addresses += [0, 0, 0]
-    instructions = instruction_set()
-    if instructions and block_size % (2 * STEP[instructions]) == 0:
-        _run(LOOPS[instructions], addresses, n_blocks, block_size, out)
+    addresses += [0] * (6 - len(addresses))  # no second level
+    if uses_avx2() and block_size % (2 * STEP) == 0:
+        _run(dequantize_avx2, addresses, n_blocks, block_size, out)
     elif out.dtype != torch.float16:
         _run(dequantize_any, addresses, n_blocks, block_size, out)
     else:
         exact = torch.empty(n_blocks * block_size, device="cpu")
         _run(dequantize_any, addresses, n_blocks, block_size, exact)
         out.view(-1)[: len(exact)] = exact
-    if n_blocks < n_scales:
-        first = n_blocks * block_size
-        last = dequantize_absmax(absmax, *nested)[-1:] if nested else absmax[-1:]
-        rest, shape = packed.view(-1)[first // 2 :], (n - first,)
-        out.view(-1)[first:] = reference.dequantize_4bit(
-            rest, last, codebook, block_size=block_size, shape=shape, dtype=out.dtype
-        )
-
-
-def _refuse(tensors: Sequence[Tensor], due: list[int]) -> NoReturn:
-    """Say which tensor is not the one that the weight needs."""
-    names = ("packed", "absmax", "codebook", "absmax_scale", "absmax_mean", "nested_codebook")
-    for name, tensor, n_bytes in zip(names, tensors, due, strict=True):
-        if tensor.nbytes != n_bytes or not tensor.is_cpu:
-            raise ValueError(f"{name} has {tensor.nbytes} bytes on {tensor.device}; {n_bytes} on cpu are due")
-    raise AssertionError("every tensor fits")
+    first = n_blocks * block_size
+    if first < n:  # the last block is shorter
+        absmax = weight.scales if isinstance(weight.scales, Tensor) else dequantize_absmax(*weight.scales)
+        rest = weight._replace(packed=weight.packed.reshape(-1)[first // 2 :], scales=absmax[-1:], shape=(n - first,))
+        out.view(-1)[first:] = reference.dequantize_4bit(rest, out.dtype)
 
 
 def _run(loop: Any, addresses: list[int], n_blocks: int, block_size: int, out: Tensor) -> None:
     """A dequantizing loop over all whole blocks, in threads where they pay."""
-    at, like, size = out.data_ptr(), LIKE[out.dtype], out.element_size()
+    start, like, size = out.data_ptr(), LIKE[out.dtype], out.element_size()
     if n_blocks * block_size < 2 * PART:
-        loop(*addresses, n_blocks, block_size, at, like)
+        loop(*addresses, n_blocks, block_size, start, like)
         return
-    packed, absmax, codebook, scale, mean, nested_codebook = addresses
+    packed, codebook, absmax, scale, mean, nested_codebook = addresses
 
     def part(first: int, last: int) -> None:  # `first` is a multiple of 256: there a scale of the second level begins
-        start = first * block_size
+        values = first * block_size
         level1, level2 = (absmax + first, scale + first // 64) if scale else (absmax + 4 * first, 0)
-        rest = mean, nested_codebook, last - first, block_size, at + start * size, like
-        loop(packed + start // 2, level1, codebook, level2, *rest)
+        rest = mean, nested_codebook, last - first, block_size, start + values * size, like
+        loop(packed + values // 2, codebook, level1, level2, *rest)
 
     in_parts(part, n_blocks, block_size)
 
@@ -152,45 +142,52 @@ def threads(n: int, process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(n)
 
 
-def quantize_absmax(shifted: Tensor, codebook: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:
-    """reference.quantize_8bit_by_table."""
-    codes = torch.empty_like(shifted, dtype=torch.uint8)
-    scale = torch.empty(-(-shifted.numel() // block_size), dtype=torch.float32, device="cpu")
-    _quantize_by_table(shifted.numpy(), table(codebook.numpy().tobytes()), block_size, codes.numpy(), scale.numpy())
+def quantize_absmax(shifted: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """reference.quantize_8bit_by_table at bitsandbytes' block of 256."""
+    flat = flat_memory(shifted.float())
+    codes = torch.empty(shifted.shape, dtype=torch.uint8, device="cpu")
+    scale = torch.empty(-(-len(flat) // NESTED_BLOCK_SIZE), dtype=torch.float32, device="cpu")
+    lookup = table(flat_memory(codebook).tobytes())
+    _quantize_by_table(flat, lookup, NESTED_BLOCK_SIZE, codes.view(-1).numpy(), scale.numpy())
     return codes, scale
 
 
 def dequantize_absmax(absmax_q: Tensor, absmax_scale: Tensor, absmax_mean: Tensor, nested_codebook: Tensor) -> Tensor:
-    """reference.dequantize_absmax at bitsandbytes' block of 256."""
+    """reference.dequantize_absmax."""
     out = torch.empty(absmax_q.shape, dtype=torch.float32, device="cpu")
-    mean = absmax_mean.view(1).numpy()
-    _dequantize_absmax(absmax_q.numpy(), absmax_scale.numpy(), mean, nested_codebook.numpy(), out.numpy())
+    tensors = (absmax_q, absmax_scale, absmax_mean, nested_codebook)
+    _dequantize_absmax(*(flat_memory(tensor) for tensor in tensors), out.view(-1).numpy())
     return out
 
 
-def quantize_8bit(values: Tensor, borders: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:
+def quantize_8bit(values: Tensor, bounds: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:
     """reference.quantize_8bit."""
-    flat = values.detach().reshape(-1).float()
+    flat, limits = flat_memory(values.float()), flat_memory(bounds)
     codes = torch.empty(values.shape, dtype=torch.uint8, device="cpu")
-    absmax = torch.empty(-(-flat.numel() // block_size), dtype=torch.float32, device="cpu")
-    start = first_guess(borders.numpy().tobytes())
-    _quantize_8bit(flat.numpy(), borders.numpy(), start, block_size, codes.view(-1).numpy(), absmax.numpy())
+    absmax = torch.empty(-(-len(flat) // block_size), dtype=torch.float32, device="cpu")
+    start = first_guess(limits.tobytes())
+    _quantize_8bit(flat, limits, start, block_size, codes.view(-1).numpy(), absmax.numpy())
     return codes, absmax
 
 
 def dequantize_8bit(codes: Tensor, absmax: Tensor, codebook: Tensor, *, block_size: int) -> Tensor:
     """reference.dequantize_8bit."""
     out = torch.empty(codes.shape, dtype=torch.float32, device="cpu")
-    flat = out.view(-1).numpy()
-    _dequantize_8bit(codes.reshape(-1).numpy(), absmax.numpy(), codebook.numpy(), block_size, flat)
+    arrays = (flat_memory(tensor) for tensor in (codes, absmax, codebook))
+    _dequantize_8bit(*arrays, block_size, out.view(-1).numpy())
     return out
 
 
+def flat_memory(tensor: Tensor) -> np.ndarray:
+    """The values side by side, copied only where they don't lie so."""
+    return tensor.detach().reshape(-1).contiguous().resolve_neg().numpy()
+
+
 @cache
-def borders(codebook: bytes) -> tuple[np.ndarray, np.ndarray]:
+def midpoints(codebook: bytes) -> tuple[np.ndarray, np.ndarray]:
     """reference.midpoints_and_order of a codebook's bytes."""
-    midpoints, order = reference.midpoints_and_order(torch.frombuffer(bytearray(codebook), dtype=torch.float32))
-    return midpoints.numpy(), order.numpy().astype(np.uint8)
+    middle, order = reference.midpoints_and_order(torch.frombuffer(bytearray(codebook), dtype=torch.float32))
+    return middle.numpy(), order.numpy().astype(np.uint8)
 
 
 @cache
@@ -200,7 +197,7 @@ def table(codebook: bytes) -> np.ndarray:
 
 
 @cache
-def first_guess(borders: bytes) -> np.ndarray:
+def first_guess(bounds: bytes) -> np.ndarray:
     """(65536,) uint8: a code not above the right one for any float32 whose upper 16 bits are the index.
 
     From it the right code is a step or two away, since a codebook has about as many steps a power of two as 7 bits of
@@ -208,7 +205,7 @@ def first_guess(borders: bytes) -> np.ndarray:
     """
     upper = np.arange(65536, dtype=np.uint32) << 16
     lowest = np.where(upper >> 31, upper | 0xFFFF, upper).astype(np.uint32).view(np.float32)
-    ascending = np.frombuffer(borders, np.float32)
+    ascending = np.frombuffer(bounds, np.float32)
     return np.searchsorted(ascending, np.nan_to_num(lowest), side="left").astype(np.uint8)
 
 
@@ -238,7 +235,8 @@ def _quantize_blocks(weight, packed, absmax, n, block_size, midpoints, order, ki
     for k in range(1, 16):
         ascending = ascending and order[k] == k
     finite = True
-    for b in range(n_blocks):  # from 0: where a number could be negative, Numba's indexing asks, and nothing vectorizes
+    # Count from 0: Numba then knows that the index is not negative, drops its wrap-around check, and LLVM can vectorize.
+    for b in range(n_blocks):
         start, n_values = b * block_size, min(block_size, n - b * block_size)
         if kind == 0:
             for i in range(n_values):
@@ -302,8 +300,8 @@ def _quantize_by_table(values, lookup, block_size, codes, scale):
 
 
 @compiled(nogil=True)
-def _quantize_8bit(values, borders, first_guess, block_size, codes, absmax):
-    """The number of borders below each scaled value."""
+def _quantize_8bit(values, bounds, first_guess, block_size, codes, absmax):
+    """The number of bounds below each scaled value."""
     one_value = np.empty(1, np.float32)
     its_bits = one_value.view(np.uint32)
     for first in range(0, values.size, block_size):
@@ -316,7 +314,7 @@ def _quantize_8bit(values, borders, first_guess, block_size, codes, absmax):
             scaled = min(max(block[i] * inverse, -ONE), ONE)
             one_value[0] = scaled
             code = np.int64(first_guess[its_bits[0] >> 16])
-            while code < 255 and scaled > borders[code]:
+            while code < 255 and scaled > bounds[code]:
                 code += 1
             codes[first + i] = code
 

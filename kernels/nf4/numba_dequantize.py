@@ -1,8 +1,8 @@
 """The loops that dequantize on the CPU: with simd.py's instructions, and for processors without them.
 
 They take tensors by address: making numpy arrays of eight of them takes as long as a weight of 512 x 384. What they write
-is told by `like`, an empty array: float32, or uint16 and int16 for the bits of bfloat16 and float16. The first two are twins
-and not one loop with a choice, since all that a loop holds is compiled, and LLVM aborts on instructions that aren't there.
+is told by `like`, an empty array: float32, or uint16 and int16 for the bits of bfloat16 and float16. They are two loops and
+not one with a choice, since all that a loop holds is compiled, and LLVM aborts on instructions that the processor lacks.
 """
 
 import numpy as np
@@ -10,36 +10,24 @@ from numba import carray
 
 from ..numba_jit import compiled
 from ..numba_memory import pointer
-from .simd import NAN_BITS, STEP, decode_blocks_avx2, decode_blocks_avx512
+from .simd import NAN_BITS, STEP, decode_blocks
 
-AVX512_STEP, AVX2_STEP = STEP["avx512"], STEP["avx2"]
-SOME = 256  # blocks whose scales are decoded at a time
-
-
-@compiled(nogil=True)
-def dequantize_avx512(packed, absmax, codebook, scale, mean, nested_codebook, n_blocks, block_size, out, like):
-    """Whole blocks, of a multiple of 32 values."""
-    scales = _scales(absmax, scale, mean, nested_codebook, n_blocks)
-    codes, values, target = _arrays(packed, codebook, n_blocks * block_size, out, like)
-    some, half = np.empty(SOME, np.float32), block_size // 2
-    for first in range(0, n_blocks, SOME):
-        n = _take_scales(some, first, n_blocks, scales)
-        decode_blocks_avx512(codes, first * half, n, half // AVX512_STEP, values, some, target)
+BATCH = 256  # blocks whose scales are decoded at a time
 
 
 @compiled(nogil=True)
-def dequantize_avx2(packed, absmax, codebook, scale, mean, nested_codebook, n_blocks, block_size, out, like):
+def dequantize_avx2(packed, codebook, absmax, scale, mean, nested_codebook, n_blocks, block_size, out, like):
     """Whole blocks, of a multiple of 64 values."""
     scales = _scales(absmax, scale, mean, nested_codebook, n_blocks)
     codes, values, target = _arrays(packed, codebook, n_blocks * block_size, out, like)
-    some, half = np.empty(SOME, np.float32), block_size // 2
-    for first in range(0, n_blocks, SOME):
-        n = _take_scales(some, first, n_blocks, scales)
-        decode_blocks_avx2(codes, first * half, n, half // AVX2_STEP, values, some, target)
+    batch, half = np.empty(BATCH, np.float32), block_size // 2
+    for first in range(0, n_blocks, BATCH):
+        n = _take_scales(batch, first, n_blocks, scales)
+        decode_blocks(codes, first * half, n, half // STEP, values, batch, target)
 
 
 @compiled(nogil=True)
-def dequantize_any(packed, absmax, codebook, scale, mean, nested_codebook, n_blocks, block_size, out, like):
+def dequantize_any(packed, codebook, absmax, scale, mean, nested_codebook, n_blocks, block_size, out, like):
     """Whole blocks of any even size, to float32 or bfloat16: 16 products a block, then lookups."""
     scales = _scales(absmax, scale, mean, nested_codebook, n_blocks)
     codes, values, target = _arrays(packed, codebook, n_blocks * block_size, out, like)
@@ -80,11 +68,11 @@ def _scale(b, absmax, absmax_q, scale, mean, nested_codebook, nested):
 
 
 @compiled(nogil=True)
-def _take_scales(some, first, n_blocks, scales):
-    """The scales of up to SOME blocks, and how many they are."""
-    n = min(SOME, n_blocks - first)
+def _take_scales(batch, first, n_blocks, scales):
+    """The scales of up to BATCH blocks, and how many they are."""
+    n = min(BATCH, n_blocks - first)
     for b in range(n):
-        some[b] = _scale(first + b, *scales)
+        batch[b] = _scale(first + b, *scales)
     return n
 
 

@@ -4,8 +4,12 @@ The one definition of the numbers: the compiled paths are tested against this fi
 20 bytes a weight of temporaries.
 """
 
+from math import prod
+
 import torch
 from torch import Tensor
+
+from .weight import NESTED_BLOCK_SIZE, PackedWeight
 
 SMALLEST_SCALE = 1e-38  # bitsandbytes divides by at least this, so that an all-zero block stays zero
 TABLE_SIZE = 65536  # entries of the second level's lookup table
@@ -41,45 +45,36 @@ def quantize_4bit(
     return (codes[0::2] << 4 | codes[1::2])[:, None], absmax
 
 
-def dequantize_4bit(
-    packed: Tensor,  # (ceil(n / 2), 1) uint8
-    absmax: Tensor,  # (n_blocks,) float32
-    codebook: Tensor,  # (16,) float32
-    *,
-    block_size: int,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-) -> Tensor:
+def dequantize_4bit(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """codebook[code] * absmax[block], multiplied in float32 and rounded once to `dtype`."""
-    n = torch.Size(shape).numel()
-    pairs = packed.reshape(-1)
+    n = prod(weight.shape)
+    pairs = weight.packed.reshape(-1)
     codes = torch.stack([pairs >> 4, pairs & 15], dim=1).view(-1)[:n]
-    scale = absmax.repeat_interleave(block_size)[:n]
-    return (codebook[codes.int()] * scale).to(dtype).view(shape)
+    absmax = weight.scales if isinstance(weight.scales, Tensor) else dequantize_absmax(*weight.scales)
+    scale = absmax.repeat_interleave(weight.block_size)[:n]
+    return (weight.codebook[codes.int()] * scale).to(dtype).view(tuple(weight.shape))
 
 
 def dequantize_absmax(
     absmax_q: Tensor,  # (n_blocks,) uint8
-    absmax_scale: Tensor,  # (ceil(n_blocks / nested_block_size),) float32
+    absmax_scale: Tensor,  # (ceil(n_blocks / 256),) float32
     absmax_mean: Tensor,  # () float32
     nested_codebook: Tensor,  # (256,) float32
-    *,
-    nested_block_size: int,
 ) -> Tensor:
     """The first level's absmax from the second level (QLoRA, arXiv:2305.14314, section 3, double quantization)."""
-    scale = absmax_scale.repeat_interleave(nested_block_size)[: absmax_q.numel()]
+    scale = absmax_scale.repeat_interleave(NESTED_BLOCK_SIZE)[: absmax_q.numel()]
     return nested_codebook[absmax_q.int()] * scale + absmax_mean
 
 
 def quantize_8bit(
     values: Tensor,  # any shape, floating point
-    borders: Tensor,  # (255,) float32, ascending, within -1 and 1: between neighbouring codes
+    bounds: Tensor,  # (255,) float32, ascending, within -1 and 1: between neighbouring codes
     *,
     block_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """The code between whose borders values / absmax lies: (lower, upper]. Returns it and absmax (n_blocks,) float32."""
+    """The code between whose bounds values / absmax lies: (lower, upper]. Returns it and absmax (n_blocks,) float32."""
     scaled, absmax = scale_blocks(values, block_size)
-    return torch.bucketize(scaled, borders).to(torch.uint8).view(values.shape), absmax
+    return torch.bucketize(scaled, bounds).to(torch.uint8).view(values.shape), absmax
 
 
 def quantize_8bit_by_table(values: Tensor, codebook: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:
@@ -120,7 +115,7 @@ def scale_blocks(values: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
 
 def midpoints_and_order(codebook: Tensor) -> tuple[Tensor, Tensor]:
-    """The 15 borders between neighbouring values, and the code of each value in ascending order."""
+    """The 15 midpoints between neighbouring values, and the code of each value in ascending order."""
     order = codebook.argsort(stable=True)
     return (codebook[order[:-1]] + codebook[order[1:]]) / 2, order
 
@@ -131,5 +126,5 @@ def not_finite(values: Tensor) -> str:
     first = int(bad[0])
     return (
         f"{len(bad)} of {values.numel()} values are not finite, the first is {values.reshape(-1)[first].item()} at {first} "
-        f"of the flattened tensor; mend the checkpoint, or take one from before the run diverged"
+        f"of the flattened tensor; fix the checkpoint, or take one from before the run diverged"
     )

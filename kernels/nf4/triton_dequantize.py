@@ -9,19 +9,17 @@ nested_codebook[absmax_q] * absmax_scale + absmax_mean, without fused multiply-a
 Bytes a weight: 0.5 + 1/64 (8-bit absmax) read, the output's width written. Nothing is accumulated.
 """
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..launch import cdiv, launch
+from .weight import NESTED_BLOCK_SIZE, DoubleQuantized, PackedWeight
 
 VALUES = (
     4096  # of a program: 32 a thread with 4 warps, two 16-byte stores of bfloat16; not measured yet (no GPU at hand)
 )
-NESTED_BLOCK_SIZE = 256
 
 
 @triton.jit
@@ -65,28 +63,20 @@ def decode_absmax(
     tl.store(out + block, scale, mask=inside)
 
 
-def pointers(absmax: Tensor, nested: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """absmax and the second level's tensors, or absmax again where the kernel reads none."""
-    return (absmax, *nested) if nested else (absmax, absmax, absmax, absmax)  # pyright: ignore[reportReturnType]
+def pointers(scales: Tensor | DoubleQuantized) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The second level's four tensors, or absmax four times where there is none and the kernel reads the first alone."""
+    return (scales, scales, scales, scales) if isinstance(scales, Tensor) else scales
 
 
-def dequantize_4bit_triton(
-    packed: Tensor,
-    absmax: Tensor,
-    nested: Sequence[Tensor],
-    codebook: Tensor,
-    *,
-    block_size: int,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-) -> Tensor:
-    """The same function as reference.dequantize_4bit, after reference.dequantize_absmax when there is a second level."""
-    out = torch.empty(shape, dtype=dtype, device=packed.device)
-    n, n_blocks = out.numel(), absmax.numel()
-    rows = max(1, VALUES // block_size)
+def dequantize_4bit_triton(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """The same function as reference.dequantize_4bit."""
+    out = torch.empty(tuple(weight.shape), dtype=dtype, device=weight.packed.device)
+    n, block_size = out.numel(), weight.block_size
+    n_blocks, rows = cdiv(n, block_size), max(1, VALUES // block_size)
     launch(
-        dequantize, (cdiv(n_blocks, rows),), packed, *pointers(absmax, nested), codebook, out, n, n_blocks,
-        NESTED=bool(nested), NESTED_BLOCK=NESTED_BLOCK_SIZE, BLOCK_SIZE=block_size, ROWS=rows, enable_fp_fusion=False,
+        dequantize, (cdiv(n_blocks, rows),), weight.packed, *pointers(weight.scales), weight.codebook, out, n, n_blocks,
+        NESTED=not isinstance(weight.scales, Tensor), NESTED_BLOCK=NESTED_BLOCK_SIZE, BLOCK_SIZE=block_size, ROWS=rows,
+        enable_fp_fusion=False,
     )  # fmt: skip
     return out
 

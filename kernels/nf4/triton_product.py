@@ -11,15 +11,14 @@ Sums are float32. Bytes a weight: 0.5 + 1/16 (absmax, decoded beforehand to floa
 form, 1/64) for each tile of rows, so that at many rows dequantize + matmul is the better plan: see linear.FUSED_ROWS.
 """
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..launch import as_rows, cdiv, launch, next_power_of_2
-from .triton_dequantize import NESTED_BLOCK_SIZE, block_scale, dequantize_absmax_triton, pointers
+from .triton_dequantize import block_scale, dequantize_absmax_triton, pointers
+from .weight import NESTED_BLOCK_SIZE, DoubleQuantized, PackedWeight
 
 GEMV_ROWS = 4  # rows of x up to which each one walks over the weight by itself; nothing here is measured yet (no GPU)
 GEMV_OUT, GEMV_BYTES = 4, 512  # tile of a gemv program: 16 bytes a thread with 4 warps
@@ -109,77 +108,49 @@ def tile(M: int) -> dict[str, int]:
     return {"BLOCK_M": min(TILE_M, max(16, next_power_of_2(M))), "BLOCK_N": TILE_N, "BLOCK_K": TILE_K}
 
 
-def float_absmax(absmax: Tensor, nested: Sequence[Tensor]) -> Tensor:
+def float_absmax(scales: Tensor | DoubleQuantized) -> Tensor:
     """The first level in float32."""
-    return dequantize_absmax_triton(absmax, *nested) if nested else absmax
+    return scales if isinstance(scales, Tensor) else dequantize_absmax_triton(*scales)
 
 
 def forward_triton(
     x: Tensor,  # (..., in)
     bias: Tensor | None,  # (out,)
-    packed: Tensor,
-    absmax: Tensor,
-    nested: Sequence[Tensor],
-    codebook: Tensor,
-    *,
-    block_size: int,
-    out_features: int,
+    weight: PackedWeight,  # (out, in)
 ) -> Tensor:  # (..., out)
     """x W^T + bias: one gemv for each of a few rows, else the tiled product."""
-    rows = as_rows(x)
+    rows, out_features = as_rows(x), weight.shape[0]
     M, K = rows.shape
     y = torch.empty(M, out_features, dtype=x.dtype, device=x.device)
     added, stride = y if bias is None else bias, rows.stride(0)
-    common = {"HAS_BIAS": bias is not None, "BLOCK_SIZE": block_size}
+    common = {"HAS_BIAS": bias is not None, "BLOCK_SIZE": weight.block_size}
     if 0 < M <= GEMV_ROWS:
         block_b = min(GEMV_BYTES, next_power_of_2(max(16, K // 2)))
         launch(
-            gemv, (cdiv(out_features, GEMV_OUT), M), rows, packed, *pointers(absmax, nested), codebook, added, y, out_features, K,
-            stride, NESTED=bool(nested), NESTED_BLOCK=NESTED_BLOCK_SIZE, BLOCK_O=GEMV_OUT, BLOCK_B=block_b, **common,
+            gemv, (cdiv(out_features, GEMV_OUT), M), rows, weight.packed, *pointers(weight.scales), weight.codebook, added, y,
+            out_features, K, stride, NESTED=not isinstance(weight.scales, Tensor), NESTED_BLOCK=NESTED_BLOCK_SIZE,
+            BLOCK_O=GEMV_OUT, BLOCK_B=block_b, **common,
         )  # fmt: skip
     elif M:
         shape = tile(M)
         grid = (cdiv(M, shape["BLOCK_M"]), cdiv(out_features, TILE_N))
-        scales = float_absmax(absmax, nested)
         launch(
-            forward_product,
-            grid,
-            rows,
-            packed,
-            scales,
-            codebook,
-            added,
-            y,
-            M,
-            out_features,
-            K,
-            stride,
-            **common,
-            **shape,
-        )
+            forward_product, grid, rows, weight.packed, float_absmax(weight.scales), weight.codebook, added, y, M,
+            out_features, K, stride, **common, **shape,
+        )  # fmt: skip
     return y.view(*x.shape[:-1], out_features)
 
 
-def backward_triton(
-    grad: Tensor,  # (..., out)
-    packed: Tensor,
-    absmax: Tensor,
-    nested: Sequence[Tensor],
-    codebook: Tensor,
-    *,
-    block_size: int,
-    in_features: int,
-) -> Tensor:  # (..., in)
+def backward_triton(grad: Tensor, weight: PackedWeight) -> Tensor:  # (..., out), (out, in) -> (..., in)
     """dy W."""
-    rows = as_rows(grad)
+    rows, in_features = as_rows(grad), weight.shape[1]
     M, O = rows.shape
     dx = torch.empty(M, in_features, dtype=grad.dtype, device=grad.device)
     if M:
         shape = tile(M)
         grid = (cdiv(M, shape["BLOCK_M"]), cdiv(in_features, TILE_N))
-        scales = float_absmax(absmax, nested)
         launch(
-            backward_product, grid, rows, packed, scales, codebook, dx, M, O, in_features, rows.stride(0),
-            BLOCK_SIZE=block_size, **shape,
+            backward_product, grid, rows, weight.packed, float_absmax(weight.scales), weight.codebook, dx, M, O,
+            in_features, rows.stride(0), BLOCK_SIZE=weight.block_size, **shape,
         )  # fmt: skip
     return dx.view(*grad.shape[:-1], in_features)

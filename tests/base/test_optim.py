@@ -39,6 +39,44 @@ def test_adamw_is_torchs() -> None:
         torch.testing.assert_close(ours[name], theirs[name], atol=3e-6, rtol=3e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # bfloat16 beside float32 moments: the foreach form
+def test_first_gradients_that_come_late(dtype: torch.dtype) -> None:
+    """Parity: `late` has gradients from the fourth step on only, `rare` every third; both moved as torch.optim moves them."""
+    generator = torch.Generator().manual_seed(0)
+    start = {name: torch.randn(6, 4, generator=generator).to(dtype) for name in ("always", "late", "rare")}
+    ours = {name: value.clone().requires_grad_() for name, value in start.items()}
+    theirs = {name: value.float().clone().requires_grad_() for name, value in start.items()}
+    mine = AdamW(ours.items(), learning_rate=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    reference = torch.optim.AdamW(theirs.values(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    for step in range(8):
+        for name in start:
+            given = name == "always" or (name == "late" and step >= 3) or (name == "rare" and step % 3 == 1)
+            gradient = torch.randn(6, 4, generator=generator).to(dtype) if given else None
+            ours[name].grad, theirs[name].grad = gradient, None if gradient is None else gradient.float()
+        if step == 5:  # resume in the middle
+            state = {name: tensor.clone() for name, tensor in mine.state_tensors().items()}
+            mine = AdamW(ours.items(), learning_rate=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+            mine.load_state_tensors(state)
+        mine.step()
+        reference.step()
+    assert mine.steps == [8, 5, 3]
+    for name in start:  # float32: another order of products; bfloat16: half a last place (2^-8 of up to 2) a step
+        tolerance = {"atol": 1e-6, "rtol": 1e-6} if dtype == torch.float32 else {"atol": 4e-2, "rtol": 0.0}
+        torch.testing.assert_close(ours[name].float(), theirs[name], **tolerance)
+
+
+@pytest.mark.parametrize("moments", [torch.float32, torch.float64])
+def test_one_late_step_by_hand(moments: torch.dtype) -> None:
+    """Worked by hand: at its first gradient any parameter moves by lr = 0.01, here after two steps of another."""
+    early, late = (torch.ones(3, dtype=moments, requires_grad=True) for _ in range(2))
+    optimizer = AdamW([("early", early), ("late", late)], learning_rate=0.01, weight_decay=0.0)
+    for step in range(3):
+        early.grad = torch.ones_like(early)
+        late.grad = torch.ones_like(late) if step == 2 else None
+        optimizer.step()
+    torch.testing.assert_close(late, torch.full_like(late, 0.99), atol=1e-7, rtol=0)
+
+
 def test_adamw_first_step_by_hand() -> None:
     """Worked by hand: p = 1, g = 0.5, lr 0.1, decay 0.2. m_hat = g, v_hat = g^2, so the update is lr * g / |g| = 0.1;
     the decay takes lr * 0.2 * 1 = 0.02: p = 1 - 0.02 - 0.1 = 0.88."""

@@ -1,9 +1,11 @@
 """A base in 4 bits: quantized as it streams in or loaded from a folder, one weight at a time, and what transformers reads."""
 
 import json
+import re
 import shutil
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import graft
+from graft.base.model.huggingface import load_config
+from graft.base.tokenizer.tokenizer import Tokenizer
 from graft.finetune import loading
-from graft.finetune.loading import load_model, save_any, weight_bytes
+from graft.finetune import quantize as quantize_module
+from graft.finetune.folders import carry_over
+from graft.finetune.loading import check_token_ids, load_model, save_any, weight_bytes
 from graft.finetune.quantize import run_quantize, stored_bytes
 from graft.quant.linear import NF4Linear, quantize_linears_
 
+STATE = "model.layers.0.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"
 IDS = torch.randint(0, 290, (2, 15), generator=torch.Generator().manual_seed(0))
+
+
+def as_bytes(text: str) -> Tensor:
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -199,3 +210,121 @@ def test_quantize_names_the_tensor_that_cannot_be(
     with pytest.raises(ValueError, match=message):
         run_quantize(tmp_path / "bad", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def with_config(base: Path, folder: Path, **changes: Any) -> Path:
+    shutil.copytree(base, folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def test_ids_beyond_the_embedding(base_dir: Path, tmp_path: Path) -> None:
+    """A token of the tokenizer or an id of config.json without a row is named at load, with the number of rows."""
+    tokenizer, config = Tokenizer.load(base_dir), load_config(base_dir)
+    check_token_ids(tokenizer, config)
+    rows = config.vocab_size
+    check_token_ids(tokenizer, replace(config, vocab_size=rows + 64))  # padded rows are fine
+    top, index = max(tokenizer.special_tokens.items(), key=lambda item: item[1])
+    assert index == rows - 1
+    cases = (
+        (
+            {"vocab_size": rows - 1, "eos_token_id": None},
+            rf"token '{re.escape(top)}' has id {index}, but the embedding has {index} rows",
+        ),
+        ({"pad_token_id": rows}, rf"config.json's pad_token_id has id {rows}, but the embedding has {rows} rows"),
+        ({"eos_token_id": (2, -1)}, r"config.json's eos_token_id has id -1"),
+        ({"bos_token_id": 10**9}, r"config.json's bos_token_id has id 1000000000"),
+    )
+    for changes, message in cases:
+        with pytest.raises(ValueError, match=message):
+            check_token_ids(tokenizer, replace(config, **{"bos_token_id": None, "pad_token_id": None} | changes))
+    wrong = with_config(base_dir, tmp_path / "wrong", eos_token_id=rows)
+    with pytest.raises(ValueError, match=rf"wrong: config.json's eos_token_id has id {rows}"):
+        run_quantize(wrong, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["wrong"]
+
+
+def test_generation_settings_survive(base_dir: Path, tmp_path: Path) -> None:
+    """Law: the base's sampling defaults and stop ids are those of the 4-bit folder; new stop ids join, none is lost."""
+    base = shutil.copytree(base_dir, tmp_path / "base")
+    eos = load_config(base_dir).eos_token_id
+    settings = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [eos, 5], "note": {"kept": 1}}
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    (base / "LICENSE").write_text("terms")
+    run_quantize(base, tmp_path / "nf4")
+    written = json.loads((tmp_path / "nf4/generation_config.json").read_text())
+    assert {key: written[key] for key in settings} == settings
+    assert (tmp_path / "nf4/LICENSE").read_text() == "terms"
+    (tmp_path / "nf4/generation_config.json").write_text(json.dumps({"eos_token_id": 7, "pad_token_id": 3}))
+    carry_over(base, tmp_path / "nf4")
+    written = json.loads((tmp_path / "nf4/generation_config.json").read_text())
+    assert written == settings | {"eos_token_id": [eos, 5, 7], "pad_token_id": 3}
+
+
+def test_a_forced_write_leaves_what_was_written(
+    base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Law: other readers find the new model alone; before the new files are whole, the old ones are; what isn't a model's stays."""
+    out = tmp_path / "out"
+    out.mkdir()
+    stale = [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "model-00001-of-00002.safetensors",
+        "pytorch_model.bin",
+    ]
+    stale += ["model.safetensors.index.json", "chat_template.jinja"]
+    for name in [*stale, "notes.md", "model.safetensors", "config.json"]:
+        (out / name).write_text("old")
+
+    def fails(*_: object, **__: object) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(quantize_module, "carry_over", fails)
+        with pytest.raises(OSError, match="disk full"):
+            run_quantize(base_dir, out, force=True)
+    assert {path.read_text() for path in out.iterdir()} == {"old"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(FileExistsError, match="is not empty"):
+        run_quantize(base_dir, out)
+    run_quantize(base_dir, out, force=True)
+    run_quantize(base_dir, tmp_path / "fresh")
+    names = {path.name for path in (tmp_path / "fresh").iterdir()}
+    assert {path.name for path in out.iterdir()} == names | {"notes.md"}
+    assert all((out / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes() for name in names)
+    assert (out / "notes.md").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model.layers.0.mlp.up_proj.weight.absmax", lambda t: t.long(), r"up_proj\.weight\.absmax: expected uint8, got int64"),
+        ("model.layers.0.mlp.up_proj.weight.nested_absmax", lambda t: t * float("nan"), r"nested_absmax: 1 of 1 values are not"),
+        (STATE, lambda _: as_bytes("[" * 100_000), r"is not bitsandbytes' JSON: expected at most 65536 uint8, got 100000"),
+        (STATE, lambda _: as_bytes("[" * 60_000), r"is not bitsandbytes' JSON \("),
+        (STATE, lambda _: as_bytes("[1, 2]"), r"is not bitsandbytes' JSON: expected an object, got list"),
+        (STATE, lambda _: torch.zeros(3), r"is not bitsandbytes' JSON: expected at most 65536 uint8, got 3 float32"),
+    ],
+)  # fmt: skip
+def test_a_damaged_4_bit_file(
+    key: str, value: Callable[[Tensor], Tensor], message: str, nf4_dir: Path, tmp_path: Path
+) -> None:
+    """One ValueError that names the folder and the key."""
+    copy = shutil.copytree(nf4_dir, tmp_path / "copy")
+    tensors = load_file(copy / "model.safetensors")
+    tensors[key] = value(tensors[key])
+    save_file(tensors, copy / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"^\S*copy: model\.layers\.0\.mlp\.up_proj\.weight.*{message}"):
+        load_model(copy)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [[1], "nf4", {"load_in_4bit": 1}, {"load_in_4bit": True, "bnb_4bit_compute_dtype": ["x"]},
+     {"load_in_4bit": True, "bnb_4bit_quant_type": {}}, {"load_in_4bit": True, "llm_int8_skip_modules": 3}],
+)  # fmt: skip
+def test_a_damaged_quantization_config(wrong: object, nf4_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"config\.json: quantization_config: "):
+        load_model(with_config(nf4_dir, tmp_path / "copy", quantization_config=wrong))

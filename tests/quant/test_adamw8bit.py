@@ -22,10 +22,10 @@ def test_blocks_of_8_bits(n: int, signed: bool) -> None:
     """Law: compiled equals reference; each value lies within half a gap of the map (times absmax) of its own."""
     values = torch.randn(n) * torch.logspace(-6, 0, n)
     values = values if signed else values.square()
-    borders = adamw8bit.borders(signed, torch.device("cpu"))
+    bounds = adamw8bit.bounds_of(signed, torch.device("cpu"))
     codebook = torch.tensor(dynamic8(signed))
-    codes, absmax = nf4.quantize_8bit(values, borders, 256)
-    expected = reference.quantize_8bit(values, borders, block_size=256)
+    codes, absmax = nf4.quantize_8bit(values, bounds, 256)
+    expected = reference.quantize_8bit(values, bounds, block_size=256)
     assert torch.equal(codes, expected[0])
     assert torch.equal(absmax, expected[1])
     back = nf4.dequantize_8bit(codes, absmax, codebook, 256)
@@ -38,12 +38,12 @@ def test_blocks_of_8_bits(n: int, signed: bool) -> None:
 
 def test_the_first_guess_is_never_too_high() -> None:
     """Law: every float32 in [-1, 1] whose code is looked up starts at or below its code (10^6 random bit patterns)."""
-    borders = adamw8bit.borders(True, torch.device("cpu"))
+    bounds = adamw8bit.bounds_of(True, torch.device("cpu"))
     bits = torch.randint(0, 2**32, (10**6,), generator=torch.Generator().manual_seed(0)).to(torch.int64)
     values = bits.to(torch.uint32).view(torch.float32)
-    values = torch.cat([values[values.abs() <= 1], torch.tensor([-1.0, 1.0, 0.0, -0.0]), borders])
-    codes = torch.bucketize(values, borders)
-    guess = torch.from_numpy(numba_cpu.first_guess(borders.numpy().tobytes()))
+    values = torch.cat([values[values.abs() <= 1], torch.tensor([-1.0, 1.0, 0.0, -0.0]), bounds])
+    codes = torch.bucketize(values, bounds)
+    guess = torch.from_numpy(numba_cpu.first_guess(bounds.numpy().tobytes()))
     started = guess[(values.view(torch.int32).to(torch.int64) >> 16) & 0xFFFF]
     assert bool((started <= codes).all())
     assert (codes - started.to(codes.dtype)).max() <= 2
@@ -52,7 +52,7 @@ def test_the_first_guess_is_never_too_high() -> None:
 def test_a_second_moment_is_never_rounded_to_zero() -> None:
     """Law: above zero stays above zero, and zero stays zero, at 1e-30 of the block's absmax."""
     values = torch.tensor([1.0, 1e-30, 0.0, 1e-9])
-    codes, absmax = nf4.quantize_8bit(values, adamw8bit.borders(False, torch.device("cpu")), 256)
+    codes, absmax = nf4.quantize_8bit(values, adamw8bit.bounds_of(False, torch.device("cpu")), 256)
     back = nf4.dequantize_8bit(codes, absmax, torch.tensor(dynamic8(False)), 256)
     assert (back > 0).tolist() == [True, True, False, True]
 
@@ -128,6 +128,55 @@ def test_resume_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     advance(nets[1], optimizers[1])
     for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_vectors_do_not_decay() -> None:
+    """Law: with a zero gradient a matrix shrinks by lr * weight_decay, a vector of any size stays: 1 - 0.1 * 0.5 = 0.95."""
+    named = {"matrix": (64, 96), "small matrix": (8, 8), "vector": (8192,), "small vector": (8,)}
+    parameters = {name: nn.Parameter(torch.ones(shape)) for name, shape in named.items()}
+    optimizer = AdamW8bit(parameters.items(), learning_rate=0.1, weight_decay=0.5)
+    for parameter in parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(parameter, torch.full_like(parameter, 1.0 if "vector" in name else 0.95))
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (80, 64)])
+def test_a_first_gradient_that_comes_late(shape: tuple[int, int]) -> None:
+    """Parity: a parameter's first update is torch's, however many steps the others had, also after resuming."""
+    early, late = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(shape))
+    optimizer = AdamW8bit([("early", early), ("late", late)], learning_rate=0.01, weight_decay=0.0)
+    for _ in range(3):
+        early.grad = torch.ones(4, 4)
+        optimizer.step()
+    resumed = AdamW8bit([("early", early), ("late", late)], learning_rate=0.01, weight_decay=0.0)
+    resumed.load_state_tensors(optimizer.state_tensors())
+    assert (resumed.steps, resumed.n_steps) == ([3, 0], 3)
+    theirs = nn.Parameter(torch.ones(shape))
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    late.grad, theirs.grad = gradient.clone(), gradient.clone()
+    resumed.step()
+    torch.optim.AdamW([theirs], lr=0.01, betas=(0.9, 0.95), weight_decay=0.0).step()
+    assert (1 - late).abs().min() > 0.0099  # a full step, not 0.0055
+    torch.testing.assert_close(late, theirs, atol=1e-7, rtol=0)
+
+
+def test_state_of_an_older_version() -> None:
+    """Law: one count for all is every parameter's count; anything else is refused by name."""
+    net = small_net()
+    optimizer = AdamW8bit(net.named_parameters())
+    state = optimizer.state_tensors()
+    optimizer.load_state_tensors(state | {"n_steps": torch.tensor(7)})
+    assert optimizer.steps == [7] * 4
+    for wrong, message in (
+        (torch.ones(3, dtype=torch.int64), r"n_steps: expected \(4,\) torch.int64, got \(3,\) torch.int64"),
+        (torch.ones(4), r"n_steps: expected \(4,\) torch.int64, got \(4,\) torch.float32"),
+        (torch.tensor(-1), r"n_steps: -1 is negative; the checkpoint is damaged"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_tensors(state | {"n_steps": wrong})
+    assert optimizer.steps == [7] * 4
 
 
 def test_bytes_of_the_state() -> None:

@@ -181,5 +181,5 @@ def test_into_memory_that_is_there() -> None:
     wide = torch.empty(40, 66, dtype=torch.float64)
     assert torch.equal(dequantize_nf4(packed, state, out=wide), dequantize_nf4(packed, state).double())
     for wrong in (torch.empty(66, 40), torch.empty(66, 40).T):
-        with pytest.raises(ValueError, match=r"a contiguous \(40, 66\) tensor is due"):
+        with pytest.raises(ValueError, match=r"out: expected a contiguous \(40, 66\) tensor, got"):
             dequantize_nf4(packed, state, out=wrong)

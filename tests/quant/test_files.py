@@ -200,12 +200,46 @@ def spoiled(about: dict[str, object]) -> dict[str, torch.Tensor]:
         ({"nested_blocksize": 128}, "nested_blocksize 128 is not supported; bitsandbytes writes 256"),
         ({"shape": None}, "is not bitsandbytes' JSON"),
         ({"shape": [8, 65]}, "a.weight has 256 elements, its weight's shape needs 260"),
+        ({"shape": [8, True]}, r"JSON: shape \[8, True\] is not supported; a list of sizes above 0 is"),
+        ({"shape": [-8, -64]}, "shape"),
+        ({"shape": [2**40, 2**40]}, "shape"),
+        ({"shape": "64"}, "shape '64'"),
+        ({"blocksize": 64.0}, "blocksize 64.0 is not supported"),
+        ({"blocksize": [64]}, "blocksize"),
+        ({"dtype": ["float32"]}, "dtype"),
+        ({"quant_type": "fp4"}, "a.weight.quant_state.bitsandbytes__nf4 holds quant_type 'fp4'"),
+        ({"quant_type": None}, "quant_type None is not supported"),
+        ({"nested_offset": "0.1"}, "nested_offset '0.1' is not supported; a finite number is"),
+        ({"nested_offset": 10**400}, "nested_offset 1000"),
+        ({"nested_offset": float("nan")}, "nested_offset nan"),
+        ({"nested_dtype": "float16"}, "nested_dtype 'float16' is not supported"),
+        ({"nested_blocksize": {"a": [1]}}, "nested_blocksize {'a'"),
         ({"blocksize": 128}, "a.weight.absmax has 8 elements, its weight's shape needs 4"),
     ],
 )
 def test_damaged_json(about: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         nf4_from_tensors("a.weight", spoiled(about))
+
+
+@pytest.mark.parametrize("field", ["quant_type", "blocksize", "dtype", "shape", "nested_offset"])
+def test_missing_fields_are_named(field: str) -> None:
+    tensors = spoiled({})
+    key = "a.weight.quant_state.bitsandbytes__nf4"
+    content = {name: value for name, value in json.loads(bytes(tensors[key].tolist())).items() if name != field}
+    tensors[key] = torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8)
+    with pytest.raises(ValueError, match=rf"^{key} is not bitsandbytes' JSON \('{field}' is missing\)"):
+        nf4_from_tensors("a.weight", tensors)
+
+
+@pytest.mark.parametrize("key", ["absmax", "quant_map", "nested_absmax", "nested_quant_map"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float16, torch.float64])
+def test_dtypes_are_checked(key: str, dtype: torch.dtype) -> None:
+    """int64 scales would be read as addresses of foreign memory."""
+    tensors = nf4_to_tensors("a.weight", quantize_nf4(torch.randn(8, 64)))
+    tensors[f"a.weight.{key}"] = tensors[f"a.weight.{key}"].to(dtype)
+    with pytest.raises(ValueError, match=rf"^a.weight.{key}: expected \w+, got {str(dtype)[6:]}; the file is damaged"):
+        nf4_from_tensors("a.weight", tensors)
 
 
 def test_int4_has_no_file() -> None:

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graft.kernels import nf4
-from graft.kernels.nf4 import numba_cpu, reference, simd
+from graft.kernels.nf4 import DoubleQuantized, PackedWeight, numba_cpu, reference, simd
 from graft.quant import dequantize_nf4, quantize_nf4
 from graft.quant.codebooks import codebook, dynamic8
 
@@ -47,64 +47,62 @@ def test_equals_the_reference(quant_type: str, dtype: torch.dtype, kind: str) ->
             assert torch.equal(packed, expected[0])
             assert torch.equal(absmax, expected[1])
             mean = absmax.mean()
-            q, scale = numba_cpu.quantize_absmax(absmax - mean, DYNAMIC, block_size=256)
+            q, scale = numba_cpu.quantize_absmax(absmax - mean, DYNAMIC)
             expected = reference.quantize_8bit_by_table(absmax - mean, DYNAMIC, block_size=256)
             assert torch.equal(q, expected[0])
             assert torch.equal(scale, expected[1])
-            decoded = reference.dequantize_absmax(q, scale, mean, DYNAMIC, nested_block_size=256)
-            assert torch.equal(numba_cpu.dequantize_absmax(q, scale, mean, DYNAMIC), decoded)
-            for absmax_q, nested, scales in ((absmax, (), absmax), (q, (scale, mean, DYNAMIC), decoded)):
-                truth = reference.dequantize_4bit(
-                    packed, scales, values, block_size=block_size, shape=shape, dtype=dtype
-                )
-                ours = nf4.dequantize_4bit(packed, absmax_q, nested, values, block_size, list(shape), dtype)
-                assert torch.equal(ours, truth)
+            double = DoubleQuantized(q, scale, mean, DYNAMIC)
+            assert torch.equal(numba_cpu.dequantize_absmax(*double), reference.dequantize_absmax(*double))
+            for scales in (absmax, double):
+                packed_weight = PackedWeight(packed, values, scales, block_size, shape)
+                ours = nf4.dequantize_4bit(packed_weight, dtype)
+                assert torch.equal(ours, reference.dequantize_4bit(packed_weight, dtype))
+
+
+def packed_weight_of(
+    weight: torch.Tensor, *, block_size: int = 64, double_quant: bool = False, quant_type: str = "nf4"
+) -> PackedWeight:
+    """A weight through the compiled quantization."""
+    values = torch.tensor(codebook(quant_type))
+    packed, absmax = nf4.quantize_4bit(weight, values, block_size)
+    scales = absmax
+    if double_quant:
+        mean = absmax.mean()
+        scales = DoubleQuantized(*nf4.quantize_absmax(absmax - mean, DYNAMIC), mean, DYNAMIC)
+    return PackedWeight(packed, values, scales, block_size, tuple(weight.shape))
 
 
 @pytest.mark.parametrize("block_size", [32, 64, 96])
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("dtype", numba_cpu.DTYPES)
-@pytest.mark.parametrize("instructions", [None, *simd.FEATURES])
-def test_every_instruction_set(
-    instructions: str | None, dtype: torch.dtype, double_quant: bool, block_size: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("avx2", [True, False])
+def test_with_and_without_avx2(
+    avx2: bool, dtype: torch.dtype, double_quant: bool, block_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Parity of each path that this processor can go; blocks of 32 and 96 take the one for all processors with AVX2 too."""
-    if instructions and not simd.has(instructions):
-        pytest.skip(f"this processor has no {instructions}; test_simd.py tests it with its permutation emulated")
-    monkeypatch.setattr(numba_cpu, "instruction_set", lambda: instructions)
-    values = torch.tensor(codebook("nf4"))
+    if avx2 and not simd.uses_avx2():
+        pytest.skip("this processor has no AVX2; test_simd.py tests it with its permutation emulated")
+    monkeypatch.setattr(numba_cpu, "uses_avx2", lambda: avx2)
     weight = weight_of((300, 513), dtype, "mixed")  # more blocks than one second-level scale covers, and a rest
-    packed, absmax = numba_cpu.quantize_4bit(weight, values, block_size=block_size)
-    level1, nested, scales = absmax, (), absmax
-    if double_quant:
-        mean = absmax.mean()
-        level1, scale = numba_cpu.quantize_absmax(absmax - mean, DYNAMIC, block_size=256)
-        nested = (scale, mean, DYNAMIC)
-        scales = reference.dequantize_absmax(level1, *nested, nested_block_size=256)
+    packed = packed_weight_of(weight, block_size=block_size, double_quant=double_quant)
     out = torch.full_like(weight, float("nan"))
-    numba_cpu.dequantize_4bit_(out, packed, level1, nested, values, block_size=block_size)
-    assert torch.equal(
-        out, reference.dequantize_4bit(packed, scales, values, block_size=block_size, shape=out.shape, dtype=dtype)
-    )
+    nf4.dequantize_4bit_(out, packed)
+    assert torch.equal(out, reference.dequantize_4bit(packed, dtype))
 
 
 @pytest.mark.parametrize("bits", [-1, 0x7FFFFFFF, 0x7F800000, -0x800000])
 @pytest.mark.parametrize("dtype", numba_cpu.DTYPES)
-@pytest.mark.parametrize("instructions", [None, *simd.FEATURES])
-def test_a_scale_that_is_not_finite(
-    instructions: str | None, dtype: torch.dtype, bits: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("avx2", [True, False])
+def test_a_scale_that_is_not_finite(avx2: bool, dtype: torch.dtype, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A damaged file's NaN (whose bits rounding could carry over to a zero's) and infinity are seen in the weight."""
-    if instructions and not simd.has(instructions):
-        pytest.skip(f"this processor has no {instructions}")
-    monkeypatch.setattr(numba_cpu, "instruction_set", lambda: instructions)
-    values = torch.tensor(codebook("nf4"))
-    packed, absmax = numba_cpu.quantize_4bit(weight_of((4, 64), torch.float32, "randn"), values, block_size=64)
-    absmax.view(torch.int32)[1] = bits
+    if avx2 and not simd.uses_avx2():
+        pytest.skip("this processor has no AVX2")
+    monkeypatch.setattr(numba_cpu, "uses_avx2", lambda: avx2)
+    packed = packed_weight_of(weight_of((4, 64), torch.float32, "randn"))
+    packed.scales.view(torch.int32)[1] = bits
     out = torch.empty(4, 64, dtype=dtype)
-    numba_cpu.dequantize_4bit_(out, packed, absmax, (), values, block_size=64)
-    expected = reference.dequantize_4bit(packed, absmax, values, block_size=64, shape=out.shape, dtype=dtype)
-    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+    nf4.dequantize_4bit_(out, packed)
+    torch.testing.assert_close(out, reference.dequantize_4bit(packed, dtype), rtol=0, atol=0, equal_nan=True)
 
 
 def test_numba_told_to_compile_for_a_lesser_processor(tmp_path: Path) -> None:
@@ -116,13 +114,10 @@ def test_numba_told_to_compile_for_a_lesser_processor(tmp_path: Path) -> None:
     assert done.stdout == "256.0\n", done.stderr
 
 
-def test_an_empty_weight_and_odd_blocks() -> None:
-    """Nothing is written for nothing; a block of 33 has no place in bytes."""
+def test_an_empty_weight() -> None:
+    """Nothing is written for nothing."""
     values, none = torch.tensor(codebook("nf4")), torch.empty(0)
-    numba_cpu.dequantize_4bit_(torch.empty(0, 64), none.to(torch.uint8), none, (), values, block_size=64)
-    packed, absmax = numba_cpu.quantize_4bit(torch.ones(66), values, block_size=66)
-    with pytest.raises(ValueError, match="block_size must be even, got 33"):
-        numba_cpu.dequantize_4bit_(torch.empty(66), packed, absmax.repeat(2), (), values, block_size=33)
+    nf4.dequantize_4bit_(torch.empty(0, 64), PackedWeight(none.to(torch.uint8), values, none, 64, (0, 64)))
 
 
 class Recorder(TorchDispatchMode):
@@ -176,61 +171,32 @@ def test_refuses_what_is_not_finite(dtype: torch.dtype, value: float) -> None:
 def test_threads_change_nothing(n_threads: int, double_quant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Law: split over threads, the bytes and values are the same, and a value that is not finite is still found."""
     weight = weight_of((300, 257), torch.float32, "mixed")
-    values = torch.tensor(codebook("nf4"))
-    packed, absmax = numba_cpu.quantize_4bit(weight, values, block_size=64)
-    level1, nested = absmax, ()
-    if double_quant:
-        mean = absmax.mean()
-        level1, scale = numba_cpu.quantize_absmax(absmax - mean, DYNAMIC, block_size=256)
-        nested = (scale, mean, DYNAMIC)
-    whole = nf4.dequantize_4bit(packed, level1, nested, values, 64, list(weight.shape), torch.float32)
+    packed = packed_weight_of(weight, double_quant=double_quant)
+    whole = nf4.dequantize_4bit(packed, torch.float32)
     monkeypatch.setattr(numba_cpu, "PART", 1024)
     monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
-    again = numba_cpu.quantize_4bit(weight, values, block_size=64)
-    assert torch.equal(again[0], packed)
-    assert torch.equal(again[1], absmax)
-    parts = nf4.dequantize_4bit(packed, level1, nested, values, 64, list(weight.shape), torch.float32)
-    assert torch.equal(parts, whole)
+    again = packed_weight_of(weight, double_quant=double_quant)
+    assert all(torch.equal(a, b) for a, b in zip(again.tensors, packed.tensors, strict=True))
+    assert torch.equal(nf4.dequantize_4bit(packed, torch.float32), whole)
     weight[-1, -1] = float("nan")
     with pytest.raises(ValueError, match="1 of 77100 values are not finite"):
-        numba_cpu.quantize_4bit(weight, values, block_size=64)
-
-
-def test_a_state_of_another_weight_is_refused() -> None:
-    """The loops read by address, so each tensor's size is asked for before: a wrong one is an error, never foreign memory."""
-    weight = weight_of((64, 256), torch.float32, "randn")
-    values, out = torch.tensor(codebook("nf4")), torch.empty(64, 256)
-    packed, absmax = numba_cpu.quantize_4bit(weight, values, block_size=64)
-    mean = absmax.mean()
-    level1, scale = numba_cpu.quantize_absmax(absmax - mean, DYNAMIC, block_size=256)
-    right = [packed, level1, values, scale, mean, DYNAMIC]
-    for place, name in enumerate(("packed", "absmax", "codebook", "absmax_scale", "absmax_mean", "nested_codebook")):
-        wrong = list(right)
-        wrong[place] = wrong[place].flatten()[:-1].clone()
-        with pytest.raises(ValueError, match=rf"^{name} has \d+ bytes on cpu; \d+ on cpu are due"):
-            numba_cpu.dequantize_4bit_(out, wrong[0], wrong[1], wrong[3:], wrong[2], block_size=64)
-    turned = torch.stack([absmax, absmax], 1)[:, 0]  # the right numbers, not side by side
-    numba_cpu.dequantize_4bit_(out, packed, turned, (), values, block_size=64)
-    assert torch.equal(
-        out, reference.dequantize_4bit(packed, absmax, values, block_size=64, shape=out.shape, dtype=out.dtype)
-    )
+        packed_weight_of(weight)
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 def test_where_the_result_goes_is_checked() -> None:
     """The result is written by address too: memory that isn't there, or isn't in one piece, is refused."""
-    weight = weight_of((64, 128), torch.bfloat16, "randn")
-    values = torch.tensor(codebook("nf4"))
-    packed, absmax = numba_cpu.quantize_4bit(weight, values, block_size=64)
+    packed = packed_weight_of(weight_of((64, 128), torch.bfloat16, "randn"))
     wide = torch.zeros(64, 256)
     with FakeTensorMode():
         fake = torch.empty(64, 128)
-    for out in (wide[:, :128], torch.empty(64, 128, device="meta"), fake, torch.empty(64, 128, dtype=torch.float64)):
-        with pytest.raises(ValueError, match="contiguous CPU memory is due"):
-            numba_cpu.dequantize_4bit_(out, packed, absmax, (), values, block_size=64)
+    for out in (wide[:, :128], torch.empty(64, 128, device="meta"), torch.empty(64, 128).double(), torch.empty(8191)):
+        with pytest.raises(ValueError, match="out: expected 8192 values in contiguous CPU memory, got"):
+            nf4.dequantize_4bit_(out, packed)
     assert not wide.any()
-    with pytest.raises(ValueError, match="a fake tensor has no memory to read"):
-        numba_cpu.dequantize_4bit_(torch.empty(64, 128), fake_like(packed), absmax, (), values, block_size=64)
+    for out, weight in ((fake, packed), (torch.empty(64, 128), packed._replace(packed=fake_like(packed.packed)))):
+        with pytest.raises(ValueError, match="a fake tensor has no memory to read"):
+            nf4.dequantize_4bit_(out, weight)
 
 
 def fake_like(tensor: torch.Tensor) -> torch.Tensor:
@@ -241,15 +207,20 @@ def fake_like(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("block_size", [16, 48])
 def test_blocks_that_are_no_multiple_of_32(block_size: int) -> None:
     """The vector loop takes 32 values at a time; other blocks go the way of other processors."""
-    weight = weight_of((16, 96), torch.float32, "randn")
-    values = torch.tensor(codebook("nf4"))
-    packed, absmax = numba_cpu.quantize_4bit(weight, values, block_size=block_size)
-    out = torch.full_like(weight, float("nan"))
-    numba_cpu.dequantize_4bit_(out, packed, absmax, (), values, block_size=block_size)
-    expected = reference.dequantize_4bit(
-        packed, absmax, values, block_size=block_size, shape=out.shape, dtype=torch.float32
-    )
-    assert torch.equal(out, expected)
+    packed = packed_weight_of(weight_of((16, 96), torch.float32, "randn"), block_size=block_size)
+    out = torch.full((16, 96), float("nan"))
+    nf4.dequantize_4bit_(out, packed)
+    assert torch.equal(out, reference.dequantize_4bit(packed, torch.float32))
+
+
+def test_tensors_that_do_not_lie_side_by_side() -> None:
+    """Law: strides change nothing; the loops get contiguous copies."""
+    packed = packed_weight_of(weight_of((64, 256), torch.float32, "randn"), double_quant=True)
+    spread = [torch.stack([t.flatten()] * 2, 1)[:, 0].view(t.shape) for t in packed.tensors]
+    assert not spread[2].is_contiguous()
+    strided = PackedWeight.of(spread, 64, packed.shape)
+    assert torch.equal(nf4.dequantize_4bit(strided, torch.float32), nf4.dequantize_4bit(packed, torch.float32))
+    assert torch.equal(nf4.dequantize_absmax(*strided.scales), packed.scales.absmax())
 
 
 def test_a_lazily_negated_weight() -> None:

@@ -7,7 +7,6 @@ from torch import nn
 from graft.kernels import nf4
 from graft.kernels.nf4 import reference
 from graft.quant import NF4Linear, quantize_4bit
-from graft.quant.blockwise import split_scales
 
 DEQUANTIZE, PRODUCT = "graft.kernels.nf4.triton_dequantize", "graft.kernels.nf4.triton_product"
 SHAPES = [(64, 64), (41, 130), (123, 96), (5, 33), (1, 7)]
@@ -17,20 +16,8 @@ def product_of(layer: NF4Linear):
     """run(backend, x) -> y for the bar's check; the bias is the layer's."""
 
     def run(backend: str, x: torch.Tensor) -> torch.Tensor:
-        absmax, nested = split_scales(layer.state.scales)
         bias = None if layer.bias is None else layer.bias.to(x.device, x.dtype)
-        moved = [t.to(x.device) for t in (layer.packed, absmax, *nested, layer.codebook)]
-        return nf4.linear_4bit(
-            x,
-            moved[0],
-            moved[1],
-            tuple(moved[2:-1]),
-            moved[-1],
-            bias,
-            block_size=layer.block_size,
-            out_features=layer.out_features,
-            backend=backend,
-        )
+        return nf4.linear_4bit(x, moved(layer.state.weight(layer.packed), x.device), bias, backend=backend)
 
     return run
 
@@ -46,17 +33,16 @@ def check_dequantize(device: torch.device, shape: tuple[int, int], dtype: torch.
 
     for block_size in (32, 64, 256):
         packed, state = quantize_4bit(torch.randn(shape), "nf4", block_size=block_size, double_quant=double_quant)
-        absmax, nested = split_scales(state.scales)
-        expected = reference.dequantize_4bit(
-            packed, state.absmax, state.codebook, block_size=block_size, shape=shape, dtype=dtype
-        )
-        absmax, codebook, nested = absmax.to(device), state.codebook.to(device), tuple(t.to(device) for t in nested)
-        ours = dequantize_4bit_triton(
-            packed.to(device), absmax, nested, codebook, block_size=block_size, shape=shape, dtype=dtype
-        )
-        assert torch.equal(ours.cpu(), expected)
-        if nested:
-            assert torch.equal(dequantize_absmax_triton(absmax, *nested).cpu(), state.absmax)
+        weight = state.weight(packed)
+        ours = dequantize_4bit_triton(moved(weight, device), dtype)
+        assert torch.equal(ours.cpu(), reference.dequantize_4bit(weight, dtype))
+        if state.double is not None:
+            double = moved(weight, device).scales
+            assert torch.equal(dequantize_absmax_triton(*double).cpu(), state.absmax)
+
+
+def moved(weight: nf4.PackedWeight, device: torch.device) -> nf4.PackedWeight:
+    return nf4.PackedWeight.of([t.to(device) for t in weight.tensors], weight.block_size, weight.shape)
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
