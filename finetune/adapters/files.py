@@ -1,6 +1,5 @@
 """An adapter on disk: a PEFT folder, read and written as it is, plus graft.json that other readers ignore."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +10,12 @@ from torch import Tensor, nn
 
 from ...base.checkpoint import load_tensors, read_json, save_tensors, write_file, write_json
 from .lora import DEFAULT, LoraConfig, linears, lora_layers
+from .peft_config import check_config, is_target, rank_and_alpha
 
-CONFIG, WEIGHTS, GRAFT, TEMPLATE = (
+CONFIG, WEIGHTS, PICKLED, GRAFT, TEMPLATE = (
     "adapter_config.json",
     "adapter_model.safetensors",
+    "adapter_model.bin",
     "graft.json",
     "chat_template.jinja",
 )
@@ -30,6 +31,7 @@ class Adapter:
     graft: dict[str, Any] = field(default_factory=dict)  # graft.json: base_fingerprint, prompt_format, ...
     chat_template: str | None = None
     where: str = ""
+    copies: dict[str, Tensor] = field(default_factory=dict)  # the base's own head or embedding, if PEFT saved them too
 
     @property
     def n_bytes(self) -> int:
@@ -98,25 +100,35 @@ def _target_modules(leaves: list[str], paths: list[str], model: nn.Module) -> li
 
 
 def read_adapter(folder: Path | str) -> Adapter:
-    """Read a PEFT LoRA folder. Raises FileNotFoundError, or ValueError for a kind of adapter that isn't covered."""
+    """Read a PEFT LoRA folder. Raises FileNotFoundError, or ValueError for what isn't covered or is broken.
+
+    Accepted is only what gives here what PEFT gives: see peft_config.py for the options. NaN and infinity are refused.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"adapter folder {folder} does not exist")
     if not (folder / CONFIG).exists():
         raise FileNotFoundError(f"{folder} has no {CONFIG}, so it is no adapter folder")
     config = read_json(folder / CONFIG)
-    _refuse_uncovered(config, folder)
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in load_tensors(folder / WEIGHTS).items():
-        path, dot, side = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".lora_")
-        if not dot or side not in ("A", "B"):
-            raise ValueError(f"{folder / WEIGHTS}: key {key!r} is no LoRA weight; graft reads lora_A and lora_B only")
-        pairs.setdefault(path, {})[side] = tensor
+    check_config(config, where=str(folder / CONFIG))
+    if not (folder / WEIGHTS).exists() and (folder / PICKLED).exists():
+        raise ValueError(
+            f"{folder} has {PICKLED}, a pickle, which can run any code when it is opened, so graft doesn't; "
+            f"save the adapter again with PEFT's save_pretrained, which writes {WEIGHTS}"
+        )
+    pairs, copies = _sorted_keys(load_tensors(folder / WEIGHTS), folder / WEIGHTS)
     layers = {}
     for path, pair in pairs.items():
         if set(pair) != {"A", "B"}:
             raise ValueError(f"{folder / WEIGHTS}: {path} has only lora_{next(iter(pair))}; the file is incomplete")
-        layers[path] = (pair["A"], pair["B"], _scale(config, path, pair["A"].shape[0]))
+        a, b = pair["A"], pair["B"]
+        rank, alpha = rank_and_alpha(config, path)
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] != rank:
+            raise ValueError(
+                f"{folder / WEIGHTS}: {path} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}, but {CONFIG} gives it "
+                f"rank {rank}; expected ({rank}, in) and (out, {rank})"
+            )
+        layers[path] = (a, b, alpha / (rank**0.5 if config.get("use_rslora") else rank))
     if not layers:
         raise ValueError(f"{folder / WEIGHTS} holds no LoRA weight")
     template = folder / TEMPLATE
@@ -126,44 +138,47 @@ def read_adapter(folder: Path | str) -> Adapter:
         read_json(folder / GRAFT) if (folder / GRAFT).exists() else {},
         template.read_text(encoding="utf-8") if template.exists() else None,
         str(folder),
+        copies,
     )
 
 
-def _refuse_uncovered(config: dict[str, Any], folder: Path) -> None:
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{folder}: peft_type {config.get('peft_type')!r} is not covered; graft reads LORA")
-    for key, plain in (
-        ("use_dora", (False, None)),
-        ("bias", ("none", None)),
-        ("modules_to_save", ([], None)),
-        ("fan_in_fan_out", (False, None)),
-        ("init_lora_weights", (True, False, None, "gaussian", "eva")),  # the others change the base's weights too
-    ):
-        if config.get(key) not in plain:
-            raise ValueError(f"{folder}: {key}={config[key]!r} is not covered; merge that adapter in PEFT first")
-
-
-def _scale(config: dict[str, Any], path: str, rank: int) -> float:
-    """alpha / r (or / sqrt(r)) with PEFT's per-layer patterns: regular expressions that match the path's end, first hit."""
-    alpha = config.get("lora_alpha", 8)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            alpha = value
-            break
-    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+def _sorted_keys(tensors: Mapping[str, Tensor], file: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """A file's tensors as {path: {"A": ..., "B": ...}}, and the copies of the base's own weights by path."""
+    pairs: dict[str, dict[str, Tensor]] = {}
+    copies: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{file}: {key} holds {tensor.dtype}; expected floating-point numbers")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{file}: {key} holds NaN or infinity; the training that wrote it diverged, train again")
+        name = key.removeprefix(PREFIX).removesuffix(".weight")
+        path, dot, side = name.rpartition(".lora_")
+        if key == f"{PREFIX}{path}.lora_{side}.weight" and dot and side in ("A", "B"):
+            pairs.setdefault(path, {})[side] = tensor
+        elif key == f"{PREFIX}{name}.weight" and name.removesuffix(".base_layer").endswith(("lm_head", "embed_tokens")):
+            copies[name.removesuffix(".base_layer")] = tensor
+        else:
+            raise ValueError(
+                f"{file}: key {key!r} is not covered; graft reads {PREFIX}<path>.lora_A.weight and .lora_B.weight"
+            )
+    return pairs, copies
 
 
 def check_fits(adapter: Adapter, model: nn.Module, *, fingerprint: str | None = None) -> None:
-    """Raise ValueError when the adapter was made for another base: unknown layers, other shapes, another fingerprint."""
+    """Raise ValueError when the adapter was made for another base or is incomplete.
+
+    That is: unknown layers, other shapes, another fingerprint, weights that target_modules doesn't name (PEFT would ignore
+    them) or that it names and the file lacks, and a copy of the base's weight that isn't equal to it.
+    """
     for path, (a, b, _) in adapter.layers.items():
         try:
             module = model.get_submodule(path)
         except AttributeError:
             raise ValueError(f"adapter {adapter.where} is for another base: this one has no {path}") from None
-        due = (getattr(module, "out_features", None), getattr(module, "in_features", None))
-        if due != (b.shape[0], a.shape[1]):
+        expected = (getattr(module, "out_features", None), getattr(module, "in_features", None))
+        if expected != (b.shape[0], a.shape[1]):
             raise ValueError(
-                f"adapter {adapter.where} is for another base: {path} is {due[0]} x {due[1]} here, "
+                f"adapter {adapter.where} is for another base: {path} is {expected[0]} x {expected[1]} here, "
                 f"{b.shape[0]} x {a.shape[1]} there"
             )
     made_for = adapter.graft.get("base_fingerprint")
@@ -171,6 +186,39 @@ def check_fits(adapter: Adapter, model: nn.Module, *, fingerprint: str | None = 
         raise ValueError(
             f"adapter {adapter.where} was trained on another base of the same shape "
             f"(fingerprint {made_for}, this base has {fingerprint}); load the base that it was made for"
+        )
+    named = {path for path, _ in linears(model) if is_target(adapter.config, path)}
+    if surplus := sorted(set(adapter.layers) - named):
+        raise ValueError(
+            f"adapter {adapter.where} holds weights for {surplus[0]}, which its target_modules doesn't name, so PEFT would "
+            f"ignore them; correct target_modules in {CONFIG}"
+        )
+    if missing := sorted(named - set(adapter.layers)):
+        raise ValueError(
+            f"adapter {adapter.where} is incomplete: its target_modules names {missing[0]}, for which {WEIGHTS} has no "
+            f"weights; get the whole file, or correct target_modules in {CONFIG}"
+        )
+    for path, copy in adapter.copies.items():
+        _check_copy(adapter, model, path, copy)
+
+
+def _check_copy(adapter: Adapter, model: nn.Module, path: str, copy: Tensor) -> None:
+    """PEFT saves the base's own weight beside an adapted head or embedding: it must be this base's."""
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        raise ValueError(f"adapter {adapter.where} is for another base: this one has no {path}") from None
+    weight = getattr(getattr(module, "base", module), "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        raise ValueError(
+            f"adapter {adapter.where} holds a copy of {path}'s weight, which can't be compared with this base's, since "
+            "that is quantized; use the base in full precision, or save the adapter with save_embedding_layers=False"
+        )
+    dtype = min(weight.dtype, copy.dtype, key=lambda dtype: dtype.itemsize)  # the base may have been loaded in less
+    if weight.shape != copy.shape or not torch.equal(weight.detach().to(dtype).cpu(), copy.to(dtype)):
+        raise ValueError(
+            f"adapter {adapter.where} brings a {path} of its own ({' x '.join(map(str, copy.shape))}), which differs from this "
+            "base's; load the base that it was made for, or, if it was trained too, merge that adapter in PEFT first"
         )
 
 
