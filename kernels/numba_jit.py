@@ -73,7 +73,7 @@ class _Announcer(event.Listener):
 
     said: ClassVar[set[str]] = set()
     how_often = "once per machine"
-    names: ClassVar = {"tokenizer": "the tokenizer's loops", "nf4": "the 4-bit loops", "decode": "the decoding loops"}
+    names: ClassVar = {"compiled": "the tokenizer's loops", "nf4": "the 4-bit loops", "decode": "the decoding loops"}
 
     def on_start(self, event: event.Event) -> None:
         details: Any = event.data
