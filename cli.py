@@ -11,7 +11,7 @@ import typer
 import typer.core
 
 from .base.data.commands import app as data_app
-from .base.tokenizer.commands import app as tokenizer_app
+from .base.tokenizer.tools.commands import app as tokenizer_app
 from .finetune.adapters.commands import app as adapter_app
 from .finetune.memory.commands import plan, vram_app
 

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..base.data.documents import read_documents
 from ..base.device import resolve_device
 from ..base.evaluate import bits_per_byte, mean_loss
 from ..base.generate.sampling import Sampling
 from ..base.model.transformer import Transformer
+from ..base.text.documents import read_documents
 from ..base.tokenizer.tokenizer import Tokenizer
 from .adapters.bank import AdapterBank
 from .data.chat import ChatTemplate, encode_prompt, encode_record, split_answer

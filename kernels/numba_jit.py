@@ -83,7 +83,7 @@ class _Announcer(event.Listener):
     said: ClassVar[set[str]] = set()
     how_often = "once per machine"
     names: ClassVar = {
-        "tokenizer": "the tokenizer's loops",
+        "compiled": "the tokenizer's loops",
         "nf4": "the 4-bit loops",
         "decode": "the decoding loops",
         **dict.fromkeys(("swiglu", "rms_norm", "rope", "cross_entropy", "kernels"), "the training loops"),

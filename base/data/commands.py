@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..tokenizer.commands import Errors, check_errors
+from ..tokenizer.tools.commands import Errors, check_errors
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
@@ -36,7 +36,7 @@ def prepare(
     from rich import print as show
     from rich.markup import escape
 
-    from ..tokenizer.progress import progress_bar
+    from ..text.progress import progress_bar
     from ..tokenizer.tokenizer import Tokenizer
     from .shards import prepare as run_prepare
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..checkpoint import check_types, flush, naming, write_json
 from ..runlog import locked
-from .documents import PIECE_BYTES, Errors, Piece, batch_pieces, list_files, read_documents, total_bytes
+from ..text.documents import PIECE_BYTES, Errors, Piece, batch_pieces, list_files, read_documents, total_bytes
 
 if TYPE_CHECKING:
     from ..tokenizer.definition import Definition
@@ -240,7 +240,7 @@ def _versioned(name: str, version: int) -> str:
 
 
 class EncodeHandler:
-    """Encodes blocks of documents, EOS behind each document's last piece (tokenizer.parallel.Handler).
+    """Encodes blocks of documents, EOS behind each document's last piece (text.parallel.Handler).
 
     Where the tokenizer asks for BOS, it precedes each document's first piece.
     """
@@ -279,7 +279,7 @@ def _encode_all(
     progress: Progress | None,
 ) -> _Stream:
     """Encode every document into one file."""
-    from ..tokenizer.parallel import default_workers, run_blocks
+    from ..text.parallel import default_workers, run_blocks
 
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     total = total_bytes(files)

@@ -1,1 +1,13 @@
-"""Byte-level BPE."""
+"""Byte-level BPE. Read in this order:
+
+    reference.py    the algorithm in its plainest form: regex and dictionaries, no speed
+    patterns.py     the regular expressions that split text into pretokens
+    definition.py   what decides which ids a text gets: vocabulary, merges, added tokens, split patterns
+    training.py     files -> pretoken counts -> merges -> a definition
+    files.py        definition <-> tokenizer.json and its companions
+    tokenizer.py    Tokenizer, the class that users meet
+    compiled/       the same algorithm, fast: the loops that Numba compiles
+    tools/          the command line: train, encode, decode, show, compare
+
+Arrows: tools -> tokenizer -> files, training -> compiled -> definition, patterns, reference. base/text/ lies below.
+"""

@@ -12,9 +12,9 @@ import numpy as np
 import regex
 
 from . import files as tokenizer_files
-from .decode import Decoder
+from .compiled.decode import Decoder
+from .compiled.encode import Encoder
 from .definition import AddedToken, Definition
-from .encode import Encoder
 
 Allowed = Literal["all"] | Iterable[str]
 

@@ -7,13 +7,13 @@ from typing import Literal
 
 import numpy as np
 
-from ..data.documents import PIECE_BYTES, Piece, batch_pieces, list_files, read_documents, total_bytes
-from . import merges
+from ..text.documents import PIECE_BYTES, Piece, batch_pieces, list_files, read_documents, total_bytes
+from ..text.parallel import default_workers, run_blocks
+from .compiled import merges
+from .compiled.words import WordCounter, Words
 from .definition import Definition, check_special_tokens, new_definition
-from .parallel import default_workers, run_blocks
 from .patterns import WHOLE, kind_of, resolve
 from .reference import split_at_tokens, split_words
-from .words import WordCounter, Words
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 

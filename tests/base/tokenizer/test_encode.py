@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import graft
-from graft.base.tokenizer import encode as encode_module
 from graft.base.tokenizer import reference
-from graft.base.tokenizer.decode import Decoder
+from graft.base.tokenizer.compiled import encode as encode_module
+from graft.base.tokenizer.compiled.decode import Decoder
 
 ANY = st.text(
     st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("aabbe tionshe'' \n\t1234")), max_size=200

@@ -250,7 +250,7 @@ def test_without_a_writable_cache_folder(monkeypatch):
 
 def test_a_changed_file_makes_the_compiled_loops_stale():
     """Numba's own stamp covers one file; ours, all of the folder. A newer numba that ignores it is noticed here."""
-    from graft.base.tokenizer import encode as encode_module
+    from graft.base.tokenizer.compiled import encode as encode_module
     from graft.kernels import numba_jit as jit
 
     stamp = jit._stamp(Path(encode_module.__file__).parent)
@@ -261,7 +261,7 @@ def test_a_changed_file_makes_the_compiled_loops_stale():
 def test_without_a_writable_cache_folder_each_process_compiles(tmp_path):
     """Numba's folders are taken away as it finds them when the user may write none."""
     code = "from numba.core import caching; caching.FunctionCache._impl_class._locator_classes = []; "
-    code += "import numpy as np; from graft.base.tokenizer.pair_index import new_index; "
+    code += "import numpy as np; from graft.base.tokenizer.compiled.pair_index import new_index; "
     code += "print(new_index(np.ones(1, np.int32), np.ones(1, np.int32), 1).any())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "True\n"
@@ -272,7 +272,8 @@ def test_importing_compiles_nothing_and_the_compiling_is_announced(tmp_path):
     """In fresh processes with an empty cache folder: the first says it once, the second not at all."""
     code = "import sys; import graft.base.tokenizer.tokenizer as t; print('imported', file=sys.stderr); "
     code += "import numpy as np; "
-    code += "from graft.base.tokenizer.pair_index import new_index; new_index(np.zeros(1, np.int32), np.zeros(1, np.int32), 1)"
+    code += "from graft.base.tokenizer.compiled.pair_index import new_index; "
+    code += "new_index(np.zeros(1, np.int32), np.zeros(1, np.int32), 1)"
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
     said = [
         subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stderr

@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from graft.base.tokenizer import patterns
-from graft.base.tokenizer.padding import padded
-from graft.base.tokenizer.scan import BLOCK, unicode_classes, word_starts
+from graft.base.tokenizer.compiled.memory import padded
+from graft.base.tokenizer.compiled.scan import BLOCK, unicode_classes, word_starts
 
 FOUR = ["gpt2", "gpt4", "llama3", "qwen2"]
 

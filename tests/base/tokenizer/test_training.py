@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import graft
-from graft.base.tokenizer import merges, patterns, reference, training
-from graft.base.tokenizer.parallel import run_blocks
-from graft.base.tokenizer.words import WordCounter
+from graft.base.text.parallel import run_blocks
+from graft.base.tokenizer import patterns, reference, training
+from graft.base.tokenizer.compiled import merges
+from graft.base.tokenizer.compiled.words import WordCounter
 
 
 def counted(counts):

@@ -8,10 +8,10 @@ and n the word's size; in encode.py both hold ids.
 
 import numpy as np
 
-from ...kernels.numba_jit import compiled, inlined
-from ...kernels.numba_memory import address, byte_at, eight_at
-from .padding import PADDING, aligned_zeros, padded
-from .patterns import WHOLE
+from ....kernels.numba_jit import compiled, inlined
+from ....kernels.numba_memory import address, byte_at, eight_at
+from ..patterns import WHOLE
+from .memory import PADDING, aligned_zeros, padded
 from .scan import cut_words, new_buffers, unicode_classes
 
 SLOT = 4

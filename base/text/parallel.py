@@ -1,4 +1,4 @@
-"""Work on blocks of text in processes of our own: `python -m graft.base.tokenizer.parallel` reads tasks from its standard
+"""Work on blocks of text in processes of our own: `python -m graft.base.text.parallel` reads tasks from its standard
 input and writes results to its standard output.
 
 Not multiprocessing: its fork is unsafe once PyTorch has threads, its spawn runs the user's script again. A handler is an

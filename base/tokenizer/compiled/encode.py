@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...kernels.numba_jit import collector_paused, compiled, inlined
-from ...kernels.numba_memory import address, byte_at, eight_at, four_at, put_eight
-from . import reference
-from .definition import ID_BITS, Definition
-from .padding import PADDING, aligned_zeros, padded
-from .patterns import WHOLE, kind_of
+from ....kernels.numba_jit import collector_paused, compiled, inlined
+from ....kernels.numba_memory import address, byte_at, eight_at, four_at, put_eight
+from .. import reference
+from ..definition import ID_BITS, Definition
+from ..patterns import WHOLE, kind_of
+from .memory import PADDING, aligned_zeros, padded
 from .scan import cut_words, new_buffers, unicode_classes
 from .words import SLOT, VALUE, N, count_words, first_look, put_key, search
 

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from numba import carray
 
-from ...kernels.numba_jit import compiled, inlined
-from ...kernels.numba_memory import address, byte_at, eight_at, pointer
-from .patterns import KIND_GPT2, KIND_GPT4, KIND_QWEN2, WHOLE
+from ....kernels.numba_jit import compiled, inlined
+from ....kernels.numba_memory import address, byte_at, eight_at, pointer
+from ..patterns import KIND_GPT2, KIND_GPT4, KIND_QWEN2, WHOLE
 
 OTHER, LETTER, NUMBER, BLANK, SPACE, NEWLINE = range(6)  # BLANK is U+0020, SPACE other white space, NEWLINE CR and LF
 _LAST_SPACE = 6  # a white space character of several bytes that something visible follows

@@ -4,9 +4,9 @@ from typing import NoReturn
 
 import numpy as np
 
-from ...kernels.numba_jit import compiled
-from ...kernels.numba_memory import address, put_eight
-from .padding import PADDING
+from ....kernels.numba_jit import compiled
+from ....kernels.numba_memory import address, put_eight
+from .memory import PADDING
 
 _LONG = np.uint64(16)  # stands for the size where a token is written byte by byte, or there is none
 _1, _2, _56 = (np.uint64(number) for number in (1, 2, 56))

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ...kernels.numba_jit import compiled, inlined
+from ....kernels.numba_jit import compiled, inlined
 
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 _32 = np.uint64(32)

@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 import regex
 from rich.table import Table
 
-from .tokenizer import Tokenizer
+from ..tokenizer import Tokenizer
 
 WORDS = r"\w+|[^\w\s]"
 DEFAULT_SIZE = 5_000  # of the vocabulary that is trained here; halved until a short text can fill it

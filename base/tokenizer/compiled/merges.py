@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...kernels.numba_jit import compiled
+from ....kernels.numba_jit import compiled
 from .pair_index import new_index, pair_slot, put_pairs
 from .words import Words
 

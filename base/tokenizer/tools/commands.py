@@ -32,8 +32,8 @@ def train(
     from rich import print as show
     from rich.markup import escape
 
-    from .progress import progress_bar
-    from .tokenizer import Tokenizer
+    from ...text.progress import progress_bar
+    from ..tokenizer import Tokenizer
 
     if (out / "tokenizer.json").exists() and not force:
         raise ValueError(f"{out} holds a tokenizer already; give another --out or pass --force")
@@ -83,8 +83,8 @@ def encode(
 
     import numpy as np
 
-    from ..data.documents import checked
-    from .tokenizer import Tokenizer
+    from ...text.documents import checked
+    from ..tokenizer import Tokenizer
 
     tok = Tokenizer.load(tokenizer)
     if file is not None:
@@ -102,7 +102,7 @@ def encode(
 
 def read_text(file: Path, errors: str) -> str:
     """A UTF-8 file. Raises ValueError with the offset of a byte that isn't, unless errors is "replace"."""
-    from ..data.documents import checked
+    from ...text.documents import checked
 
     if not file.exists():
         raise FileNotFoundError(f"{file} does not exist")
@@ -122,7 +122,7 @@ def decode(
     """
     import sys
 
-    from .tokenizer import Tokenizer
+    from ..tokenizer import Tokenizer
 
     words = sys.stdin.read().split() if ids is None else ids
     try:
@@ -145,8 +145,8 @@ def show(
     """
     from rich.console import Console
 
+    from ..tokenizer import Tokenizer
     from .show import colour_tokens, token_table
-    from .tokenizer import Tokenizer
 
     tok = Tokenizer.load(tokenizer)
     found = tok.encode(text, allowed_special="all" if special else ()).tolist()
@@ -187,7 +187,7 @@ def compare(
     """
     from rich.console import Console
 
-    from ..data.documents import read_documents
+    from ...text.documents import read_documents
     from .compare import comparison_table
 
     text = b"".join(piece.data for piece in read_documents(files, errors=check_errors(errors))).decode()

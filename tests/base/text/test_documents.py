@@ -9,7 +9,7 @@ import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graft.base.data.documents import batch_pieces, find_cut, list_files, read_documents
+from graft.base.text.documents import batch_pieces, find_cut, list_files, read_documents
 from graft.base.tokenizer.patterns import NAMED
 
 EOT = "<|endoftext|>"
