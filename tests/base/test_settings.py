@@ -32,10 +32,10 @@ def test_toml_and_assignments_fill_the_same_keys(tmp_path: Path) -> None:
     [
         ({"d_modell": 3}, "unknown config key 'd_modell'; did you mean d_model?"),
         ({"zzz": 3}, "unknown config key 'zzz'; known are"),
-        ({"steps": "many"}, "config key steps = 'many' is str; int is due"),
-        ({"steps": 2.5}, "config key steps = 2.5 is float; int is due"),
-        ({"steps": True}, "config key steps = True is bool; int is due"),
-        ({"qk_norm": 1}, "config key qk_norm = 1 is int; bool is due"),
+        ({"steps": "many"}, "config key steps = 'many' is str; expected int"),
+        ({"steps": 2.5}, "config key steps = 2.5 is float; expected int"),
+        ({"steps": True}, "config key steps = True is bool; expected int"),
+        ({"qk_norm": 1}, "config key qk_norm = 1 is int; expected bool"),
     ],
 )
 def test_refusals(settings: dict[str, object], message: str) -> None:

@@ -297,16 +297,24 @@ def test_a_full_run_leaves_a_base(base_dir: Path, rows: Path, tmp_path: Path) ->
     assert json.loads((tmp_path / "out/graft.json").read_text())["prompt_format"] == "text"
     config = json.loads((tmp_path / "out/run.json").read_text())["config"]
     assert (config["method"], config["lora"], config["train"]["learning_rate"]) == ("full", None, 5e-5)
-    assert config["options"]["epochs"] == 2.0
+    assert config["data"]["epochs"] == 2.0
 
 
 def test_steps_follow_from_epochs() -> None:
     """Worked by hand: 3 epochs of 40 records, 16 an update: 7.5 updates, rounded to 8; warm-up is a tenth, 0."""
-    about = {"base": Path("b"), "data": Path("d"), "n_records": 40, "lora": LORA}
+    about = {"n_records": 40}
     config = sft.resolve({}, method="lora", **about)
+    assert config.train.weight_decay == 0.0
     assert (config.train.steps, config.train.warmup_steps, config.train.micro_batch) == (8, 0, 16)
     assert sft.resolve({"epochs": 10, "batch_size": 2}, method="full", **about).train.steps == 200
     assert sft.resolve({"epochs": 10, "batch_size": 2}, method="full", **about).train.warmup_steps == 20
+    # 23 records, 16 an update, one epoch: a second update reads the last 7 (and begins the next pass)
+    assert sft.resolve({"epochs": 1}, method="full", n_records=23).train.steps == 2
+    assert sft.resolve({"epochs": 0.1, "batch_size": 3}, method="full", n_records=30).train.steps == 1
+    with pytest.raises(ValueError, match="rank=4 is about an adapter; use method lora or qlora"):
+        sft.resolve({"rank": 4}, method="full", **about)
+    with pytest.raises(ValueError, match=r"epochs=0\.0 must be > 0"):
+        sft.resolve({"epochs": 0}, method="full", **about)
     with pytest.raises(ValueError, match="unknown method 'dora'; choose full, lora, qlora"):
         sft.resolve({}, method="dora", **about)
     with pytest.raises(ValueError, match="unknown config key 'pack'"):
@@ -330,7 +338,7 @@ def test_cheap_arithmetic_trains_too(base_dir: Path, rows: Path, tmp_path: Path)
 
 def test_resume_refuses_another_run(base_dir: Path, rows: Path, tmp_path: Path) -> None:
     train(base_dir, rows, tmp_path / "out", steps=2)
-    with pytest.raises(ValueError, match=r"--resume goes on with batch_size=4, asked was 2; leave it out, or --force"):
+    with pytest.raises(ValueError, match=r"--resume goes on with batch_size=4, got 2; leave it out, or --force"):
         train(base_dir, rows, tmp_path / "out", resume=True, batch_size=2)
     with pytest.raises(FileExistsError, match="holds a sft lora run, this is sft qlora"):
         train(base_dir, rows, tmp_path / "out", "qlora", resume=True)
