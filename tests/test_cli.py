@@ -23,6 +23,13 @@ TINY = ["n_layers=1", "d_model=32", "n_heads=2", "max_seq_len=48", "batch_size=4
 SETTINGS = [word for setting in TINY for word in ("--set", setting)]
 
 
+def settings_but(setting: str) -> list[str]:
+    """SETTINGS with one more key, or another value of one: a key given twice is refused."""
+    key = setting.partition("=")[0]
+    kept = [known for known in TINY if known.partition("=")[0] != key]
+    return [word for each in (*kept, setting) for word in ("--set", each)]
+
+
 @dataclass
 class Done:
     """What a command left: exit code, standard output, standard error."""
@@ -58,7 +65,7 @@ def refused(run: Callable[..., Done]) -> Callable[..., str]:
 
     def call(*arguments: object) -> str:
         done = run(*arguments)
-        lines = [line for line in done.err.splitlines() if line and not line.startswith("predicted peak")]
+        lines = [line for line in done.err.splitlines() if line and not line.startswith(("predicted peak", "device: "))]
         assert done.code == 1, done
         assert len(lines) == 1, done.err
         assert lines[0].startswith("graft: ")
@@ -103,6 +110,7 @@ def test_commands_are_in_the_pipelines_order(run: Callable[..., Done]) -> None:
         "tokenizer",
         "data",
         "plan",
+        "config",
         "pretrain",
         "sft",
         "quantize",
@@ -294,7 +302,9 @@ def test_a_folder_where_a_file_is_due(refused: Callable[..., str], base_dir: Pat
     assert "is a file; a model folder" in refused("sft", "--base", rows, "--data", rows, *out)
     assert "is a folder" in refused("pretrain", tmp_path, "--data", tmp_path, "--tokenizer", tmp_path, *out)
     assert "holds no meta.json" in refused("pretrain", "--data", tmp_path, "--tokenizer", base_dir, *out)
-    assert "is a file; an output folder is due" in refused("sft", "--base", base_dir, "--data", rows, "--out", rows)
+    assert "is a file; expected a folder for the output" in refused(
+        "sft", "--base", base_dir, "--data", rows, "--out", rows
+    )
     assert "does not exist" in refused("generate", "--base", tmp_path / "none", "--prompt", "x")
     assert "has no config.json" in refused("generate", "--base", tmp_path, "--prompt", "x")
     assert "has no adapter_config.json" in refused(
@@ -309,12 +319,12 @@ def test_a_folder_where_a_file_is_due(refused: Callable[..., str], base_dir: Pat
     ("setting", "message"),
     [
         ("learningrate=1", "unknown config key 'learningrate'; did you mean learning_rate?"),
-        ("steps=many", "config key steps = 'many' is str; int is due"),
-        ("learning_rate=true", "config key learning_rate = True is bool; float is due"),
+        ("steps=many", "config key steps = 'many' is str; expected int"),
+        ("learning_rate=true", "config key learning_rate = True is bool; expected float"),
         ("d_model", "setting 'd_model' is not key=value"),
         ("d_model=33", "d_model=33 is not divisible by n_heads=2; use d_model 32 or 34"),
         ("dtype=int8", "unknown dtype 'int8'; choose float32, bfloat16 or float16"),
-        ("optimizer=adamw8bit", "optimizer='adamw8bit' is for fine-tuning"),
+        ("optimizer=adamw8bit", "unknown optimizer 'adamw8bit'; choose adamw, muon"),
         ("max_seq_len=9999999", "one window of max_seq_len=9999999 needs 10000000"),
     ],
 )
@@ -322,8 +332,8 @@ def test_settings_that_cannot_be(
     setting: str, message: str, refused: Callable[..., str], shards: Path, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
     """Each is one line, and leaves no run behind."""
-    command = ("pretrain", "--data", shards, "--tokenizer", tokenizer_dir, "--out", tmp_path / "out", *SETTINGS)
-    assert message in refused(*command, "--set", setting)
+    command = ("pretrain", "--data", shards, "--tokenizer", tokenizer_dir, "--out", tmp_path / "out")
+    assert message in refused(*command, *settings_but(setting))
     assert not (tmp_path / "out/run.json").exists()
 
 
@@ -343,7 +353,8 @@ def test_a_finished_run_is_not_overwritten(
     """Refused without --force or --resume; a --force that fails on its settings, and a --resume with nothing left to
     do, lose nothing either."""
     out = tmp_path / "out"
-    command = ("pretrain", "--data", shards, "--tokenizer", tokenizer_dir, "--out", out, *SETTINGS, "--device", "cpu")
+    bare = ("pretrain", "--data", shards, "--tokenizer", tokenizer_dir, "--out", out, "--device", "cpu")
+    command = (*bare, *SETTINGS)
     assert run(*command, "--steps", 3).code == 0
 
     def snapshot() -> dict[str, bytes]:
@@ -352,9 +363,9 @@ def test_a_finished_run_is_not_overwritten(
     before = snapshot()
     assert "holds a finished run; use --resume to go on, or --force" in refused(*command)
     for typo in ("stepps=4", "d_model=31", "max_seq_len=9999999"):
-        refused(*command, "--force", "--set", typo)
+        refused(*bare, "--force", *settings_but(typo))
         assert snapshot() == before, typo
-    assert "--resume goes on with d_model=32, asked was 64" in refused(*command, "--resume", "--set", "d_model=64")
+    assert "--resume goes on with d_model=32, got 64" in refused(*bare, "--resume", *settings_but("d_model=64"))
     assert snapshot() == before
     assert run(*command, "--resume", "--steps", 3).code == 0
     after = snapshot()
@@ -490,7 +501,7 @@ def test_a_full_disk(
     with files_up_to(metrics.stat().st_size + 90):  # in the middle of a line
         full = run(*command, "--out", log, *more)
     assert full.code == 1
-    assert "graft: [Errno 27] File too large" in full.err
+    assert "graft: [Errno 27] File too large: can't write: '" in full.err
     assert not metrics.read_text().endswith("}\n")
 
     for folder in (weights, log):
@@ -499,3 +510,53 @@ def test_a_full_disk(
         assert done.code == 0, done.err
         assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
         assert [line["step"] for line in read_metrics(folder / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+# --- configs -------------------------------------------------------------------------------------------------------
+
+
+def test_config_lists_every_key(run: Callable[..., Done], refused: Callable[..., str]) -> None:
+    """Law: type, default and meaning of each key of both commands, as text and as JSON; defaults are the command's own."""
+    found = json.loads(run("config", "--json").out)
+    assert set(found) == {"pretrain", "sft"}
+    assert set(found["sft"]) == {"data", "train", "lora", "quant"}
+    keys = {key["name"]: key for part in found["sft"].values() for key in part}
+    assert keys["rank"] == {"name": "rank", "type": "int", "default": "16", "meaning": "of the update's two factors"}
+    assert keys["weight_decay"]["default"] == "0.0"
+    assert {key["name"]: key for key in found["pretrain"]["train"]}["weight_decay"]["default"] == "0.1"
+    shown = run("config", "pretrain").out
+    assert "[model]" in shown
+    assert "learning_rate" in shown
+    assert "rank_stabilized" not in shown
+    assert "unknown stage 'dpo'; choose pretrain or sft" in refused("config", "dpo")
+
+
+def test_sft_takes_a_file_of_every_key(
+    run: Callable[..., Done], refused: Callable[..., str], base_dir: Path, rows: Path, tmp_path: Path
+) -> None:
+    """Law: `graft sft CONFIG.toml` reads the method and all parts' keys; --set and flags override, and may not differ."""
+    path = tmp_path / "c.toml"
+    path.write_text(
+        'method = "lora"\n[train]\nsteps = 1\nbatch_size = 2\nschedule = "wsd"\n[data]\npacking = true\n'
+        '[lora]\nrank = 2\nalpha = 4\ndropout = 0.1\ntargets = ["q_proj", "v_proj"]\nrank_stabilized = true\n'
+    )
+    command = ("sft", path, "--base", base_dir, "--data", rows, "--device", "cpu")
+    assert run(*command, "--out", tmp_path / "a", "--set", "alpha=8", "--steps", 2, "--lr", 1e-3).code == 0
+    config = json.loads((tmp_path / "a/run.json").read_text())["config"]
+    assert config["lora"] == {
+        **config["lora"], "rank": 2, "alpha": 8.0, "dropout": 0.1, "targets": ["q_proj", "v_proj"],
+        "rank_stabilized": True,
+    }  # fmt: skip
+    train = config["train"]
+    assert (train["steps"], train["batch_size"], train["learning_rate"], train["schedule"]) == (2, 2, 1e-3, "wsd")
+    assert config["data"]["packing"] is True
+    out = ("--out", tmp_path / "b")
+    assert "--rank 4 and --set rank=8 contradict each other" in refused(*command, *out, "--rank", 4, "--set", "rank=8")
+    assert "--qlora and method='lora' contradict each other" in refused(*command, *out, "--qlora")
+    assert "rank=2 is about an adapter" in refused(*command, *out, "--set", "method=full")
+    path.write_text("[train]\nrank = 2\n[lora]\nrank = 2\n")
+    assert "rank stands in [train] and in [lora]; keep one" in refused(*command, *out, "--lora")
+    assert "unknown config key 'lr'; did you mean learning_rate?" in refused(
+        *command[:1], *command[2:], *out, "--set", "lr=1"
+    )
+    assert not (tmp_path / "b").exists()

@@ -1,6 +1,8 @@
 """Files are whole or absent."""
 
 import json
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +22,8 @@ from graft.base.checkpoint import (
     write_file,
     write_json,
 )
+from graft.base.run import Input
+from graft.base.settings import read_toml
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -102,3 +106,53 @@ def test_random_state_round_trip() -> None:
     first = torch.rand(3)
     set_random_state(state)
     assert torch.equal(torch.rand(3), first)
+
+
+def test_what_is_renamed_is_on_disk_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: a file is flushed before the rename gives it its name, and the folder's entry after it."""
+    calls: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def flushed(handle: int) -> None:
+        calls.append("flush folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "flush file")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("rename"), replace(*paths)))
+    for write in (
+        lambda: write_json(tmp_path / "a.json", {}),
+        lambda: save_tensors(tmp_path / "a.safetensors", {"w": torch.ones(2)}),
+    ):
+        calls.clear()
+        write()
+        assert calls == ["flush file", "rename", "flush folder"]
+    calls.clear()
+    with folder_beside(tmp_path / "folder") as temporary:
+        write_json(temporary / "a.json", {})
+    assert calls == ["flush file", "rename", "flush folder", "flush folder", "rename", "flush folder"]
+
+
+def test_a_fifo_is_refused(tmp_path: Path) -> None:
+    """Law: a pipe in place of a file is an error at once: reading it would wait for ever."""
+    os.mkfifo(tmp_path / "x.json")
+    with pytest.raises(ValueError, match=r"x\.json is not a regular file"):
+        read_json(tmp_path / "x.json")
+    with pytest.raises(ValueError, match=r"x\.json is not a regular file"):
+        read_toml(tmp_path / "x.json")
+    with pytest.raises(FileNotFoundError, match=r"x\.json does not exist or is not a regular file"):
+        Input.of(tmp_path / "x.json")
+
+
+WITHOUT_UNIX = """
+import sys
+for name in ("resource", "fcntl", "pwd", "grp", "termios"):
+    sys.modules[name] = None
+import graft.base.pretrain, graft.base.device, graft.base.runlog, graft.finetune.sft
+print(graft.base.device.peak_bytes("cpu"))
+"""
+
+
+def test_imports_without_unix_modules() -> None:
+    """Law: training imports where Python has no resource and fcntl (Windows), and reports no peak there."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT_UNIX], capture_output=True, text=True)
+    assert done.stdout == "{}\n", done.stderr

@@ -7,7 +7,7 @@ import torch
 
 from graft.base.optim.adamw import AdamW, decays
 from graft.base.optim.clip import clip_gradients_
-from graft.base.optim.schedule import cosine_with_warmup
+from graft.base.optim.schedule import learning_rate_at
 
 
 def test_adamw_is_torchs() -> None:
@@ -110,12 +110,12 @@ def test_adamw_state_round_trip_and_refusals() -> None:
 def test_schedule_by_hand() -> None:
     """Worked by hand: peak 1, 2 warm-up steps, 7 in all: 1/2, 1, then the cosine over 4 gaps from 1 to 0.2; its middle
     is (1 + 0.2) / 2 = 0.6."""
-    rates = [cosine_with_warmup(s, peak=1.0, warmup_steps=2, total_steps=7, final_fraction=0.2) for s in range(7)]
+    rates = [learning_rate_at(s, peak=1.0, warmup_steps=2, total_steps=7, final_fraction=0.2) for s in range(7)]
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert rates[4] == pytest.approx(0.6)
     assert rates[6] == pytest.approx(0.2)
     assert rates == sorted(rates[:2]) + sorted(rates[2:], reverse=True)
-    assert cosine_with_warmup(50, peak=1.0, warmup_steps=2, total_steps=7, final_fraction=0.2) == pytest.approx(0.2)
+    assert learning_rate_at(50, peak=1.0, warmup_steps=2, total_steps=7, final_fraction=0.2) == pytest.approx(0.2)
 
 
 def test_clip_is_torchs() -> None:

@@ -4,6 +4,7 @@ import json
 import platform
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from graft.base.runlog import RunFolder, plain, read_metrics, versions
+from graft.base.runlog import RunFolder, locked, plain, read_metrics, versions
 
 
 @dataclass
@@ -49,7 +50,7 @@ def test_run_json(tmp_path: Path) -> None:
     assert versions()["python"] == platform.python_version()
     assert versions()["torch"].partition("+")[0] == torch.__version__.partition("+")[0]  # the wheel leaves +cu130 out
     run.finish({"loss": 1.5, "where": Path("p")})
-    assert json.loads((tmp_path / "a/run.json").read_text()) == state | {"status": "finished"}
+    assert json.loads((tmp_path / "a/run.json").read_text()) == state | {"status": "finished", "files": []}
     assert json.loads((tmp_path / "a/summary.json").read_text()) == {"loss": 1.5, "where": "p"}
 
 
@@ -82,7 +83,7 @@ def test_resuming_drops_the_lines_past_the_checkpoint(tmp_path: Path) -> None:
 
 
 def test_starting_over_takes_only_what_was_the_runs(tmp_path: Path) -> None:
-    """Law: --force removes log, summary and checkpoints, at the start and not before; other files stay."""
+    """Law: --force sets log, summary and checkpoints aside, at the start and not before; other files stay."""
     started(tmp_path / "a").finish({})
     checkpoint = tmp_path / "a/checkpoints/step-00000001"
     checkpoint.mkdir(parents=True)
@@ -95,6 +96,9 @@ def test_starting_over_takes_only_what_was_the_runs(tmp_path: Path) -> None:
     assert not (tmp_path / "a/summary.json").exists()
     assert (tmp_path / "a/notes.txt").read_text() == "mine"
     assert run.previous is None
+    assert (tmp_path / "a/replaced/checkpoints/step-00000001").is_dir()
+    run.finish({})
+    assert not (tmp_path / "a/replaced").exists()
     with pytest.raises(ValueError, match="--resume and --force exclude each other"):
         RunFolder(tmp_path / "a", stage="another", resume=True, force=True)
 
@@ -115,11 +119,12 @@ def test_killed_while_starting_over(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     checkpoint = tmp_path / "a/checkpoints/step-00000001"
     checkpoint.mkdir(parents=True)
     run = RunFolder(tmp_path / "a", stage="test", force=True)
-    monkeypatch.setattr(RunFolder, "_forget", lambda self: 1 / 0)
+    monkeypatch.setattr(RunFolder, "_set_aside", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run.start({"x": 2}, seed=0)
     monkeypatch.undo()
     assert checkpoint.exists()
+    run.close()
     again = RunFolder(tmp_path / "a", stage="test", resume=True)
     assert again.previous is not None
     assert again.previous["config"] == {"x": 2}
@@ -159,14 +164,113 @@ def test_two_processes_cannot_run_in_one_folder(tmp_path: Path) -> None:
     with subprocess.Popen(command, **pipes) as other:
         assert other.stdout.readline() == "in\n"
         before = (tmp_path / "run.json").read_text()
-        with pytest.raises(FileExistsError, match=r"another process is training in .*; wait for it"):
+        with pytest.raises(FileExistsError, match=r"another process is writing to .*; wait for it"):
             started(tmp_path, force=True)
         assert (tmp_path / "run.json").read_text() == before
         other.kill()
     run = started(tmp_path, resume=True)
-    started(tmp_path, resume=True)  # the same process may
     run.finish({})
     with pytest.raises(ZeroDivisionError), RunFolder(tmp_path, stage="test", resume=True):
         _ = 1 / 0
     done = subprocess.run(command, input="", capture_output=True, text=True, check=True)
     assert done.stdout == "in\n"
+
+
+# --- nothing lost, nothing locked for good ----------------------------------------------------------------------------
+
+
+def test_a_damaged_line_loses_no_other(tmp_path: Path) -> None:
+    """Law: a line damaged in the middle stays as it is, and those behind it are read and kept on resume."""
+    run = started(tmp_path / "a")
+    run.open_metrics(after_step=0)
+    for step in (1, 2, 3):
+        run.log({"step": step})
+    run.close()
+    path = tmp_path / "a/metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"st\xff\x00\n[2]\n{"step": "2"}\n{"step": 2}\n{"step": 3}\n')
+    again = started(tmp_path / "a", resume=True)
+    assert again.open_metrics(after_step=2) == [{"step": 1}, {"step": 2}]
+    again.log({"step": 3, "second": True})
+    again.close()
+    assert read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3, "second": True}]
+    assert b'{"st\xff\x00\n[2]\n' in path.read_bytes()
+
+
+def test_a_refused_run_leaves_no_folder(tmp_path: Path) -> None:
+    """Law: what fails before `start` leaves nothing behind, parents included; a folder that was there stays."""
+    with pytest.raises(ZeroDivisionError), RunFolder(tmp_path / "new/deep", stage="test"):
+        _ = 1 / 0
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ZeroDivisionError), RunFolder(tmp_path / "mine", stage="test"):
+        _ = 1 / 0
+    assert (tmp_path / "mine").is_dir()
+
+
+def test_a_stopped_run_says_so(tmp_path: Path) -> None:
+    """Law: an exception after `start` leaves status stopped and the reason; such a run can be resumed."""
+    with pytest.raises(ValueError, match="too hot"), RunFolder(tmp_path / "a", stage="test") as run:  # noqa: PT012
+        run.start({}, seed=0)
+        raise ValueError("too hot")
+    state = json.loads((tmp_path / "a/run.json").read_text())
+    assert (state["status"], state["reason"]) == ("stopped", "ValueError: too hot")
+    started(tmp_path / "a", resume=True).finish({})
+
+
+def test_two_threads_cannot_run_in_one_folder(tmp_path: Path) -> None:
+    """Law: the lock belongs to a run, not to the process; it ends with its run, closed or dropped."""
+    first = started(tmp_path / "a")
+    errors: list[str] = []
+
+    def enter() -> None:
+        try:
+            started(tmp_path / "a", resume=True)
+        except FileExistsError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert "another thread of this process is writing to" in errors[0]
+    del first
+    started(tmp_path / "a", resume=True).close()
+    with locked(tmp_path / "a"), pytest.raises(FileExistsError, match="another thread"):
+        started(tmp_path / "a", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"stage": 3, "status": "running", "config": {}}', "stage is '3'; expected str"),
+        ('{"stage": "test", "config": {}}', "status is missing"),
+        ('{"stage": "test", "status": "running", "config": []}', r"config is '\[\]'; expected dict"),
+        ("[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_a_run_json_of_wrong_types(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"run\.json.* {message}"):
+        RunFolder(tmp_path, stage="test", resume=True)
+
+
+def test_forcing_keeps_old_results_until_the_new_are_whole(tmp_path: Path) -> None:
+    """Law: a forced run that fails leaves the former run's results in place; one that succeeds leaves its own alone."""
+    run = started(tmp_path / "a")
+    with run.results() as folder:
+        (folder / "model.safetensors").write_text("old")
+        (folder / "config.json").write_text("old")
+    run.finish({"n": 1})
+    with pytest.raises(OSError, match="full"), RunFolder(tmp_path / "a", stage="other", force=True) as run:  # noqa: PT012
+        run.start({}, seed=0)
+        with run.results() as folder:
+            (folder / "config.json").write_text("new")
+            raise OSError("the disk is full")
+    assert (tmp_path / "a/model.safetensors").read_text() == (tmp_path / "a/config.json").read_text() == "old"
+    assert json.loads((tmp_path / "a/replaced/summary.json").read_text()) == {"n": 1}
+    with RunFolder(tmp_path / "a", stage="other", force=True) as run:
+        run.start({}, seed=0)
+        with run.results() as folder:
+            (folder / "config.json").write_text("new")
+        run.finish({"n": 2})
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["config.json", "run.json", "summary.json"]
+    assert (tmp_path / "a/config.json").read_text() == "new"

@@ -1,27 +1,42 @@
 """The loop: accumulation is one large batch, resume is bit-identical, signals and kill -9 lose nothing."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from graft.base import train as loop
+from graft.base.checkpoint import save_tensors
 from graft.base.data.shards import prepare
 from graft.base.loss import next_token_loss
 from graft.base.model.config import ModelConfig
 from graft.base.model.transformer import Transformer, initialize_
 from graft.base.optim.adamw import AdamW
+from graft.base.optim.schedule import SCHEDULES, learning_rate_at
 from graft.base.precision import LossScaler
 from graft.base.pretrain import run_pretrain
 from graft.base.runlog import RunFolder, read_metrics
 from graft.base.tokenizer.tokenizer import Tokenizer
-from graft.base.train import TrainConfig, train
+from graft.base.train import (
+    Batch,
+    Figures,
+    Result,
+    TrainConfig,
+    load_checkpoint,
+    save_checkpoint,
+    stop_on_signal,
+    train,
+)
 
 TINY = ModelConfig(61, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_head=8, d_ff=64, max_seq_len=16)
 
@@ -153,8 +168,12 @@ def test_what_stops_training(tmp_path: Path) -> None:
 def test_run_folder_refuses(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "a", stage="pretrain")
     run.start({"x": 1}, seed=0)
+    with pytest.raises(FileExistsError, match="another thread of this process is writing to"):
+        RunFolder(tmp_path / "a", stage="pretrain")
+    run.close()
     with pytest.raises(FileExistsError, match="an unfinished run; use --resume to go on, or --force"):
         RunFolder(tmp_path / "a", stage="pretrain")
+    run.start({"x": 1}, seed=0)
     run.finish({})
     with pytest.raises(FileExistsError, match="a finished run"):
         RunFolder(tmp_path / "a", stage="pretrain")
@@ -173,6 +192,305 @@ def test_run_folder_refuses(tmp_path: Path) -> None:
     assert (tmp_path / "a/summary.json").exists(), "what comes before start() may still be refused"
     again.start({"x": 2}, seed=0)
     assert not (tmp_path / "a/summary.json").exists()
+    assert (tmp_path / "a/replaced/summary.json").exists(), "the old summary stays until there is a new one"
+    again.finish({})
+    assert not (tmp_path / "a/replaced").exists()
+
+
+# --- numbers -------------------------------------------------------------------------------------------------------
+
+
+def one_weight() -> tuple[nn.Linear, AdamW]:
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(model.weight)
+    return model, AdamW(model.named_parameters(), weight_decay=0.0)
+
+
+ROW = {"ids": torch.zeros(1, 1, dtype=torch.int64), "targets": torch.zeros(1, 1, dtype=torch.int64)}
+
+
+class Scaled:
+    """The loss is a factor of each call times the weight, so the factor is its gradient; the figures are known too."""
+
+    def __init__(self, factors: Sequence[float]) -> None:
+        self.factors, self.calls = list(factors), 0
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, Figures]:
+        factor = self.factors[min(self.calls, len(self.factors) - 1)]
+        self.calls += 1
+        weight = next(model.parameters())
+        loss = (weight * factor).sum()
+        if factor == math.inf:
+            loss = 1 + torch.sqrt(weight - weight.detach()).sum()  # 1, with an infinite gradient
+        return loss, {"margin": torch.tensor(3.0), "kl": 5.0}
+
+    def n_labels(self, batch: Batch) -> int:
+        return 2
+
+    def n_tokens(self, batch: Batch) -> int:
+        return 7
+
+
+def run_scaled(folder: Path, objective: Scaled, *, resume: bool = False, **changes: object) -> tuple[nn.Linear, Result]:
+    model, optimizer = one_weight()
+    config = TrainConfig(**{"warmup_steps": 0, "grad_clip": 0.0, "checkpoint_every": 1} | changes)  # pyright: ignore
+    with RunFolder(folder, stage="test", resume=resume) as run:
+        run.start({}, seed=0)
+        return model, train(model, optimizer, lambda step: [ROW, ROW], config, run, objective=objective)
+
+
+def test_float16_gradients_are_divided_by_the_scale(tmp_path: Path) -> None:
+    """Law: float16's first gradient norm is float32's within float16's precision, though its loss was scaled by 65,536."""
+    for dtype in ("float32", "float16"):
+        train_tiny(tmp_path / dtype, 3, dtype=dtype, grad_clip=0.0)
+    exact, half = (read_metrics(tmp_path / dtype / "metrics.jsonl")[0] for dtype in ("float32", "float16"))
+    assert half["loss_scale"] == 65_536
+    assert half["grad_norm"] == pytest.approx(exact["grad_norm"], rel=1e-2)  # 2**-11 a product, two layers
+
+
+def test_an_overflow_is_skipped_and_halves_the_scale(tmp_path: Path) -> None:
+    """Worked by hand: the gradient 2 * 1e35 / 4 times 8,192 overflows float32, times 4,096 it does not: four steps are
+    skipped (65,536 / 2**4 = 4,096), the fifth is not."""
+    assert 5e34 * 2**12 < torch.finfo(torch.float32).max < 5e34 * 2**13
+    model, result = run_scaled(tmp_path / "a", Scaled([1e35]), steps=4, dtype="float16")
+    lines = read_metrics(tmp_path / "a/metrics.jsonl")
+    assert [line.get("skipped", False) for line in lines] == [True, True, True, True]
+    assert [line["loss_scale"] for line in lines] == [32_768, 16_384, 8_192, 4_096]
+    assert model.weight.item() == 1
+    assert result.n_skipped == result.summary()["n_skipped_steps"] == 4
+    state = json.loads((tmp_path / "a/checkpoints/step-00000004/state.json").read_text())
+    assert state["loss_scale"] == 4_096
+    model, result = run_scaled(tmp_path / "a", Scaled([1e35]), steps=5, dtype="float16", resume=True)
+    assert "skipped" not in read_metrics(tmp_path / "a/metrics.jsonl")[4], "the scale was not restored"
+    assert result.n_skipped == 4
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    """Law: whatever the dtype, a NaN loss ends the run at once, names the last checkpoint, and leaves it to resume."""
+    for dtype in ("float32", "float16"):
+        with pytest.raises(
+            ValueError, match=r"step 3: loss nan .* last good checkpoint is .*step-00000002; .*--resume"
+        ):
+            run_scaled(tmp_path / dtype, Scaled([1.0, 1.0, 1.0, 1.0, math.nan]), steps=9, dtype=dtype)
+        assert [path.name for path in (tmp_path / dtype / "checkpoints").iterdir()] == ["step-00000002"]
+        assert json.loads((tmp_path / dtype / "run.json").read_text())["status"] == "stopped"
+        assert len(read_metrics(tmp_path / dtype / "metrics.jsonl")) == 2
+
+
+def test_too_many_skipped_updates_stop_the_run(tmp_path: Path) -> None:
+    """Law: a gradient that is not finite beside a finite loss is skipped and counted; the twentieth in a row ends the run,
+    also when the run was resumed in between."""
+    factors = [1.0, 1.0, *[math.inf] * 100]
+    with pytest.raises(
+        ValueError, match=r"step 21: the gradients of 20 updates in a row were not finite; lower learning"
+    ):
+        run_scaled(tmp_path / "a", Scaled(factors), steps=99)
+    lines = read_metrics(tmp_path / "a/metrics.jsonl")
+    assert [line.get("skipped", False) for line in lines] == [False] + [True] * 20
+    run_scaled(tmp_path / "b", Scaled(factors), steps=15)
+    with pytest.raises(ValueError, match="step 21: the gradients of 20 updates"):
+        run_scaled(tmp_path / "b", Scaled(factors[2:]), steps=99, resume=True)
+
+
+def test_figures_are_means_over_labels(tmp_path: Path) -> None:
+    """Worked by hand: two micro-batches of 2 labels; margin 2 * 3 / 4, kl 2 * 5 / 4, loss 2 * 6 / 4; 7 tokens each."""
+    run_scaled(tmp_path / "a", Scaled([6.0]), steps=1)
+    [line] = read_metrics(tmp_path / "a/metrics.jsonl")
+    assert (line["margin"], line["kl"], line["loss"], line["n_labels"], line["n_tokens"]) == (1.5, 2.5, 3.0, 4, 14)
+
+
+class Recorded:
+    """An optimizer that notes the rates it is given."""
+
+    def __init__(self, inner: AdamW) -> None:
+        self.inner, self.named, self.rates = inner, inner.named, list[float | None]()
+
+    def step(self, learning_rate: float | None = None) -> None:
+        self.rates.append(learning_rate)
+        self.inner.step(learning_rate)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_optimizer_steps_at_the_schedules_rate(tmp_path: Path, schedule: str) -> None:
+    """Law: each update has its own rate, the one that is logged; only a constant schedule stays at the peak."""
+    model, optimizer = one_weight()
+    recorded = Recorded(optimizer)
+    config = TrainConfig(steps=10, warmup_steps=2, learning_rate=0.5, schedule=schedule)
+    with RunFolder(tmp_path / "a", stage="test") as run:
+        run.start({}, seed=0)
+        train(model, recorded, lambda step: [ROW], config, run, objective=Scaled([1.0]))
+    expected = [
+        learning_rate_at(step, schedule=schedule, peak=0.5, warmup_steps=2, total_steps=10) for step in range(10)
+    ]
+    assert recorded.rates == expected == [line["lr"] for line in read_metrics(tmp_path / "a/metrics.jsonl")]
+    assert expected[:2] == [0.25, 0.5]
+    assert expected[-1] == pytest.approx(0.5 if schedule == "constant" else 0.05)
+
+
+def test_evaluation_is_in_evaluation_mode(tmp_path: Path) -> None:
+    """Law: dropout is off while evaluating and on while training."""
+    model, optimizer = one_weight()
+    modes = []
+    objective = Scaled([1.0])
+    loss = objective.loss
+    objective.loss = lambda model, batch: (modes.append(model.training), loss(model, batch))[1]  # pyright: ignore
+
+    def evaluate() -> dict[str, float]:
+        modes.append(model.training)
+        return {"val_loss": 1.0}
+
+    with RunFolder(tmp_path / "a", stage="test") as run:
+        run.start({}, seed=0)
+        train(
+            model, optimizer, lambda step: [ROW], TrainConfig(steps=2, eval_every=1), run, objective=objective,
+            evaluate=evaluate,
+        )  # fmt: skip
+    assert modes == [True, False, True, False]
+
+
+def test_tokens_per_second_counts_the_batchs_making(tmp_path: Path) -> None:
+    """Law: a step whose batch takes 50 ms to make takes at least that long."""
+    model, optimizer = one_weight()
+    with RunFolder(tmp_path / "a", stage="test") as run:
+        run.start({}, seed=0)
+        slow = lambda step: (time.sleep(0.05), [ROW])[1]  # noqa: E731
+        train(model, optimizer, slow, TrainConfig(steps=1), run, objective=Scaled([1.0]))
+    [line] = read_metrics(tmp_path / "a/metrics.jsonl")
+    assert line["step_s"] >= 0.05
+    assert line["tokens_per_s"] <= 7 / 0.05
+
+
+# --- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+class Counter:
+    """Extra state: a running mean of what batches saw, and a count."""
+
+    def __init__(self) -> None:
+        self.mean, self.n = torch.zeros(2), 0
+
+    def state(self) -> dict[str, Any]:
+        return {"mean": self.mean, "n": self.n, "words": ["a"]}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        assert state["words"] == ["a"]
+        self.mean, self.n = state["mean"], state["n"]
+
+
+def test_rollouts_and_extra_state_resume_bit_identically(tmp_path: Path) -> None:
+    """Law: batches drawn from the model itself, with a buffer beside it, go on after a kill as if nothing had been."""
+
+    def go(folder: Path, steps: int, *, resume: bool = False, dies_at: int = -1) -> tuple[Transformer, Counter]:
+        model = Transformer(TINY)
+        initialize_(model, seed=0)
+        counter = Counter()
+
+        def batch_at(step: int) -> list[dict[str, torch.Tensor]]:
+            if step == dies_at:
+                raise KeyboardInterrupt
+            with torch.no_grad():
+                start = torch.randint(0, 61, (2, 4))
+                drawn = torch.multinomial(model(start)[:, -1].softmax(-1), 4)
+            ids = torch.cat([start, drawn], 1)
+            counter.n += 1
+            counter.mean = counter.mean * 0.9 + ids.float().mean(1) + counter.n
+            return [{"ids": ids[:, :-1], "targets": (ids[:, 1:] + int(counter.mean[0])) % 61}]
+
+        config = TrainConfig(steps=steps, checkpoint_every=2, warmup_steps=0)
+        with RunFolder(folder, stage="test", resume=resume) as run:
+            run.start({}, seed=0)
+            train(model, AdamW(model.named_parameters()), batch_at, config, run, extra=counter)
+        return model, counter
+
+    whole, counter = go(tmp_path / "whole", 6)
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "cut", 6, dies_at=5)
+    resumed, again = go(tmp_path / "cut", 6, resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    assert torch.equal(counter.mean, again.mean)
+    assert counter.n == again.n == 6
+
+
+def test_a_checkpoint_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: an error inside a checkpoint's second file leaves no folder under its name, and the one before stays."""
+    run_scaled(tmp_path / "a", Scaled([1.0]), steps=2)
+    saved = []
+
+    def fails(path: Path, *rest: Any) -> None:
+        saved.append(path.name)
+        if len(saved) == 2:
+            raise OSError("the disk is full")
+        save_tensors(path, *rest)
+
+    monkeypatch.setattr(loop, "save_tensors", fails)
+    with pytest.raises(OSError, match=r"the disk is full; the last good checkpoint is .*step-00000002; .*--resume"):
+        run_scaled(tmp_path / "a", Scaled([1.0]), steps=4, resume=True)
+    assert saved == ["weights.safetensors", "optimizer.safetensors"]
+    assert [path.name for path in (tmp_path / "a/checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_the_loss_scale_comes_back(tmp_path: Path) -> None:
+    """Law: scale and count of good steps are part of a checkpoint."""
+    _, optimizer = one_weight()
+    scaler = LossScaler("float16", scale=1024.0)
+    scaler.n_good = 7
+    save_checkpoint(tmp_path, 3, optimizer, scaler)
+    fresh = LossScaler("float16")
+    assert load_checkpoint(tmp_path, optimizer, fresh) == 3
+    assert (fresh.scale, fresh.n_good) == (1024.0, 7)
+    (tmp_path / "step-00000003/state.json").write_text(
+        '{"step": "3", "loss_scale": 1.0, "n_good_steps": 0, "extra": {}}'
+    )
+    with pytest.raises(ValueError, match=r"state\.json is damaged: step is '3'; expected int"):
+        load_checkpoint(tmp_path, optimizer, fresh)
+
+
+def test_which_checkpoints_stay(tmp_path: Path) -> None:
+    """Worked by hand: validation losses 5 4 3 9 9 9 at steps 1 to 6. keep=best,every=4 leaves step 3 (best), 4 and the
+    last; the model ends with step 3's weights; patience=2 ends after step 5."""
+    found = {}
+    for keep, patience in (("last", 0), ("best,every=4", 0), ("best,last", 2)):
+        model, optimizer = one_weight()
+        values = iter([5.0, 4.0, 3.0, 9.0, 9.0, 9.0])
+        weights = []
+        config = TrainConfig(steps=6, keep=keep, patience=patience, eval_every=1, checkpoint_every=0, warmup_steps=0)
+
+        def evaluate(model: nn.Linear = model, weights: list = weights, values: Iterator = values) -> dict[str, float]:
+            weights.append(model.weight.item())
+            return {"val_loss": next(values)}
+
+        with RunFolder(tmp_path / keep, stage="test") as run:
+            run.start({}, seed=0)
+            result = train(
+                model, optimizer, lambda step: [ROW], config, run, objective=Scaled([1.0]), evaluate=evaluate
+            )
+        names = sorted(int(path.name.removeprefix("step-")) for path in (tmp_path / keep / "checkpoints").iterdir())
+        found[keep] = names, result.steps, result.best_step
+        assert model.weight.item() == (weights[2] if "best" in keep else weights[-1])
+    assert found == {
+        "last": ([6], 6, None),
+        "best,every=4": ([3, 4, 6], 6, 3),
+        "best,last": ([3, 5], 5, 3),
+    }
+    with pytest.raises(ValueError, match="keep=best needs a validation loss"):
+        run_scaled(tmp_path / "x", Scaled([1.0]), keep="best")
+    with pytest.raises(ValueError, match="'sometimes' is none of last, best, every=N"):
+        TrainConfig(keep="last,sometimes")
+
+
+def test_a_second_ctrl_c_acts_at_once() -> None:
+    """Law: the first SIGINT asks the loop to stop; the second does what it did before the loop."""
+    with stop_on_signal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+        assert stop.exit_code == 130
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)  # the handler runs at one of the next instructions
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 # --- with real processes -------------------------------------------------------------------------------------------
@@ -270,12 +588,10 @@ def test_pretrain_leaves_a_base_folder(prepared: tuple[Path, Path], tmp_path: Pa
     assert [line["step"] for line in lines if "val_loss" in line] == [2, 4, 5]
     with pytest.raises(FileExistsError, match="finished run"):
         run_pretrain(**arguments, out=tmp_path / "a", settings=tiny)
-    with pytest.raises(ValueError, match="--resume goes on with d_model=32, asked was 64"):
+    with pytest.raises(ValueError, match="--resume goes on with d_model=32, got 64"):
         run_pretrain(**arguments, out=tmp_path / "a", settings={"d_model": 64}, resume=True)
-    with pytest.raises(ValueError, match="asked was preset medium"):
+    with pytest.raises(ValueError, match="got preset medium"):
         run_pretrain(**arguments, out=tmp_path / "a", preset_name="medium", resume=True)
-    with pytest.raises(ValueError, match="--resume goes on with tokenizer"):
-        run_pretrain(**arguments | {"tokenizer": tmp_path / "b"}, out=tmp_path / "a", resume=True)
     longer = run_pretrain(**arguments, out=tmp_path / "a", settings={"steps": 7}, resume=True)
     assert longer["steps"] == 7
 

@@ -1,6 +1,7 @@
 """Fine-tuning, full, LoRA and QLoRA: what carries loss, learning, bit-identical resume, what is trained and what is not."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+import graft
 from graft.base.model.huggingface import fingerprint, load_full_precision, save_model
 from graft.base.runlog import read_metrics
 from graft.base.tokenizer.tokenizer import Tokenizer
@@ -297,16 +299,24 @@ def test_a_full_run_leaves_a_base(base_dir: Path, rows: Path, tmp_path: Path) ->
     assert json.loads((tmp_path / "out/graft.json").read_text())["prompt_format"] == "text"
     config = json.loads((tmp_path / "out/run.json").read_text())["config"]
     assert (config["method"], config["lora"], config["train"]["learning_rate"]) == ("full", None, 5e-5)
-    assert config["options"]["epochs"] == 2.0
+    assert config["data"]["epochs"] == 2.0
 
 
 def test_steps_follow_from_epochs() -> None:
     """Worked by hand: 3 epochs of 40 records, 16 an update: 7.5 updates, rounded to 8; warm-up is a tenth, 0."""
-    about = {"base": Path("b"), "data": Path("d"), "n_records": 40, "lora": LORA}
+    about = {"n_records": 40}
     config = sft.resolve({}, method="lora", **about)
+    assert config.train.weight_decay == 0.0
     assert (config.train.steps, config.train.warmup_steps, config.train.micro_batch) == (8, 0, 16)
     assert sft.resolve({"epochs": 10, "batch_size": 2}, method="full", **about).train.steps == 200
     assert sft.resolve({"epochs": 10, "batch_size": 2}, method="full", **about).train.warmup_steps == 20
+    # 23 records, 16 an update, one epoch: a second update reads the last 7 (and begins the next pass)
+    assert sft.resolve({"epochs": 1}, method="full", n_records=23).train.steps == 2
+    assert sft.resolve({"epochs": 0.1, "batch_size": 3}, method="full", n_records=30).train.steps == 1
+    with pytest.raises(ValueError, match="rank=4 is about an adapter; use method lora or qlora"):
+        sft.resolve({"rank": 4}, method="full", **about)
+    with pytest.raises(ValueError, match=r"epochs=0\.0 must be > 0"):
+        sft.resolve({"epochs": 0}, method="full", **about)
     with pytest.raises(ValueError, match="unknown method 'dora'; choose full, lora, qlora"):
         sft.resolve({}, method="dora", **about)
     with pytest.raises(ValueError, match="unknown config key 'pack'"):
@@ -330,7 +340,7 @@ def test_cheap_arithmetic_trains_too(base_dir: Path, rows: Path, tmp_path: Path)
 
 def test_resume_refuses_another_run(base_dir: Path, rows: Path, tmp_path: Path) -> None:
     train(base_dir, rows, tmp_path / "out", steps=2)
-    with pytest.raises(ValueError, match=r"--resume goes on with batch_size=4, asked was 2; leave it out, or --force"):
+    with pytest.raises(ValueError, match=r"--resume goes on with batch_size=4, got 2; leave it out, or --force"):
         train(base_dir, rows, tmp_path / "out", resume=True, batch_size=2)
     with pytest.raises(FileExistsError, match="holds a sft lora run, this is sft qlora"):
         train(base_dir, rows, tmp_path / "out", "qlora", resume=True)
@@ -339,3 +349,66 @@ def test_resume_refuses_another_run(base_dir: Path, rows: Path, tmp_path: Path) 
             base=base_dir, data=rows, out=tmp_path / "out", method="lora", lora=LoraConfig(rank=8, alpha=8.0),
             resume=True, device="cpu", progress=False,
         )  # fmt: skip
+
+
+def test_resume_refuses_other_content(base_dir: Path, rows: Path, tmp_path: Path) -> None:
+    """Law: records, held-out records, base and tokenizer may move, but not change, between a run and its resumption."""
+    base, data, held_out = tmp_path / "base", tmp_path / "rows.jsonl", tmp_path / "held_out.jsonl"
+    shutil.copytree(base_dir, base)
+    shutil.copy(rows, data)
+    shutil.copy(rows, held_out)
+
+    def go(steps: int, **inputs: Path) -> dict[str, Any]:
+        found = {"base": base, "data": data, "eval_data": held_out} | inputs
+        return sft.run_sft(
+            **found, out=tmp_path / "out", method="lora", lora=LORA, resume=steps > 2, device="cpu", progress=False,
+            settings={"steps": steps},
+        )  # fmt: skip
+
+    go(2)
+    moved = tmp_path / "moved.jsonl"
+    shutil.copy(rows, moved)
+    assert go(3, data=moved)["steps"] == 3
+    for path, name in ((data, "data"), (held_out, "eval_data"), (base / "tokenizer.json", "tokenizer")):
+        whole = path.read_text()
+        path.write_text(whole + "\n")
+        with pytest.raises(ValueError, match=rf"--resume: {name} .* is not what the run was started with"):
+            go(4)
+        path.write_text(whole)
+    weights = base / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"--resume: base .* is not what the run was started with"):
+        go(4)
+    weights.write_bytes(whole)
+    assert go(4)["steps"] == 4
+
+
+def test_sft_from_python(base_dir: Path, rows: Path, tmp_path: Path) -> None:
+    """Law: keyword arguments are the command's keys, LoRA's too; the figures are a dict."""
+    figures = graft.sft(
+        base=base_dir, data=rows, out=tmp_path / "out", method="lora", device="cpu", rank=2, alpha=4, steps=2,
+        targets=["q_proj"], schedule="linear",
+    )  # fmt: skip
+    assert (figures["steps"], figures["method"]) == (2, "lora")
+    config = json.loads((tmp_path / "out/run.json").read_text())["config"]
+    assert config["lora"] == {**config["lora"], "rank": 2, "alpha": 4.0, "targets": ["q_proj"]}
+    assert config["train"]["schedule"] == "linear"
+    with pytest.raises(ValueError, match=r"unknown config key 'lora_r'; did you mean rank\?"):
+        graft.sft(base=base_dir, data=rows, out=tmp_path / "x", method="lora", lora_r=2)
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_best_steps_weights_are_kept(base_dir: Path, rows: Path, tmp_path: Path) -> None:
+    """Law: with keep=best the adapter on disk is the one of the lowest validation loss, at a rate that later diverges."""
+    (tmp_path / "held_out.jsonl").write_text(json.dumps({"prompt": "rivers:", "completion": " to the sea"}))
+    common: dict[str, Any] = {
+        "base": base_dir, "data": rows, "eval_data": tmp_path / "held_out.jsonl", "method": "lora", "device": "cpu",
+        "rank": 4, "batch_size": 4, "learning_rate": 0.05, "schedule": "constant", "warmup_steps": 0,
+    }  # fmt: skip
+    figures = graft.sft(**common, out=tmp_path / "long", steps=12, eval_every=1, keep="best,last", patience=3)
+    best = figures["best_step"]
+    assert best < figures["steps"] <= 12
+    graft.sft(**common, out=tmp_path / "short", steps=best, eval_every=1)
+    one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("long", "short"))
+    assert all(torch.equal(one[name], other[name]) for name in one)

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -167,3 +168,147 @@ def test_memory_does_not_grow_with_the_file(tmp_path, tok, megabytes):
     assert second < 1e9
     for left in (large, small, *tmp_path.glob("*.out")):
         shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+# --- what is there stays until the new is whole ---------------------------------------------------------------------
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_what_is_not_ours_stays(tmp_path, tok, corpus):
+    """Law: files under names that graft uses, which no meta.json names, are neither removed nor overwritten."""
+    out = tmp_path / "out"
+    out.mkdir()
+    mine = {name: name.encode() for name in ("train-00000.bin", "train-notes.bin", "val-00007.bin", "all-tokens.tmp")}
+    for name, data in mine.items():
+        (out / name).write_bytes(data)
+    meta = prepare([corpus[0]], tok, out, val_fraction=0.2)
+    assert {name: data for name, data in contents(out).items() if name in mine} == mine
+    assert meta["splits"]["train"]["files"] == ["train-00000-1.bin"]
+    first = open_tokens(out)[:]
+    prepare([corpus[0]], tok, out, val_fraction=0.2, force=True)
+    assert {name: data for name, data in contents(out).items() if name in mine} == mine
+    assert open_tokens(out)[:].tolist() == first.tolist()
+    assert sorted(contents(out)) == sorted([*mine, *contents_of_meta(out), "meta.json"])
+
+
+def contents_of_meta(out):
+    meta = json.loads((out / "meta.json").read_text())
+    return [name for split in meta["splits"].values() for name in split["files"]]
+
+
+def test_force_keeps_the_old_shards_until_the_new_are_whole(tmp_path, tok, corpus, monkeypatch):
+    """Law: whatever fails, at whatever write, the folder reads as before; when nothing fails, it holds the new alone."""
+    out = tmp_path / "out"
+    prepare([corpus[0]], tok, out, val_fraction=0.2)
+    before = contents(out)
+    (tmp_path / "b.txt").write_text("the other cat sat there. " * 50)
+    (tmp_path / "empty.txt").write_text(EOT)
+    with pytest.raises(ValueError, match="hold no document"):
+        prepare([tmp_path / "empty.txt"], tok, out, force=True)
+    assert contents(out) == before
+    for name in ("_choose", "_write_split", "_move_shards", "write_json", "flush"):
+        monkeypatch.setattr(shards, name, lambda *rest: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare([tmp_path / "b.txt"], tok, out, force=True)
+        monkeypatch.undo()
+        assert {key: value for key, value in contents(out).items() if key in before} == before, name
+    prepare([tmp_path / "b.txt"], tok, out, force=True)
+    assert open_tokens(out).n_documents + open_tokens(out, "val").n_documents <= 2
+    fresh = tmp_path / "fresh"
+    prepare([tmp_path / "b.txt"], tok, fresh)
+    assert open_tokens(out)[:].tolist() == open_tokens(fresh)[:].tolist()
+
+
+def test_a_refused_preparation_leaves_no_folder(tmp_path, tok, corpus):
+    (tmp_path / "empty.txt").write_text(EOT)
+    with pytest.raises(ValueError, match="hold no document"):
+        prepare([tmp_path / "empty.txt"], tok, tmp_path / "new/out")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(NotADirectoryError, match="is a file; expected a folder"):
+        prepare([corpus[0]], tok, tmp_path / "empty.txt")
+
+
+SHORT = """
+import resource, sys
+from graft.base.data.shards import prepare
+from graft.base.tokenizer.tokenizer import Tokenizer
+tok, file, out, limit = sys.argv[1:]
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
+try:
+    prepare([file], Tokenizer.load(tok), out, workers=1, force=True)
+except OSError as error:
+    print("OSError", error)
+"""
+
+
+@pytest.mark.parametrize("share", [0.3, 0.98, 1.0])
+def test_a_full_disk_is_an_error(tmp_path, tok, corpus, share):
+    """Law: with a limit on file size in place of a full disk (the last 4 KiB may be missing too), preparing fails with a
+    line that names the file, and the old shards stay."""
+    tok.save(tmp_path / "tok")
+    (tmp_path / "big.txt").write_text(EOT.join(corpus[1] * 40))
+    prepare([corpus[0]], tok, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    prepare([tmp_path / "big.txt"], tok, tmp_path / "whole", val_fraction=0.0)
+    size = (tmp_path / "whole/train-00000.bin").stat().st_size
+    limit = int(size * share) - (share == 1.0)
+    command = [
+        sys.executable,
+        "-c",
+        SHORT,
+        *map(str, (tmp_path / "tok", tmp_path / "big.txt", tmp_path / "out", limit)),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("OSError"), done.stdout + done.stderr
+    assert "can't write" in done.stdout
+    assert ".tokens." in done.stdout
+    assert contents(tmp_path / "out") == before
+
+
+def test_bos_where_the_tokenizer_asks_for_it(tmp_path, tok, corpus):
+    """Law: each document is BOS, its ids, EOS when the tokenizer's file asks for BOS, in one piece or several."""
+    definition = replace(tok.definition, bos=EOT, add_bos=True)
+    asks = graft.Tokenizer(definition)
+    meta = prepare([corpus[0]], asks, tmp_path / "out", val_fraction=0.2)
+    plain = prepare([corpus[0]], tok, tmp_path / "plain", val_fraction=0.2)
+    assert (meta["bos_token_id"], plain["bos_token_id"]) == (tok.eos_token_id, None)
+    for split in ("train", "val"):
+        ids, without = open_tokens(tmp_path / "out", split), open_tokens(tmp_path / "plain", split)
+        # BOS is EOS here: each border has it twice, and the row begins with it
+        expected = np.insert(without[:], np.flatnonzero(without[:] == tok.eos_token_id) + 1, tok.eos_token_id)
+        assert ids[:].tolist() == [tok.eos_token_id, *expected[:-1].tolist()]
+        assert ids.n_bytes == without.n_bytes
+
+
+def test_bos_of_a_document_in_pieces(tmp_path, tok, monkeypatch):
+    """Law: a document that is read in several pieces has one BOS; one long text's validation bytes leave both out."""
+    monkeypatch.setattr(shards, "PIECE_BYTES", 300)
+    text = "the cat sat on the mat. " * 400
+    (tmp_path / "a.txt").write_text(text)
+    asks = graft.Tokenizer(replace(tok.definition, bos=EOT, add_bos=True))
+    prepare([tmp_path / "a.txt"], asks, tmp_path / "out", val_fraction=0.1)
+    train, val = open_tokens(tmp_path / "out"), open_tokens(tmp_path / "out", "val")
+    eos = tok.eos_token_id
+    assert np.concatenate([train[:], val[:]]).tolist() == [eos, *tok.encode(text).tolist(), eos]
+    assert train.n_bytes + val.n_bytes == len(text)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "float64"}, "dtype is 'float64'"),
+        ({"dtype": 3}, "dtype is '3'; expected str"),
+        ({"splits": {"train": {"files": [3], "n_tokens": 1, "n_bytes": 1, "n_documents": 1}}}, "expected names"),
+        ({"splits": {"train": {"files": [], "n_tokens": "1", "n_bytes": 1, "n_documents": 1}}}, "n_tokens is '1'"),
+        ({"tokenizer": None}, "tokenizer is 'None'; expected str"),
+    ],
+)
+def test_an_index_of_wrong_types(tmp_path, tok, corpus, change, message):
+    prepare([corpus[0]], tok, tmp_path / "out")
+    meta = tmp_path / "out/meta.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | change))
+    with pytest.raises(ValueError, match=rf"meta\.json is damaged .*{message}"):
+        open_tokens(tmp_path / "out")
