@@ -27,6 +27,7 @@ from .adapters.lora import LoraConfig, attach_lora
 from .data.chat import ChatTemplate, Encoded, encode_record
 from .data.packing import SFTBatches, collate_padded
 from .data.records import read_records
+from .data.stop import carry_generation_config, write_endings
 from .loading import load_model, weight_bytes
 from .memory.announce import announce
 
@@ -284,9 +285,11 @@ def _save(
         from ..base.checkpoint import write_json
 
         tokenizer.chat_template = source
+        write_endings(model, tokenizer, template if about["prompt_format"] == "chat" else None)
         tokenizer.save(out)
         write_json(out / GRAFT, about)
         save_model(model.cpu(), out, dtype=None)
+        carry_generation_config(config.base, out)
         return
     base = str(config.base.resolve()) if config.base.exists() else str(config.base)
     save_adapter(model, out, config.lora, base=base, graft=about, chat_template=source)

@@ -2,7 +2,7 @@
 
     LEARN_ON ... LEARN_OFF        what the assistant says, its end-of-turn token included: carries loss
     LITERAL_ON ... LITERAL_OFF    a special token's spelling that came from the data: encoded as plain text
-    OWNER digits                  the word before belongs to message number `digits` (masks.py)
+    OWNER digits                  a character beside it belongs to a message: number and side in `digits` (masks.py)
 
 Marks that the data itself holds are hidden first (`hide`), and shown again where text is encoded (`show`).
 """
@@ -47,14 +47,24 @@ def special_pattern(specials: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def own(text: str, index: int, *, tags: bool) -> str:
-    """Put an owner mark after the first character of each word, for message `index`.
+    """Put owner marks for message `index` into each word: after its first character, and before its last.
 
     Inside a word and not around it, so that a template's strip, split and comparisons at word borders work as without.
-    With tags=False words that hold < or [ stay as they are: templates look for those.
+    A word that holds < or [ gets the first mark alone, or none with tags=False: templates look for such words.
     """
-    mark = OWNER + "".join(_DIGITS[index >> shift & 15] for shift in range(4 * (_N_DIGITS - 1), -1, -4))
-    pattern = r"(\S)(\S*)" if tags else r"(?<!\S)([^\s<\[])([^\s<\[]*)(?!\S)"
-    return re.sub(pattern, rf"\1{mark}\2", text)
+    first, last = (OWNER + _digits(2 * index + kind) for kind in (0, 1))
+
+    def mark(match: re.Match[str]) -> str:
+        word = match.group()
+        if re.search(r"[<>\[\]]", word):
+            return f"{word[0]}{first}{word[1:]}" if tags else word
+        return f"{word[0]}{first}" if len(word) == 1 else f"{word[0]}{first}{word[1:-1]}{last}{word[-1]}"
+
+    return re.sub(r"\S+", mark, text)
+
+
+def _digits(value: int) -> str:
+    return "".join(_DIGITS[value >> shift & 15] for shift in range(4 * (_N_DIGITS - 1), -1, -4))
 
 
 def read_owners(text: str) -> tuple[str, list[tuple[int, int]]]:
@@ -64,7 +74,7 @@ def read_owners(text: str) -> tuple[str, list[tuple[int, int]]]:
         value = 0
         for digit in match.group(1):
             value = value * 16 + ord(digit) - ord(_DIGITS[0])
-        found.append((match.start() - removed, value))
+        found.append((match.start() - removed + value % 2, value // 2))
         removed += match.end() - match.start()
     return _OWNER.sub("", text), found
 

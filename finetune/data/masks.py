@@ -34,7 +34,7 @@ from .render import ChatTemplate
 
 _PROBE = "qxprobe"
 _HOW = "put {% generation %} ... {% endgeneration %} around the assistant's part of the template"
-_THOUGHT = re.compile(r"\s*<think(?:ing)?>.*", re.DOTALL)
+_THOUGHT = re.compile(r"<think(?:ing)?>.*", re.DOTALL)
 _NO_WORDS = ("role", "type", "id", "tool_call_id")  # keys whose values templates compare, and that nobody says
 
 Render = Callable[[Sequence[object], bool], str]
@@ -85,6 +85,7 @@ def mark_conversation(
         return without_learn(text)
     owners = _owners(hidden, text, render, add_generation_prompt)
     end = end_of_turn_spelling(tokenizer, template)
+    _refuse_dropped(messages, owners, n_prompt)
     if template.has_generation_tags:
         if end:  # a template that closes its tag before the end-of-turn token: that token is learned all the same
             text = re.sub(f"{LEARN_OFF}({re.escape(end)})", lambda match: f"{match.group(1)}{LEARN_OFF}", text)
@@ -121,6 +122,15 @@ def _owners(
         if plain == text:
             return owners
     return None
+
+
+def _refuse_dropped(messages: Sequence[Message], owners: list[tuple[int, int]] | None, n_prompt: int) -> None:
+    """Raise ValueError where an assistant's turn has words and the text has none of them."""
+    written = {owner for _, owner in owners or ()}
+    for i, message in enumerate(messages):
+        says = message["role"] == "assistant" and len(str(message["content"]).split()) > 0
+        if owners is not None and says and i >= n_prompt and i not in written:
+            raise ValueError(f"the chat template drops the assistant's words of message {i}; use another template")
 
 
 def _check_tagged(
@@ -206,6 +216,8 @@ class _Spans:
                 # what inference starts from, thought opened or not, stands right before the turn's own words
                 if part.strip() and (at := self.text.rfind(part, max(0, low - 1), first)) >= 0:
                     return at + len(part)
+            if i and self.hidden[i - 1]["role"] == "assistant" and first < len(self.text):
+                return first  # a template that joins two assistant turns to one: the second begins with its own words
         raise ValueError(
             f"the chat template writes earlier messages differently once message {i} follows, so its words can't be "
             f"told from the prompt; {_HOW}"
@@ -249,10 +261,14 @@ class _Spans:
         if same <= high:
             return same
         # Another's words come sooner, with whatever the template writes to open them: end with the own last word.
-        words = [at for at, owner in self.owners or () if owner == i and at < high]
-        last = words[-1] if words else self._start(i, *self._neighbours(i)[:2])
+        own_places = [at for at, owner in self.owners or () if owner == i and at <= high]
+        if not own_places:
+            return self._start(i, *self._neighbours(i)[:2])
+        last = own_places[-1]
+        if not re.search(r"[<>\[\]]\S*\s*$", str(self.hidden[i].get("content", ""))):
+            return last
         edge = min((m.start() for m in template_specials(self.text, self.specials, last)), default=high)
-        space = re.compile(r"\s").search(self.text, last, high)
+        space = re.compile(r"\s").search(self.text, last, high)  # such a last word carries no mark at its end
         return min(edge, space.start() if space else high, high)
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import jinja2
@@ -78,7 +79,24 @@ class ChatTemplate:
     ) -> str:
         """`render` with the marks left in; strings must come through `hide` or `guard`."""
         values = {"documents": None, **self._tokens, **self.args, **(args or {})}
-        values |= {"messages": list(messages), "tools": tools, "add_generation_prompt": add_generation_prompt}
+        turns = [_as_parts(m) for m in messages] if self.wants_parts else list(messages)
+        return self._run(turns, values | {"tools": tools, "add_generation_prompt": add_generation_prompt})
+
+    @cached_property
+    def wants_parts(self) -> bool:
+        """Whether the template writes content given as [{"type": "text", "text": ...}] only, as those of vision models do."""
+        turns = [{"role": "user", "content": "qxprobe"}, {"role": "assistant", "content": "qxprobe"}]
+        values = {"documents": None, **self._tokens, **self.args, "tools": None, "add_generation_prompt": False}
+        for given, parts in ((turns, False), ([_as_parts(turn) for turn in turns], True)):
+            try:
+                if "qxprobe" in self._run(given, values):
+                    return parts
+            except ValueError:
+                continue
+        return False
+
+    def _run(self, messages: Sequence[object], values: Mapping[str, Any]) -> str:
+        values = {**values, "messages": list(messages)}
         self._environment.restart()
         pieces: list[str] = []
         size = 0
@@ -99,6 +117,12 @@ class ChatTemplate:
 def spelling(tokenizer: Tokenizer, token_id: int | None) -> str | None:
     """How a special token is written, or None."""
     return None if token_id is None else tokenizer.token_bytes(token_id).decode()
+
+
+def _as_parts(message: object) -> object:
+    if isinstance(message, Mapping) and isinstance(message.get("content"), str):
+        return {**message, "content": [{"type": "text", "text": message["content"]}]}
+    return message
 
 
 def _reason(error: Exception) -> str:
