@@ -202,7 +202,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, peft {peft.__version__}, one thread")
+    print(
+        f"{platform.processor() or platform.machine()}, torch {torch.__version__}, peft {peft.__version__}, one thread"
+    )
     config, batch_size, rounds, n_new = S, 8, options.rounds, 96
     if options.quick:
         config = ModelConfig(

@@ -84,6 +84,7 @@ class Session:
             self.tokenizer,
             [ids],
             replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room)),
+            template=self.template(),
             on_text=(lambda row, piece: on_text(piece)) if on_text else None,
         )
         return text

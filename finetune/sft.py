@@ -28,6 +28,8 @@ from .adapters.lora import LoraConfig, attach_lora
 from .data.chat import ChatTemplate, Encoded, encode_record
 from .data.packing import SFTBatches, collate_padded
 from .data.records import Record, read_records
+from .data.stop import write_endings
+from .folders import carry_over
 from .loading import load_model, weight_bytes
 from .memory.announce import announce
 from .optimizers import OPTIMIZERS, PAGED_OPTIMIZERS
@@ -334,9 +336,11 @@ def _save(
     source = template.source if template is not None else None
     if config.lora is None:
         tokenizer.chat_template = source
+        write_endings(model, tokenizer, template if metadata["prompt_format"] == "chat" else None)
         tokenizer.save(folder)
         write_json(folder / GRAFT, metadata)
         save_model(model.cpu(), folder, dtype=None)
+        carry_over(config.inputs["base"].path, folder)
         return
     base = config.inputs["base"].path
     save_adapter(
