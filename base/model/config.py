@@ -22,6 +22,15 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class LayerSpec:
+    """What one layer is made of. Layers with equal specs have equal shapes, memory and FLOPs."""
+
+    window: int | None = None  # keys that a query sees, its own included; None: all before it
+    attention: str = "grouped"  # grouped-query attention
+    feed_forward: str = "gated"  # SwiGLU
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A Llama-style decoder: pre-norm RMSNorm, RoPE, grouped-query attention, SwiGLU.
 
@@ -45,6 +54,7 @@ class ModelConfig:
     attention_out_bias: bool = False  # o_proj has a bias (Llama with attention_bias)
     mlp_bias: bool = False  # gate, up and down projections have a bias
     sliding_window: int | None = None  # a query sees its last w keys (Mistral); None: all
+    sliding_layers: tuple[bool, ...] | None = None  # which layers have that window (Qwen2, Qwen3); None: all of them
     init_std: float = 0.02  # standard deviation of the initial weights
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None  # generation stops at any of them
@@ -67,6 +77,11 @@ class ModelConfig:
             )
         if self.d_head % 2:
             raise ValueError(f"d_head={self.d_head} is odd; RoPE rotates pairs, use an even d_head")
+
+    def layer(self, i: int) -> LayerSpec:
+        """What layer i is made of, i in [0, n_layers)."""
+        slides = self.sliding_layers is None or self.sliding_layers[i]
+        return LayerSpec(window=self.sliding_window if slides else None)
 
     @property
     def n_params(self) -> int:

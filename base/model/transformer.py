@@ -4,6 +4,8 @@ Axes: B batch, T query positions, D model, V vocabulary. Module paths are the ke
 state dict is the file's.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -40,7 +42,10 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(replace(config, sliding_window=config.layer(i).window, sliding_layers=None))
+            for i in range(config.n_layers)
+        )
         self.norm = RMSNorm(config.d_model, config.norm_eps)
 
 
