@@ -8,13 +8,13 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..generate.kv_cache import KVCache, LayerCache
 from .attention import Attention
 from .config import ModelConfig
 from .feed_forward import FeedForward
 from .norm import RMSNorm
+from .recompute import recompute
 from .rope import inverse_frequencies, rope_tables
 
 
@@ -92,8 +92,7 @@ class Transformer(nn.Module):
         for i, layer in enumerate(self.model.layers):
             layer_cache = cache.layers[i] if cache is not None else None
             if self.checkpointing and self.training and cache is None:
-                # use_reentrant=False: gradients flow also when the input needs none, as with LoRA on a frozen base.
-                x = checkpoint(layer, x, cos, sin, cu_seqlens, None, use_reentrant=False)
+                x = recompute(layer, x, cos, sin, cu_seqlens, None)
             else:
                 x = layer(x, cos, sin, cu_seqlens, layer_cache)
         return self.model.norm(x)

@@ -8,16 +8,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...base.device import resolve_device
 from ...base.model.config import ModelConfig
 from ...base.train import TrainConfig
+from ...kernels.dispatch import predicting
 from ..adapters.lora import LoraConfig
 from .count import LiveBytes, Peak, Place
-from .devices import CUDA_GRANULE, cpu_bytes_within, cuda_bytes_within, few_chunks, kernels_as_on_gpu, workspace_bytes
+from .devices import CUDA_GRANULE, cpu_bytes_within, cuda_bytes_within, workspace_bytes
 from .settings import MemorySettings, read_model_config
-from .step import make_optimizer, place_, run_generation, run_training_step, shaped_model
+from .shapes import ShapeTensor
+from .step import make_optimizer, run_generation, run_training_step, shaped_model
 
 SAMPLES = (3, 4)  # layers of the models that are run in place of a deeper one
 
@@ -172,15 +173,14 @@ def _run(config: ModelConfig, settings: MemorySettings, device: str) -> _Run:
     """The step on a fake model. The tensors are the CPU's throughout, since fake CUDA ones need a CUDA build of PyTorch; for
     a GPU the kernels are chosen as there."""
     on_gpu = device == "cuda"
-    model = shaped_model(config, settings)
-    counter = (
-        LiveBytes(granule=CUDA_GRANULE, within=cuda_bytes_within) if on_gpu else LiveBytes(within=cpu_bytes_within)
-    )
-    with kernels_as_on_gpu() if on_gpu else few_chunks(), FakeTensorMode():
-        place_(model, "cpu", values=False)
+    granule, within = (CUDA_GRANULE, cuda_bytes_within) if on_gpu else (1, cpu_bytes_within)
+    counter = LiveBytes(shapes=True, granule=granule, within=within)
+    with predicting(device):
+        model = shaped_model(config, settings)
         sizes = count_model(model, counter)
         if on_gpu:
-            workspace = torch.empty(workspace_bytes(backward=settings.method != "generate"), dtype=torch.uint8)
+            n_bytes = workspace_bytes(backward=settings.method != "generate")
+            workspace = ShapeTensor(torch.empty(n_bytes, dtype=torch.uint8, device="meta"))
             counter.add([workspace], "workspace")
         with counter:
             if settings.method == "generate":

@@ -63,7 +63,7 @@ def _quantize_absmax(shifted: Tensor, nested_codebook: Tensor) -> tuple[Tensor, 
 @torch.library.register_fake("graft::quantize_absmax")
 def _(shifted: Tensor, nested_codebook: Tensor) -> tuple[Tensor, Tensor]:
     scale = shifted.new_empty((-(-shifted.numel() // NESTED_BLOCK_SIZE),), dtype=torch.float32)
-    return torch.empty_like(shifted, dtype=torch.uint8), scale
+    return shifted.new_empty(shifted.shape, dtype=torch.uint8), scale  # torch.empty_like imports sympy
 
 
 def _dequantize_4bit(
@@ -121,7 +121,7 @@ def _dequantize_absmax(absmax_q: Tensor, absmax_scale: Tensor, absmax_mean: Tens
 
 @torch.library.register_fake("graft::dequantize_absmax")
 def _(absmax_q: Tensor, absmax_scale: Tensor, absmax_mean: Tensor, nested_codebook: Tensor) -> Tensor:
-    return torch.empty_like(absmax_q, dtype=torch.float32)
+    return absmax_q.new_empty(absmax_q.shape, dtype=torch.float32)
 
 
 @torch.library.impl("graft::linear_4bit", "default")

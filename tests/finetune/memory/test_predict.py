@@ -1,6 +1,5 @@
 """Memory before the run: against the allocator, by hand, and the extrapolation over layers against the whole model."""
 
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import graft
 from graft.base.model.config import ModelConfig, preset
 from graft.base.train import TrainConfig
 from graft.finetune.adapters.lora import LoraConfig
-from graft.finetune.memory import predict
 from graft.finetune.memory.measure import measure, measure_memory
 from graft.finetune.memory.predict import estimate, estimate_memory, fits, free_bytes, predict_run
 from graft.finetune.memory.settings import MemorySettings, read_model_config
@@ -76,7 +74,7 @@ def test_few_chunks_of_the_loss_stand_for_all(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch_cross_entropy, "CHUNK_BYTES", 4 * SMALL.vocab_size)
     settings = MemorySettings("full", batch_size=11, seq_len=90)
     few = estimate(SMALL, settings, device="cpu")
-    monkeypatch.setattr(predict, "few_chunks", nullcontext)
+    monkeypatch.setattr(torch_cross_entropy, "sampled", lambda chunks: chunks)
     assert few == estimate(SMALL, settings, device="cpu")
 
 
