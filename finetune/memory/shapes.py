@@ -4,6 +4,7 @@ What torch's FakeTensorMode does, but that one imports the compiler, which takes
 slower per operator. It checks more, and knows symbolic sizes; bytes are the same.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import zip_longest
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 CPU = torch.device("cpu")
 VALUES = {
@@ -60,8 +62,25 @@ def run_on_shapes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     meta_kwargs = {name: _to_meta(value, given) for name, value in kwargs.items()}
     if _has_device(func) and (not given or meta_kwargs.get("device") is not None):
         meta_kwargs["device"] = "meta"
+    if func.namespace == "graft":  # our kernels' own rules, in register_fake, call operators on meta tensors
+        with _OwnRules():
+            return _to_shape(func(*meta_args, **meta_kwargs), given)
     meta_out = _by_own_rule(func, meta_args, meta_kwargs)
     return _to_shape(func(*meta_args, **meta_kwargs) if meta_out is None else meta_out, given)
+
+
+class _OwnRules(TorchDispatchMode):
+    """Within the block operators on meta tensors go by the rules of this file where it has one."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else the first operator imports torch._dynamo
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = _by_own_rule(func, args, kwargs or {})
+        return func(*args, **(kwargs or {})) if out is None else out
 
 
 @cache
@@ -89,6 +108,8 @@ def _to_shape(value: Any, given: dict[int, Tensor]) -> Any:
 
 aten = torch.ops.aten
 FILLS = {aten.normal_.default, aten.uniform_.default}
+LIKE = {aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default}
+ARANGES = {aten.arange.default, aten.arange.start, aten.arange.start_step}
 # Reductions: where their list of dimensions stands among the arguments (keepdim follows it); None: they take none.
 REDUCTIONS = {
     aten.mean.default: None,
@@ -104,6 +125,17 @@ def _by_own_rule(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> T
         return _reduced(
             args[0], *_dims(args, REDUCTIONS[func]), torch.bool if func is aten.all.default else kwargs.get("dtype")
         )
+    if func in LIKE:
+        x, wanted = args[0], kwargs.get("memory_format")
+        if wanted is torch.contiguous_format:
+            return x.new_empty(x.shape, dtype=kwargs.get("dtype"))
+        strides = _result_strides(list(x.shape), [x])
+        return torch.empty_strided(x.shape, strides, dtype=kwargs.get("dtype") or x.dtype, device="meta")
+    if func in ARANGES:
+        start, end, step = (0, args[0], 1) if len(args) == 1 else (*args[:2], args[2] if len(args) > 2 else 1)
+        whole = all(isinstance(value, int) for value in (start, end, step))
+        dtype = kwargs.get("dtype") or (torch.int64 if whole else torch.get_default_dtype())
+        return torch.empty(math.ceil((end - start) / step), dtype=dtype, device="meta")
     if func is aten.stack.default and len(args) == 1:
         return args[0][0].new_empty((len(args[0]), *args[0][0].shape))
     if func is aten.cat.default:
