@@ -28,7 +28,7 @@ from .data.chat import ChatTemplate, Encoded, encode_record
 from .data.packing import SFTBatches, collate_padded
 from .data.records import read_records
 from .loading import load_model, weight_bytes
-from .memory.announce import announce
+from .memory.report import print_prediction
 
 Method = Literal["full", "lora", "qlora"]
 METHODS = ("full", "lora", "qlora")
@@ -112,7 +112,7 @@ def run_sft(
         encoded = [encode_record(record, tokenizer, template, limit) for record in records]
         encoded_eval = [encode_record(record, tokenizer, template, limit) for record in held_out]
         stored = _stored_in_4_bits(config)
-        predicted = announce(
+        predicted = print_prediction(
             load_config(base),
             config.train,
             device,

@@ -112,6 +112,8 @@ def _by_own_rule(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> T
         )
     if func is aten.mm.default:
         return args[0].new_empty((args[0].shape[0], args[1].shape[1]))
+    if func is aten.mv.default:
+        return args[0].new_empty(args[0].shape[:1])
     if func is aten.embedding.default:
         return args[0].new_empty((*args[1].shape, args[0].shape[1]))
     if func in LIKE:

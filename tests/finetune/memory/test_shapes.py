@@ -52,6 +52,7 @@ def test_elementwise_operators(func: torch._ops.OpOverload) -> None:
         (aten.amax.default, (torch.ones(2, 3), [1]), {}),
         (aten.linalg_vector_norm.default, (torch.ones(2, 3),), {}),
         (aten.mm.default, (torch.ones(2, 3), torch.ones(3, 4)), {}),
+        (aten.mv.default, (torch.ones(2, 3), torch.ones(3)), {}),
         (aten.embedding.default, (torch.ones(9, 4), torch.ones(2, 3, dtype=torch.int64)), {}),
         (aten.zeros_like.default, (torch.ones(2, 3, 4).transpose(0, 2),), {"dtype": torch.float16}),
         (aten.empty_like.default, (torch.ones(2, 3).t(),), {"memory_format": torch.contiguous_format}),
