@@ -166,7 +166,7 @@ def pretrain(
     Example: graft pretrain --data runs/tokens --tokenizer runs/tokenizer --out runs/base --preset micro --steps 500
     """
     from .base.pretrain import run_pretrain
-    from .finetune.memory.announce import announce
+    from .finetune.memory.report import print_prediction
 
     flags = {"seed": seed, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
     summary = run_pretrain(
@@ -178,7 +178,7 @@ def pretrain(
         resume=resume,
         force=force,
         device=device,
-        predict=announce,
+        predict=print_prediction,
     )
     _say_summary(out, summary)
 

@@ -6,12 +6,10 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+if TYPE_CHECKING:  # imported where it is used: `graft plot` writes and reads files without torch
+    from torch import Tensor
 
 
 @contextmanager
@@ -127,8 +125,11 @@ def check_types(value: Mapping[str, Any], expected: Mapping[str, JsonType], wher
             raise ValueError(f"{where} is damaged: {key} is {str(value[key])[:60]!r}; expected {names}")
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None) -> None:
+def save_tensors(path: Path, tensors: "Mapping[str, Tensor]", *, metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file, whole or not at all. Raises OSError when the disk refuses."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     ready = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     with beside(Path(path)) as temporary:
         try:
@@ -137,16 +138,18 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping
             raise OSError(f"can't write {path}: {error}; is the disk full?") from None
 
 
-def load_tensors(path: Path, *, device: str = "cpu") -> dict[str, Tensor]:
+def load_tensors(path: Path, *, device: str = "cpu") -> "dict[str, Tensor]":
     """All tensors of a safetensors file by name."""
     return dict(iterate_tensors(path, device=device))
 
 
-def iterate_tensors(path: Path, *, device: str = "cpu") -> Iterator[tuple[str, Tensor]]:
+def iterate_tensors(path: Path, *, device: str = "cpu") -> "Iterator[tuple[str, Tensor]]":
     """(name, tensor) one at a time, so that no more than one is in memory besides what the caller keeps.
 
     Raises FileNotFoundError, or ValueError when the file is truncated or not safetensors.
     """
+    from safetensors import SafetensorError, safe_open
+
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist or is not a file")
@@ -158,16 +161,20 @@ def iterate_tensors(path: Path, *, device: str = "cpu") -> Iterator[tuple[str, T
         raise ValueError(f"{path} is truncated or no safetensors file ({error}); copy or download it again") from None
 
 
-def random_state() -> dict[str, Tensor]:
+def random_state() -> "dict[str, Tensor]":
     """The global generators' states (torch's CPU one and each GPU's), as uint8 tensors for a safetensors file."""
+    import torch
+
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states |= {f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
     return states
 
 
-def set_random_state(states: Mapping[str, Tensor]) -> None:
+def set_random_state(states: "Mapping[str, Tensor]") -> None:
     """Put back what `random_state` returned; GPUs that are not here are skipped."""
+    import torch
+
     torch.set_rng_state(states["cpu"])
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for i in range(n_gpus):

@@ -118,7 +118,7 @@ def stream_(model: torch.nn.Module, device: str) -> None:
             weight = torch.empty(module.out_features, module.in_features, dtype=torch.bfloat16, device=device)
             module.set_weight_(weight.normal_(0.0, 0.02))
             del weight
-    place_(model, device, values=True)
+    place_(model, device)
 
 
 def _empty(device: str) -> int:

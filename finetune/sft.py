@@ -31,7 +31,7 @@ from .data.records import Record, read_records
 from .data.stop import write_endings
 from .folders import carry_over
 from .loading import load_model, weight_bytes
-from .memory.announce import announce
+from .memory.report import print_prediction
 from .optimizers import OPTIMIZERS, PAGED_OPTIMIZERS
 
 Method = Literal["full", "lora", "qlora"]
@@ -183,7 +183,7 @@ def run_sft(
         check_evaluation(config.train, has_evaluation=bool(encoded_eval))
         if progress:
             print(explain_device(requested_device, device), file=sys.stderr)
-        predicted = announce(
+        predicted = print_prediction(
             model_config,
             config.train,
             device,

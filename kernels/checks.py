@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from .dispatch import FLOATS, name_of
 
@@ -43,4 +42,9 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 def readable(tensor: Tensor) -> bool:
     """Whether looking at the values costs no synchronisation: a real CPU tensor, outside torch.compile."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(tensor, FakeTensor)
+    return has_values(tensor) and tensor.device.type == "cpu"
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor's values may be looked at: not for a tensor without memory, nor while torch.compile traces."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()

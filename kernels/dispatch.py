@@ -1,8 +1,13 @@
-"""Which implementation runs: decided from the tensors at hand, never from an environment variable or a global."""
+"""Which implementation runs: decided from the tensors at hand, or from the device that a memory prediction is made for.
 
-from collections.abc import Sequence
+Never from an environment variable or a global.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,9 +15,50 @@ from torch import Tensor
 Backend = Literal["auto", "reference", "torch", "triton", "numba"]  # numba: where takes_loops is asked first
 Chosen = Literal["reference", "torch", "triton"]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_predicted: ContextVar[Literal["cpu", "cuda"] | None] = ContextVar("predicted_device", default=None)
+F = TypeVar("F", bound=Callable)
+T = TypeVar("T")
 
 
-@torch.compiler.assume_constant_result
+def constant(function: F) -> F:
+    """torch.compile calls this function once and takes its result for a constant.
+
+    What torch.compiler.assume_constant_result does, which imports torch._dynamo: as long as importing torch itself.
+    """
+    function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+    return function
+
+
+@contextmanager
+def predicting(device: Literal["cpu", "cuda"]) -> Iterator[None]:
+    """Within the block memory is predicted: tensors have no values, and kernels are chosen as on `device`, in this thread.
+
+    A GPU's choice needs no GPU. Where Triton is not installed, PyTorch's operators are chosen for it too.
+    """
+    token = _predicted.set(device)
+    try:
+        yield
+    finally:
+        _predicted.reset(token)
+
+
+@constant
+def predicted_device() -> Literal["cpu", "cuda"] | None:
+    """The device that memory is predicted for; None outside of a prediction."""
+    return _predicted.get()
+
+
+def sampled(pieces: Sequence[T]) -> Sequence[T]:
+    """All pieces of a tiled computation; while memory is predicted the first and the last two, which need the most.
+
+    Those between take the same memory as the last but one, and a large tensor has hundreds of them.
+    """
+    if len(pieces) <= 3 or predicted_device() is None:
+        return pieces
+    return [pieces[0], *pieces[-2:]]
+
+
+@constant
 def triton_interprets() -> bool | None:
     """Whether Triton's interpreter is on; None where Triton is not installed. A constant to torch.compile."""
     try:
@@ -31,7 +77,7 @@ def triton_problem(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype] = FL
     if interprets is None:
         return "triton is not installed; pip install triton (Linux x86-64)"
     for tensor in tensors:
-        if tensor.device.type != "cuda" and not interprets:
+        if tensor.device.type != "cuda" and not interprets and predicted_device() != "cuda":
             return f"it needs CUDA tensors, got one on {tensor.device}; move them or use backend='torch'"
         if tensor.dtype not in dtypes:
             return f"it takes {', '.join(name_of(d) for d in dtypes)}, got {name_of(tensor.dtype)}"
@@ -56,7 +102,7 @@ def choose_backend(
         raise ValueError(f"unknown backend {backend!r}; choose auto, reference, torch or triton")
     if backend in ("reference", "torch"):
         return backend
-    if backend == "auto" and any(tensor.device.type != "cuda" for tensor in tensors):
+    if backend == "auto" and any((predicted_device() or tensor.device.type) != "cuda" for tensor in tensors):
         return "torch"  # decided without asking Triton, whose settings torch.compile can't trace
     problem = triton_problem(tensors, dtypes) or unsupported
     if backend == "triton":

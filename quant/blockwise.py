@@ -5,9 +5,9 @@ from math import prod
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ..kernels import nf4
+from ..kernels.checks import has_values
 from ..kernels.dispatch import name_of
 from ..kernels.nf4 import DoubleQuantized, PackedWeight
 from ..kernels.nf4.reference import not_finite
@@ -85,7 +85,7 @@ def check_weight(weight: Tensor) -> None:
     """Raise ValueError for what `quantize_nf4` refuses; the values of meta and fake tensors are not looked at."""
     check_dtype_and_size(weight)
     values = weight.detach()
-    if values.is_meta or isinstance(values, FakeTensor):
+    if values.is_meta or not has_values(values):
         return
     low, high = torch.aminmax(values)
     if not (low.isfinite() and high.isfinite()):

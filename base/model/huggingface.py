@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..checkpoint import iterate_tensors, read_json, save_tensors, write_json
 from ..dtypes import dtype_named
@@ -275,8 +276,21 @@ def iterate_weights(folder: Path | str, *, device: str = "cpu") -> Iterator[tupl
 
 def empty_model(config: ModelConfig) -> Transformer:
     """The model on the meta device: shapes without memory."""
-    with torch.device("meta"):
+    with torch.device("meta"), _WithoutInit():
         return Transformer(config)
+
+
+class _WithoutInit(TorchFunctionMode):
+    """New modules leave their weights as they are. On meta tensors torch.nn.init.normal_ imports sympy and torch._dynamo, which
+    takes as long as importing torch."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 def place_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -11,7 +11,6 @@ from typing import ClassVar, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ...kernels.cross_entropy import linear_cross_entropy
 from ...kernels.decode import add_rms_norm_, can_run
@@ -21,6 +20,7 @@ from .config import LayerSpec, ModelConfig
 from .feed_forward import FeedForward
 from .kv_cache import KVCache, LayerCache, StepContext
 from .norm import RMSNorm
+from .recompute import recompute
 from .rope import inverse_frequencies, rope_tables
 
 IGNORE = -100  # a target with this id carries no loss
@@ -131,8 +131,7 @@ class Transformer(nn.Module):
         for i, layer in enumerate(self.model.layers):
             layer_cache = cache.layers[i] if cache is not None else None
             if self.checkpointing and self.training and cache is None:
-                # use_reentrant=False: gradients flow also when the input needs none, as with LoRA on a frozen base.
-                x = checkpoint(layer, x, context, None, use_reentrant=False)
+                x = recompute(layer, x, context, None)
             else:
                 x = layer(x, context, layer_cache)
         if cache is not None:

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+from .shapes import run_on_shapes
 
 DISPATCH_FILES = (
     "_compile.py",
@@ -33,21 +34,19 @@ class LiveBytes(TorchDispatchMode):
     """Counts every storage once, from the operator that made it until its memory is given back.
 
     What autograd saves stays alive, so it is counted; a view is not counted again. Memory that an operator takes and gives
-    back within itself is not seen; `within` may tell it. On fake tensors
-
-    - an operator that asks for a value (`.item()`, `bool()`) is told 1, since no value exists: only code whose memory does
-      not depend on values may run here;
-    - autograd sums gradients in place, as it does with real tensors and no mode on.
+    back within itself is not seen; `within` may tell it. With `shapes` every tensor made is a ShapeTensor, which has no memory,
+    and autograd sums gradients in place, as it does with real tensors and no mode on.
     """
 
     def __init__(
         self,
         *,
+        shapes: bool = False,  # operators make ShapeTensors instead of tensors
         granule: int = 1,  # bytes that the device's allocator hands out multiples of
         within: Callable[[Any, Sequence[Any]], int] | None = None,  # (operator, arguments) -> bytes it holds meanwhile
     ) -> None:
         super().__init__()
-        self.granule, self.within = granule, within
+        self.shapes, self.granule, self.within = shapes, granule, within
         self.total = 0
         self.kinds: Counter[str] = Counter()
         self.layers: Counter[int] = Counter()  # bytes of kind "activations" by the layer that made them
@@ -87,16 +86,17 @@ class LiveBytes(TorchDispatchMode):
         place = max(self.peaks, key=lambda at: self.peaks[at].n_bytes)
         return place, self.peaks[place]
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else the first operator imports torch._dynamo, a second's work, to switch off what is not on
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            dtype = args[0].dtype
-            return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
-        if func is torch.ops.aten.add.Tensor and isinstance(args[0], FakeTensor) and _called_by_autograd():
+        if self.shapes and func is torch.ops.aten.add.Tensor and _called_by_autograd():
             func = torch.ops.aten.add_.Tensor
         within = self.within(func, args) if self.within else 0
-        out = func(*args, **(kwargs or {}))
+        out = run_on_shapes(func, args, kwargs or {}) if self.shapes else func(*args, **(kwargs or {}))
         kind = self.kind
         if func is torch.ops.aten._to_copy.default and self._kind_of(args[0]) in ("weights", "adapters"):
             kind = "casts"  # autocast's copy of a weight, kept until the backward pass has used it

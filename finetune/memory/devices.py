@@ -1,22 +1,11 @@
 """What a device's memory holds that operators' results don't show: its allocator's granule, its libraries' workspace, and
 what operators take and give back within themselves. The GPU's figures are read from source; bench/gpu_memory.py checks them."""
 
-import pkgutil
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from importlib import import_module
-from importlib.util import find_spec
+from collections.abc import Sequence
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
-
-from ... import kernels
-from ...kernels import dispatch
-from ...kernels.cross_entropy import torch_cross_entropy
-from ...kernels.nf4 import linear as nf4_linear
 
 CUDA_GRANULE = 512  # bytes that a tensor takes at least a multiple of: c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize
 
@@ -57,49 +46,3 @@ def workspace_bytes(*, backward: bool) -> int:
     hopper = not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] >= 9
     one = 32 * 2**20 if hopper else 2 * 4096 * 1024 + 8 * 16 * 1024
     return 2 * one if backward else one
-
-
-@contextmanager
-def few_chunks() -> Iterator[None]:
-    """Within the block the loss on the CPU looks at its first two chunks of tokens and its last one, for fake tensors: those
-    between take the same memory, and a batch of 4,096 sequences has hundreds."""
-
-    def ends(kept: Tensor, block: int) -> Sequence[Tensor]:
-        chunks = kept.split(block)
-        return chunks if len(chunks) < 4 else (*chunks[:2], chunks[-1])
-
-    with patch.object(torch_cross_entropy, "in_chunks", ends):
-        yield
-
-
-@contextmanager
-def kernels_as_on_gpu() -> Iterator[None]:
-    """Within the block `backend="auto"` chooses as for CUDA tensors, whatever the device, and 4-bit products are not tiled.
-
-    For fake tensors, where Triton's operators only say what they would return; without Triton its kernels' torch forms run.
-    """
-    with ExitStack() as stack:
-        stack.enter_context(patch.object(nf4_linear, "TILE", 2**62))  # tiles are the CPU's
-        for found in pkgutil.iter_modules(kernels.__path__) if find_spec("triton") else ():
-            if not found.ispkg:
-                continue
-            package = import_module(f"{kernels.__name__}.{found.name}")
-            if not any(part.name.startswith("triton_") for part in pkgutil.iter_modules(package.__path__)):
-                continue
-            for name, module in list(sys.modules.items()):
-                if f"{name}.".startswith(f"{package.__name__}.") and hasattr(module, "choose_backend"):
-                    stack.enter_context(patch.object(module, "choose_backend", _choose_for_gpu))
-        yield
-
-
-def _choose_for_gpu(
-    kernel: str,
-    backend: dispatch.Backend,
-    tensors: Sequence[Tensor],
-    *,
-    dtypes: Sequence[torch.dtype] = dispatch.FLOATS,
-    unsupported: str | None = None,
-) -> dispatch.Chosen:
-    if backend != "auto":
-        return dispatch.choose_backend(kernel, backend, tensors, dtypes=dtypes, unsupported=unsupported)
-    return "triton" if unsupported is None and all(t.dtype in dtypes for t in tensors) else "torch"

@@ -90,7 +90,7 @@ def measure(config: ModelConfig, settings: MemorySettings, *, device: str = "aut
 def _whole_step(config: ModelConfig, settings: MemorySettings, device: str) -> None:
     """From nothing to one update. The model is placed tensor by tensor in its final form, which is never the peak."""
     model = shaped_model(config, settings)
-    place_(model, device, values=True)
+    place_(model, device)
     if settings.method == "generate":
         run_generation(model, settings, device)
     else:

@@ -8,18 +8,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...base.device import resolve_device
 from ...base.model.config import ModelConfig
 from ...base.train import TrainConfig
+from ...kernels.dispatch import predicting
 from ..adapters.lora import LoraConfig
 from .count import LiveBytes, Peak, Place
-from .devices import CUDA_GRANULE, cpu_bytes_within, cuda_bytes_within, few_chunks, kernels_as_on_gpu, workspace_bytes
+from .devices import CUDA_GRANULE, cpu_bytes_within, cuda_bytes_within, workspace_bytes
 from .settings import MemorySettings, read_model_config
-from .step import make_optimizer, place_, run_generation, run_training_step, shaped_model
+from .shapes import ShapeTensor
+from .step import make_optimizer, run_generation, run_training_step, shaped_model
 
-SAMPLES = (3, 4)  # layers of the models that are run in place of a deeper one
+SAMPLES = (3, 4)  # repetitions of a group of layers that are run in place of more
+LONGEST_GROUP = 8  # layers that may repeat as a group, such as five with a window and one without
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,11 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Predict the memory of one step: forward, backward, clipping and update run on fake tensors and every byte is counted.
 
-    Needs no GPU and no memory. Models of more than 4 layers are run with 3 and with 4, and what each layer adds is added for the
-    rest: exact, since all layers are equal. For `cuda` each tensor is rounded up to 512 bytes and cuBLAS's workspace is added, as
-    torch.cuda.max_memory_allocated counts them. Not covered: fragmentation and the CUDA context (about 0.5 GB outside the
-    allocator), memory that a library takes within one operator, and other processes. Raises ValueError for unknown names.
+    Needs no GPU and no memory. Layers that repeat, singly or as a group, are run 3 times and 4 times, and what each repetition
+    adds is added for the rest: exact, since their specs are equal. For `cuda` each tensor is rounded up to 512 bytes and
+    cuBLAS's workspace is added, as torch.cuda.max_memory_allocated counts them. Not covered: fragmentation and the CUDA context
+    (about 0.5 GB outside the allocator), memory that a library takes within one operator, and other processes. Raises
+    ValueError for unknown names.
     """
     settings = MemorySettings(
         method, batch_size, micro_batch, seq_len, dtype, optimizer, checkpointing, rank, tuple(targets), double_quant
@@ -91,15 +94,13 @@ def estimate(
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"device {device!r} is not supported; choose auto, cpu or cuda")
     by_path = any("." in target for target in settings.targets)  # such targets make layers differ
-    few, more = SAMPLES
-    if whole or by_path or config.n_layers <= more:
+    start, size, n_groups = (0, 1, 0) if whole or by_path else repeated_group(config)
+    more = SAMPLES[1]
+    if n_groups <= more:
         run = _run(config, settings, kind)
     else:
-        run = _extrapolate(
-            _run(replace(config, n_layers=few), settings, kind),
-            _run(replace(config, n_layers=more), settings, kind),
-            config.n_layers,
-        )
+        runs = [_run(with_groups(config, start, size, n_groups, keep=n), settings, kind) for n in SAMPLES]
+        run = _extrapolate(*runs, start=start, size=size, steps=n_groups - more)
     return _summarize(run, config, settings, kind)
 
 
@@ -172,15 +173,14 @@ def _run(config: ModelConfig, settings: MemorySettings, device: str) -> _Run:
     """The step on a fake model. The tensors are the CPU's throughout, since fake CUDA ones need a CUDA build of PyTorch; for
     a GPU the kernels are chosen as there."""
     on_gpu = device == "cuda"
-    model = shaped_model(config, settings)
-    counter = (
-        LiveBytes(granule=CUDA_GRANULE, within=cuda_bytes_within) if on_gpu else LiveBytes(within=cpu_bytes_within)
-    )
-    with kernels_as_on_gpu() if on_gpu else few_chunks(), FakeTensorMode():
-        place_(model, "cpu", values=False)
+    granule, within = (CUDA_GRANULE, cuda_bytes_within) if on_gpu else (1, cpu_bytes_within)
+    counter = LiveBytes(shapes=True, granule=granule, within=within)
+    with predicting(device):
+        model = shaped_model(config, settings)
         sizes = count_model(model, counter)
         if on_gpu:
-            workspace = torch.empty(workspace_bytes(backward=settings.method != "generate"), dtype=torch.uint8)
+            n_bytes = workspace_bytes(backward=settings.method != "generate")
+            workspace = ShapeTensor(torch.empty(n_bytes, dtype=torch.uint8, device="meta"))
             counter.add([workspace], "workspace")
         with counter:
             if settings.method == "generate":
@@ -211,29 +211,59 @@ def count_model(model: nn.Module, counter: LiveBytes) -> Counter[str]:
     )
 
 
-def _extrapolate(few: _Run, more: _Run, n_layers: int) -> _Run:
-    """From runs of 3 and of 4 layers to any number.
+def repeated_group(config: ModelConfig) -> tuple[int, int, int]:
+    """(first layer, layers in a group, how often the group repeats) of the repetition that leaves out the most layers.
 
-    At each place (the first layer's backward pass, say) bytes grow by the same amount with every layer added anywhere else.
-    Between the first two and the last layers they change by the same amount from layer to layer, so the ends hold the peak.
+    (0, 1, n_layers) where all layers are equal; (0, 6, 8) for 48 layers of which each sixth sees everything.
     """
-    steps = n_layers - more.n_layers
+    specs = [config.layer(i) for i in range(config.n_layers)]
+    best = (0, 1, 1)
+    for size in range(1, min(LONGEST_GROUP, config.n_layers) + 1):
+        start = 0
+        while start + size <= config.n_layers:
+            end = start + size
+            while end < config.n_layers and specs[end] == specs[end - size]:
+                end += 1
+            n = (end - start) // size
+            if (n - 1) * size > (best[2] - 1) * best[1]:
+                best = (start, size, n)
+            start = max(start + 1, end - size + 1)
+    return best
+
+
+def with_groups(config: ModelConfig, start: int, size: int, n_groups: int, *, keep: int) -> ModelConfig:
+    """The config with only `keep` repetitions of the group that repeated_group found."""
+    left_out = range(start + keep * size, start + n_groups * size)
+    layers = [i for i in range(config.n_layers) if i not in left_out]
+    slides = config.sliding_layers and tuple(config.sliding_layers[i] for i in layers)
+    return replace(config, n_layers=len(layers), sliding_layers=slides)
+
+
+def _extrapolate(few: _Run, more: _Run, *, start: int, size: int, steps: int) -> _Run:
+    """From runs with 3 and with 4 repetitions of a group to `steps` more than 4.
+
+    At each place (the first layer's backward pass, say) bytes grow by the same amount with every group added anywhere else.
+    Between the first two and the last groups they change by the same amount from group to group, so the ends hold the peak.
+    """
+    aligned_from_end = start + 2 * size  # layers from the third group on are counted from the end
     peaks = {}
     for place, peak in more.peaks.items():
         phase, where = place
-        if isinstance(where, int) and where >= 2:  # the last two are aligned from the end
-            before, after = (phase, where - 1), (phase, where + steps)
+        if isinstance(where, int) and where >= aligned_from_end:
+            before, after = (phase, where - size), (phase, where + steps * size)
         else:
             before, after = place, place
         peaks[after] = _further(few.peaks[before], peak, steps)
     sizes = Counter({key: n + steps * (n - few.sizes[key]) for key, n in more.sizes.items()})
-    kept = [more.kept[0], *[more.kept[1]] * (n_layers - 3), *more.kept[2:]]
-    return _Run(n_layers, sizes, kept, peaks)
+    group = more.kept[start + size : aligned_from_end]
+    kept = [*more.kept[:aligned_from_end], *group * steps, *more.kept[aligned_from_end:]]
+    return _Run(more.n_layers + steps * size, sizes, kept, peaks)
 
 
 def _further(few: Peak, more: Peak, steps: int) -> Peak:
+    """What a peak becomes with `steps` more groups; bytes that neither run has are none."""
     kinds = {
-        kind: n + steps * (n - few.kinds[kind]) for kind in {**few.kinds, **more.kinds} if (n := more.kinds[kind]) or 1
+        kind: more.kinds[kind] + steps * (more.kinds[kind] - few.kinds[kind]) for kind in {**few.kinds, **more.kinds}
     }
     return Peak(more.n_bytes + steps * (more.n_bytes - few.n_bytes), Counter(kinds))
 

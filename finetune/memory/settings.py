@@ -4,12 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from ...base.checkpoint import read_json
-from ...base.dtypes import DTYPES
 from ...base.model.config import PRESETS, ModelConfig, preset
-from ...base.model.huggingface import config_from_dict, load_config
-from ..adapters.lora import ALL_LINEAR
-from ..optimizers import OPTIMIZERS
 
 Method = Literal["full", "lora", "qlora", "generate"]
 METHODS = ("full", "lora", "qlora", "generate")
@@ -28,10 +23,13 @@ class MemorySettings:
     optimizer: str = "adamw"
     checkpointing: bool = True  # recompute each layer in the backward pass
     rank: int = 16  # of the adapters
-    targets: tuple[str, ...] = (ALL_LINEAR,)  # which linears have one
+    targets: tuple[str, ...] = ("all-linear",)  # which linears have one
     double_quant: bool = True
 
     def __post_init__(self) -> None:
+        from ...base.dtypes import DTYPES  # not above: `graft plan` reads this file and needs no torch
+        from ..optimizers import OPTIMIZERS
+
         if self.method not in METHODS:
             raise ValueError(f"unknown method {self.method!r}; choose {', '.join(METHODS)}")
         if self.dtype not in DTYPES:
@@ -62,10 +60,13 @@ def read_model_config(source: ModelConfig | Path | str) -> ModelConfig:
         found = preset(str(source))
         return replace(found, vocab_size=SMALL_VOCAB) if found.vocab_size == 1 else found
     path = Path(source)
+    if not path.exists():
+        raise ValueError(
+            f"{str(source)!r} is no model folder, no config.json and no preset; presets are {', '.join(PRESETS)}"
+        )
+    from ...base.checkpoint import read_json
+    from ...base.model.huggingface import config_from_dict, load_config
+
     if path.is_file():
         return config_from_dict(read_json(path), where=str(path))
-    if path.is_dir():
-        return load_config(path)
-    raise ValueError(
-        f"{str(source)!r} is no model folder, no config.json and no preset; presets are {', '.join(PRESETS)}"
-    )
+    return load_config(path)

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from ...base.dtypes import dtype_named
 from ...base.loss import n_labels, next_token_loss
 from ...base.model.config import ModelConfig
-from ...base.model.huggingface import empty_model
 from ...base.model.kv_cache import KVCache
 from ...base.model.transformer import Transformer
 from ...base.optim.adamw import AdamW
@@ -21,51 +20,53 @@ from ...quant.linear import quantize_linears_
 from ..adapters.lora import LoraConfig, attach_lora
 from .count import LiveBytes
 from .settings import MemorySettings
+from .shapes import ShapeTensor
 
 
 def shaped_model(config: ModelConfig, settings: MemorySettings) -> Transformer:
-    """The model as the method has it, on the meta device: every dtype and shape, no memory."""
-    model = empty_model(config)
-    if settings.method == "full":
-        return model
-    dtype = dtype_named(settings.dtype)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    if settings.method == "qlora":
-        quantize_linears_(model, double_quant=settings.double_quant)
-    if settings.method in ("lora", "qlora"):
-        with torch.device("meta"):
+    """The model as the method trains it, of ShapeTensors: every dtype and shape, no memory."""
+    with LiveBytes(shapes=True):
+        model = Transformer(config)
+        if settings.method == "full":
+            return model
+        dtype = dtype_named(settings.dtype)
+        replace_tensors_(model, lambda tensor: tensor.to(dtype))
+        if settings.method == "qlora":
+            quantize_linears_(model, double_quant=settings.double_quant)
+        if settings.method in ("lora", "qlora"):
             attach_lora(model, LoraConfig(rank=settings.rank, targets=settings.targets))
-    else:
-        model.requires_grad_(False)
+        else:
+            model.requires_grad_(False)
     return model
 
 
-def place_(model: nn.Module, device: torch.device | str, *, values: bool) -> None:
-    """Give a model's meta tensors memory (fake memory inside a FakeTensorMode), with small random values if asked.
+def place_(model: nn.Module, device: torch.device | str) -> None:
+    """Give a model's ShapeTensors memory, with small random values: memory does not depend on them, but the step has to stay
+    finite. Other tensors are left alone."""
 
-    Memory does not depend on the values; they only have to be such that the step stays finite. Others are left alone.
-    """
-    placed: dict[int, Tensor] = {}  # a tensor that two modules share stays shared
+    def random(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, ShapeTensor):
+            return tensor
+        fresh = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        return fresh.normal_(0.0, 0.02) if fresh.is_floating_point() else fresh.random_(0, 256)
+
+    replace_tensors_(model, random)
+
+
+@torch.no_grad()
+def replace_tensors_(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
+    """Put make(tensor) in the place of each parameter and buffer; a tensor that two modules share stays shared."""
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # id of the old one -> old (so that no other gets its id) and new
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is None or not tensor.is_meta:
+            for name, old in tensors.items():
+                if old is None:
                     continue
-                if id(tensor) not in placed:
-                    fresh = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-                    if values:
-                        _fill_(fresh)
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    placed[id(tensor)] = nn.Parameter(fresh, tensor.requires_grad) if is_parameter else fresh
-                tensors[name] = placed[id(tensor)]  # pyright: ignore[reportArgumentType]
-
-
-def _fill_(tensor: Tensor) -> None:
-    if tensor.is_floating_point():
-        tensor.normal_(0.0, 0.02)
-    else:
-        tensor.random_(0, 256)
+                if id(old) not in made:
+                    new = make(old)
+                    is_parameter = isinstance(old, nn.Parameter) and new is not old
+                    made[id(old)] = old, nn.Parameter(new, old.requires_grad) if is_parameter else new
+                tensors[name] = made[id(old)][1]  # pyright: ignore[reportArgumentType]
 
 
 def make_optimizer(model: nn.Module, settings: MemorySettings) -> Optimizer:

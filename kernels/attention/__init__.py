@@ -5,8 +5,8 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
+from ..checks import readable
 from ..dispatch import Backend, choose_backend, name_of
 from .reference import attention_reference
 from .sdpa import attention_torch
@@ -117,7 +117,7 @@ def _check(
             raise ValueError(
                 f"key_lengths has shape {tuple(key_lengths.shape)}; it must hold one length a row: ({q.shape[0]},)"
             )
-        if _readable(key_lengths) and key_lengths.numel():
+        if readable(key_lengths) and key_lengths.numel():
             low, high = int(key_lengths.min()), int(key_lengths.max())
             if low < 0 or high > k.shape[2]:
                 raise ValueError(f"key_lengths span {low}..{high}; each must be in 0..{k.shape[2]}, the keys there are")
@@ -127,7 +127,7 @@ def _check_borders(cu_seqlens: Tensor, T: int, device: torch.device) -> None:
     _check_ints("cu_seqlens", cu_seqlens, device)
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
         raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; it must be (n_docs + 1,) with n_docs >= 1")
-    if _readable(cu_seqlens):
+    if readable(cu_seqlens):
         borders = cu_seqlens.tolist()
         if borders[0] != 0 or borders[-1] > T or any(a > b for a, b in pairwise(borders)):
             shown = f"{borders[:8]}{'...' if len(borders) > 8 else ''}"
@@ -139,8 +139,3 @@ def _check_ints(name: str, tensor: Tensor, device: torch.device) -> None:
         raise ValueError(
             f"{name} is {name_of(tensor.dtype)} on {tensor.device}; it must be int32 on {device}, where q is"
         )
-
-
-def _readable(tensor: Tensor) -> bool:
-    """Whether looking at the values costs nothing: on the CPU, outside torch.compile, not a FakeTensor."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(tensor, FakeTensor)

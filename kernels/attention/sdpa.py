@@ -5,8 +5,8 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
+from ..checks import has_values
 from .reference import attention_reference, visible
 
 
@@ -40,7 +40,7 @@ def attention_torch(
             cu_seqlens=cu_seqlens,
             key_lengths=key_lengths,
         )
-    if cu_seqlens is not None and not torch.compiler.is_compiling() and not isinstance(cu_seqlens, FakeTensor):
+    if cu_seqlens is not None and has_values(cu_seqlens):
         return _by_document(q, k, v, cu_seqlens.tolist(), causal, scale, window)
     if window is not None and window >= S:
         window = None

@@ -8,13 +8,12 @@ and is multiplied into the gradients of hidden and weight at once, so the backwa
 as autograd does, and no logits kept. Ignored tokens are left out of every product. bench.py prints memory and time.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from ..checks import accumulator, readable
 from ..cpu_loops import has_memory
+from ..dispatch import sampled
 
 # Bytes of float32 logits; 2048 x 256 x 8192, one core: 378 ms at 2 MB, 306 at 16, 318 at 32; plain 434.
 CHUNK_BYTES = 16 << 20
@@ -24,11 +23,6 @@ MIN_ROWS = 128  # each chunk reads and writes weight's gradient, so a large V mu
 def chunk_rows(V: int) -> int:
     """Tokens a chunk."""
     return max(MIN_ROWS, CHUNK_BYTES // (4 * V))
-
-
-def in_chunks(kept: Tensor, block: int) -> Sequence[Tensor]:
-    """The tokens' places, `block` at a time."""
-    return kept.split(block)
 
 
 def chunked_pass(
@@ -55,7 +49,7 @@ def chunked_pass(
     kept = keep.nonzero().squeeze(1) if readable(targets) else torch.arange(N, device=targets.device)
     block = chunk_rows(V)
     logits = hidden.new_empty(min(block, kept.shape[0]), V)  # one buffer: a fresh one each time costs its page faults
-    for rows in in_chunks(kept, block):
+    for rows in sampled(kept.split(block)):
         h, weigh = hidden[rows], keep[rows].to(wide)  # (C, D), (C,)
         label = targets[rows].where(keep[rows], 0)  # (C,)
         p = torch.mm(h, weight.T, out=logits[: len(rows)]).to(wide)  # (C, V), logits now; soon their gradient

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..dispatch import Backend, choose_backend
+from ..dispatch import Backend, choose_backend, predicted_device, sampled
 from . import reference
 from .ops import dequantize_4bit
 from .weight import NESTED_BLOCK_SIZE, PackedWeight, check_block_size
@@ -38,7 +38,11 @@ class Linear4bit(torch.autograd.Function):
             return torch.ops.graft.linear_4bit.default(x, bias, tensors, block_size, shape)
         weight, parts = PackedWeight.of(tensors, block_size, shape), []
         with without_autocast(x):
-            for rows in row_tiles(shape, block_size, x.device):
+            end = 0
+            for rows in sampled(row_tiles(shape, block_size, x.device)):
+                if rows.start > end:  # a prediction: of the tiles between, only what they leave behind counts
+                    parts.append(x.new_empty(*x.shape[:-1], rows.start - end))
+                end = rows.stop
                 tile = dequantize_4bit(rows_of(weight, rows), x.dtype)
                 parts.append(F.linear(x, tile, None if bias is None else bias[rows]))
                 del tile  # before the next one is made
@@ -53,7 +57,7 @@ class Linear4bit(torch.autograd.Function):
         elif ctx.needs_input_grad[0]:
             weight = PackedWeight.of(tensors, ctx.block_size, ctx.shape)
             with without_autocast(grad):
-                for rows in row_tiles(ctx.shape, ctx.block_size, grad.device):
+                for rows in sampled(row_tiles(ctx.shape, ctx.block_size, grad.device)):
                     tile = dequantize_4bit(rows_of(weight, rows), grad.dtype)
                     part = grad[..., rows] @ tile
                     # several parts are summed in float32 at least
@@ -106,7 +110,7 @@ def row_tiles(shape: tuple[int, int], block_size: int, device: torch.device) -> 
     unit = block_size * NESTED_BLOCK_SIZE
     aligned = unit // gcd(unit, in_features)  # rows from one possible start to the next
     step = max(1, TILE // in_features // aligned) * aligned
-    if device.type != "cpu" or step >= out_features:
+    if (predicted_device() or device.type) != "cpu" or step >= out_features:
         return [slice(0, out_features)]
     return [slice(start, min(start + step, out_features)) for start in range(0, out_features, step)]
 

@@ -1,6 +1,5 @@
 """Memory before the run: against the allocator, by hand, and the extrapolation over layers against the whole model."""
 
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +10,16 @@ import graft
 from graft.base.model.config import ModelConfig, preset
 from graft.base.train import TrainConfig
 from graft.finetune.adapters.lora import LoraConfig
-from graft.finetune.memory import predict
 from graft.finetune.memory.measure import measure, measure_memory
-from graft.finetune.memory.predict import estimate, estimate_memory, fits, free_bytes, predict_run
+from graft.finetune.memory.predict import (
+    estimate,
+    estimate_memory,
+    fits,
+    free_bytes,
+    predict_run,
+    repeated_group,
+    with_groups,
+)
 from graft.finetune.memory.settings import MemorySettings, read_model_config
 from graft.kernels.cross_entropy import torch_cross_entropy
 
@@ -71,12 +77,31 @@ def test_extrapolation_over_layers_is_exact(method: str, checkpointing: bool) ->
     assert estimate(config, settings, device="cpu") == estimate(config, settings, device="cpu", whole=True)
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("pattern", [(True, False) * 5, (False, *(True, True, False) * 5, True)])
+def test_extrapolation_over_groups_of_unlike_layers_is_exact(pattern: tuple[bool, ...], method: str) -> None:
+    """Law: layers that alternate between a window and none, also behind others; every field equals the whole run's."""
+    config = replace(SMALL, n_layers=len(pattern), sliding_window=8, sliding_layers=pattern)
+    settings = MemorySettings(method, seq_len=48, checkpointing=False)
+    assert estimate(config, settings, device="cpu") == estimate(config, settings, device="cpu", whole=True)
+
+
+def test_repeated_groups_by_hand() -> None:
+    """By hand: equal layers repeat singly; of FTTFTTFTT all nine repeat by threes; a group of 4 of 6 leaves two out."""
+    assert repeated_group(replace(SMALL, n_layers=9)) == (0, 1, 9)
+    config = replace(SMALL, n_layers=9, sliding_window=8, sliding_layers=(False, True, True) * 3)
+    assert repeated_group(config) == (0, 3, 3)
+    assert with_groups(config, 0, 3, 3, keep=2).sliding_layers == (False, True, True) * 2
+    config = replace(SMALL, n_layers=6, sliding_window=8, sliding_layers=(False, True, True, True, True, False))
+    assert repeated_group(config) == (1, 1, 4)
+
+
 def test_few_chunks_of_the_loss_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Law: what is predicted from the first and last chunks of tokens is what all of them give, field by field."""
     monkeypatch.setattr(torch_cross_entropy, "CHUNK_BYTES", 4 * SMALL.vocab_size)
     settings = MemorySettings("full", batch_size=11, seq_len=90)
     few = estimate(SMALL, settings, device="cpu")
-    monkeypatch.setattr(predict, "few_chunks", nullcontext)
+    monkeypatch.setattr(torch_cross_entropy, "sampled", lambda chunks: chunks)
     assert few == estimate(SMALL, settings, device="cpu")
 
 

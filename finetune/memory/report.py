@@ -9,7 +9,7 @@ from .predict import fits, predict_run
 from .units import say_bytes
 
 
-def announce(
+def print_prediction(
     config: ModelConfig,
     train: TrainConfig,
     device: str,
