@@ -6,10 +6,12 @@ Only the positions that `mask` names reach the head: prompts and padding cost no
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ...base.model.transformer import Transformer
@@ -69,18 +71,48 @@ def head_logprobs(
     """log p(label) and entropy, (N,) and (N,), in nats. Each chunk of logits is computed again in the backward pass."""
 
     def chunk(h: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        logits = head(h)
-        log_p = F.log_softmax(logits.to(accumulator(logits.dtype)) / temperature, -1)  # (C, V)
-        return log_p.gather(1, label.unsqueeze(1)).squeeze(1), -(log_p.exp() * log_p).sum(1)
+        return ScoreRows.apply(head(h), label, temperature)  # pyright: ignore[reportReturnType]
 
-    n = max(1, hidden.shape[0])
-    split = zip(hidden.split(min(n, chunk_rows(n_vocab))), labels.split(min(n, chunk_rows(n_vocab))), strict=True)
+    size = min(max(1, hidden.shape[0]), chunk_rows(n_vocab))
+    pieces = zip(hidden.split(size), labels.split(size), strict=True)
     if torch.is_grad_enabled():
-        parts = [checkpoint(chunk, h, label, use_reentrant=False) for h, label in split]
+        parts = [checkpoint(chunk, h, label, use_reentrant=False) for h, label in pieces]
     else:
-        parts = [chunk(h, label) for h, label in split]
+        parts = [chunk(h, label) for h, label in pieces]
     logp, entropy = (torch.cat(values) for values in zip(*parts, strict=True))
     return logp, entropy
+
+
+class ScoreRows(torch.autograd.Function):
+    """log p(label) and entropy H of each row of logits (C, V), (C,) and (C,); z = logits / temperature, p = softmax(z):
+
+        d log p(label) / d z = onehot(label) - p,    d H / d z = -p (log p + H)
+
+    One tensor is kept for both, and every backward pass reads it. With operators of their own, what an unused entropy keeps
+    would wait in `checkpoint` until the last chunk is done: all logits at once again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        log_p = F.log_softmax(logits.to(accumulator(logits.dtype)) / temperature, -1)  # (C, V)
+        entropy = torch.special.entr(log_p.exp()).sum(1)
+        ctx.save_for_backward(log_p, labels, entropy)
+        ctx.set_materialize_grads(False)
+        ctx.temperature, ctx.dtype = temperature, logits.dtype
+        return log_p.gather(1, labels.unsqueeze(1)).squeeze(1), entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        d_logp, d_entropy = grads
+        log_p, labels, entropy = ctx.saved_tensors
+        p = log_p.exp()
+        d_logits = torch.zeros_like(p) if d_logp is None else p * -d_logp.unsqueeze(1)
+        if d_logp is not None:
+            d_logits.scatter_add_(1, labels.unsqueeze(1), d_logp.unsqueeze(1))
+        if d_entropy is not None:
+            d_logits += d_entropy.unsqueeze(1) * (torch.special.entr(p) - p * entropy.unsqueeze(1))
+        return d_logits.div_(ctx.temperature).to(ctx.dtype), None, None
 
 
 def _spread(values: Tensor, mask: Tensor) -> Tensor:
