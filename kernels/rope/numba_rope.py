@@ -25,7 +25,10 @@ def _turn(x_at, out_at, cos_at, sin_at, first, last, period, heads, half, sign):
         cos, sin = carray(pointer(cos_at + angle), half, np.float32), carray(pointer(sin_at + angle), half, np.float32)
         for head in range(heads):  # each half is an array that starts at 0: no check for a negative index
             start, right = 4 * (token * heads + head) * 2 * half, 4 * half
-            a, b = carray(pointer(x_at + start), half, np.float32), carray(pointer(x_at + start + right), half, np.float32)
+            a, b = (
+                carray(pointer(x_at + start), half, np.float32),
+                carray(pointer(x_at + start + right), half, np.float32),
+            )
             out_a = carray(pointer(out_at + start), half, np.float32)
             out_b = carray(pointer(out_at + start + right), half, np.float32)
             for i in range(half):  # two loops: LLVM vectorizes one that writes one place
