@@ -1,4 +1,4 @@
-"""e^x and the largest of a row in float32, written so that LLVM turns the loops around them into vector instructions.
+"""e^x in float32 and the order of float32s as integers, written so that LLVM turns the loops around them into vector instructions.
 
 Numba's own exp is a call of the C library for each value: SVML, which it could use, is not in its wheels.
 """

@@ -47,10 +47,10 @@ def rope(
         )
     if inplace and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         raise ValueError("rope: inplace=True, but gradients of q or k are recorded; call it under torch.no_grad()")
-    if not inplace and takes_loops("rope", backend, [q, k, cos, sin]):
+    if takes_loops("rope", backend, [q, k, cos, sin]):
         from .numba_rope import rope_numba
 
-        return rope_numba(q, k, cos, sin)
+        return rope_numba(q, k, cos, sin, inplace=inplace)
     chosen = choose_backend("rope", backend, [q, k, cos, sin])
     if chosen == "reference":
         rotated = rope_reference(q, k, cos, sin)

@@ -69,6 +69,9 @@ class RopeLoops(torch.autograd.Function):
         return rotate(dq, cos, sin, -1), rotate(dk, cos, sin, -1), None, None
 
 
-def rope_numba(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def rope_numba(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, inplace: bool = False) -> tuple[Tensor, Tensor]:
     """The same function as `rope_reference`, for float32."""
+    if inplace:
+        cos, sin = rows_of(cos), rows_of(sin)
+        return q.copy_(rotate(q, cos, sin, 1)), k.copy_(rotate(k, cos, sin, 1))
     return RopeLoops.apply(q, k, cos, sin)

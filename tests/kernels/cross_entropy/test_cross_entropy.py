@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from graft.kernels.cross_entropy import linear_cross_entropy, torch_cross_entropy
 
 TRITON = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") else []  # CPU tensors here
-BACKENDS = ["reference", "torch", *TRITON]
+BACKENDS = ["reference", "torch", *(["numba"] if find_spec("numba") else []), *TRITON]
 REDUCTIONS = ["mean", "sum", "none"]
 MODULE = "graft.kernels.cross_entropy.triton_cross_entropy"
 

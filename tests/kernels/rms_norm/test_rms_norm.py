@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from graft.kernels.rms_norm import rms_norm
 
 TRITON = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") else []  # CPU tensors here
-BACKENDS = ["reference", "torch", *TRITON]
+BACKENDS = ["reference", "torch", *(["numba"] if find_spec("numba") else []), *TRITON]
 MODULE = "graft.kernels.rms_norm.triton_rms_norm"
 
 
