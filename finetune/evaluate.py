@@ -102,7 +102,8 @@ def write_answers(
     pairs = [split_answer(record) for record in records]
     prompts = [
         start_ids(
-            encode_prompt(prompt, tokenizer, template, tools=record.tools, args=record.template_args).tolist(), tokenizer
+            encode_prompt(prompt, tokenizer, template, tools=record.tools, args=record.template_args).tolist(),
+            tokenizer,
         )
         for record, (prompt, _) in zip(records, pairs, strict=True)
     ]

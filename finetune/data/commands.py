@@ -13,9 +13,13 @@ def inspect(
     max_seq_len: Annotated[int | None, typer.Option("--max-seq-len", help="Tokens a row may have.")] = None,
     on_too_long: Annotated[str, typer.Option("--on-too-long", help="auto, cut, drop, split or error.")] = "auto",
     on_empty: Annotated[str, typer.Option("--on-empty", help="drop or error.")] = "error",
-    special_tokens: Annotated[str, typer.Option("--special-tokens", help="text or tokens, where data spells them.")] = "text",
+    special_tokens: Annotated[
+        str, typer.Option("--special-tokens", help="text or tokens, where data spells them.")
+    ] = "text",
     chat_template: Annotated[str | None, typer.Option("--chat-template", help="Name or file of a template.")] = None,
-    template_arg: Annotated[list[str] | None, typer.Option("--template-arg", help="key=value for the template.")] = None,
+    template_arg: Annotated[
+        list[str] | None, typer.Option("--template-arg", help="key=value for the template.")
+    ] = None,
     field: Annotated[list[str] | None, typer.Option("--field", help="Other field names: prompt=question.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object of counts.")] = False,
 ) -> None:

@@ -63,7 +63,9 @@ class DatasetReport:
         if self.n_split:
             said.append(f"{self.n_split:,} records are longer than {limit:,} tokens and became windows")
         if self.n_dropped:
-            said.append(f"{self.n_dropped:,} of {self.n_records:,} records are longer than {limit:,} tokens and were dropped")
+            said.append(
+                f"{self.n_dropped:,} of {self.n_records:,} records are longer than {limit:,} tokens and were dropped"
+            )
         if self.n_empty:
             said.append(f"{self.n_empty:,} of {self.n_records:,} records are null or empty and were dropped")
         if self.n_special:
@@ -97,7 +99,9 @@ def encode_dataset(
     rows: list[Encoded] = []
     sources: list[int] = []
     bad: list[str] = []
-    counts = dict.fromkeys(("n_cut", "n_dropped", "n_split", "n_empty", "n_special", "n_lost_labels"), 0)
+    counts: dict[str, int] = dict.fromkeys(
+        ("n_cut", "n_dropped", "n_split", "n_empty", "n_special", "n_lost_labels"), 0
+    )
     for i, record in enumerate(records):
         if progress is not None:
             progress(i, len(records))
@@ -132,9 +136,7 @@ def encode_dataset(
     return rows, report
 
 
-def _fit(
-    whole: Encoded, record: Record, limit: int, options: DatasetOptions, counts: dict[str, int]
-) -> list[Encoded]:
+def _fit(whole: Encoded, record: Record, limit: int, options: DatasetOptions, counts: dict[str, int]) -> list[Encoded]:
     """The record's rows: itself, its windows, its beginning, or none."""
     n = len(whole.ids)
     if not whole.loss_mask[1:].any():

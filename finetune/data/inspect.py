@@ -77,7 +77,9 @@ def inspect_data(
             continue
         try:
             if record.empty is None or options.on_empty == "error":
-                lengths.append(len(encode_whole(record, tokenizer, template, special_tokens=options.special_tokens).ids))
+                lengths.append(
+                    len(encode_whole(record, tokenizer, template, special_tokens=options.special_tokens).ids)
+                )
                 encode_dataset([record], tokenizer, template, limit, options)
             usable.append(record)
         except ValueError as error:
@@ -92,7 +94,9 @@ def inspect_data(
             rows, report = encode_dataset(usable, tokenizer, template, limit, options)
         except ValueError as error:  # every row is too long and dropped
             bad.append(str(error))
-    said = Counter((r.text, r.prompt, r.completion, repr(r.messages), repr(r.chosen), repr(r.rejected)) for r in records)
+    said = Counter(
+        (r.text, r.prompt, r.completion, repr(r.messages), repr(r.chosen), repr(r.rejected)) for r in records
+    )
     return Inspection(
         records=records,
         rows=rows,

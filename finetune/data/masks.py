@@ -133,9 +133,7 @@ def _refuse_dropped(messages: Sequence[Message], owners: list[tuple[int, int]] |
             raise ValueError(f"the chat template drops the assistant's words of message {i}; use another template")
 
 
-def _check_tagged(
-    text: str, messages: Sequence[Message], owners: list[tuple[int, int]] | None, n_prompt: int
-) -> str:
+def _check_tagged(text: str, messages: Sequence[Message], owners: list[tuple[int, int]] | None, n_prompt: int) -> str:
     """The text of a tagged template; tags around the prompt's own turns are taken off, around others' words refused.
 
     Owner positions count the marks that are in the text already.

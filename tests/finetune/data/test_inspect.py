@@ -71,14 +71,20 @@ def test_the_histogram_counts_every_row() -> None:
 
 
 def test_the_command(file: Path, base_dir: Path) -> None:
-    result = CliRunner().invoke(app, ["data", "inspect", str(file), "--base", str(base_dir), "--json", "--on-empty", "drop"])
+    result = CliRunner().invoke(
+        app, ["data", "inspect", str(file), "--base", str(base_dir), "--json", "--on-empty", "drop"]
+    )
     assert result.exit_code == 0, result.output
     assert json.loads(result.output)["n_empty"] == 1
 
 
 def test_fields_and_template_arguments() -> None:
     assert parse_fields(["prompt=question", "completion=answer"]) == {"prompt": "question", "completion": "answer"}
-    assert parse_template_args(["enable_thinking=false", "name=x", "n=3"]) == {"enable_thinking": False, "name": "x", "n": 3}
+    assert parse_template_args(["enable_thinking=false", "name=x", "n=3"]) == {
+        "enable_thinking": False,
+        "name": "x",
+        "n": 3,
+    }
     for wrong in (["prompt"], ["=a"], ["a=b", "a=c"]):
         with pytest.raises(ValueError, match="is not FIELD=NAME"):
             parse_fields(wrong)

@@ -25,16 +25,20 @@ def made_up(
     word = "{{- m['content'] }}"
     parts = []
     for role in ("system", "user", "assistant", "tool"):
-        last = {"always": "true", "last": "loop.last", "not last": "not loop.last"}[end_when if role == "assistant" else "always"]
+        last = {"always": "true", "last": "loop.last", "not last": "not loop.last"}[
+            end_when if role == "assistant" else "always"
+        ]
         end = f"{{%- if {last} %}}{{{{- '{ends[role]}' }}}}{{%- endif %}}"
         body = f"{word}{end}"
         if role == "assistant" and tagged:
             body = "{%- generation %}" + body + "{%- endgeneration %}"
-        parts.append(f"{{%- if m['role'] == '{role}' %}}{{{{- '{opener}{role}{header}' }}}}{body}{{{{- '{between}' }}}}{{%- endif %}}")
+        parts.append(
+            f"{{%- if m['role'] == '{role}' %}}{{{{- '{opener}{role}{header}' }}}}{body}{{{{- '{between}' }}}}{{%- endif %}}"
+        )
     turns = "messages|rejectattr('role','equalto','system')" if system_last else "messages"
     tail = ""
     if system_last:
-        tail = f"{{%- for m in messages if m['role'] == 'system' %}}{{{{- 'NOTE ' + m['content'] + '{ends['system']}' }}}}{{%- endfor %}}"
+        tail = f"{{%- for m in messages if m['role'] == 'system' %}}{{{{- 'NOTE ' + m['content'] + '{ends['system']}' }}}}{{%- endfor %}}"  # noqa: E501
     return (
         f"{{%- for m in {turns} %}}{''.join(parts)}{{%- endfor %}}"
         f"{{%- if add_generation_prompt %}}{{{{- '{opener}assistant{header}' }}}}{{%- else %}}{tail}{{%- endif %}}"
@@ -43,7 +47,9 @@ def made_up(
 
 def words(role: str) -> st.SearchStrategy[str]:
     """Words that tell whose they are: user0 ... user9, with white space around."""
-    return st.lists(st.integers(0, 9), min_size=1, max_size=4).map(lambda ns: " ".join(f"{role[:2].upper()}{n}" for n in ns))
+    return st.lists(st.integers(0, 9), min_size=1, max_size=4).map(
+        lambda ns: " ".join(f"{role[:2].upper()}{n}" for n in ns)
+    )
 
 
 @st.composite
@@ -88,14 +94,17 @@ def test_only_the_assistants_words_carry_loss(source: str, messages: tuple[Messa
 
 def test_most_made_up_templates_are_not_refused(tokenizer: Tokenizer) -> None:
     """Law: refusing everything would pass the test above; here ends after every role, after none and after users only."""
-    chat = tuple({"role": r, "content": c} for r, c in [("user", "US1"), ("assistant", "AS1"), ("user", "US2"), ("assistant", "AS2")])
+    chat = tuple(
+        {"role": r, "content": c}
+        for r, c in [("user", "US1"), ("assistant", "AS1"), ("user", "US2"), ("assistant", "AS2")]
+    )
     options = {"system_last": False, "header": ": ", "between": "\\n", "tagged": False}
     none = dict.fromkeys(("system", "user", "assistant", "tool"), "")
     cases = {
         "AS1<|im_end|>AS2<|im_end|>": made_up(dict.fromkeys(none, "<|im_end|>"), "", end_when="always", **options),
         "AS1\nAS2\n<|endoftext|>": made_up(none, "", end_when="always", **options),
         "AS1\nAS2\n<|endoftext|> ": made_up(none | {"user": "<|im_end|>"}, "", end_when="always", **options),
-        "AS1<|eot_id|>AS2<|eot_id|>": made_up({"system": "<|im_end|>", "user": "<|im_end|>", "tool": "", "assistant": "<|eot_id|>"}, "<|im_start|>", end_when="always", **options),
+        "AS1<|eot_id|>AS2<|eot_id|>": made_up({"system": "<|im_end|>", "user": "<|im_end|>", "tool": "", "assistant": "<|eot_id|>"}, "<|im_start|>", end_when="always", **options),  # noqa: E501
         "AS1AS2<|endoftext|>": made_up(none | {"assistant": "<|endoftext|>"}, "", end_when="last", **options),
     }  # fmt: skip
     for expected, source in cases.items():
@@ -112,7 +121,10 @@ def test_the_end_after_user_turns_only_was_once_passed_over(tokenizer: Tokenizer
         "{% for m in messages %}{{ m.role + ': ' + m.content }}{% if m.role == 'user' or loop.last %}{{ '<|im_end|>' }}"
         "{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
-    chat = tuple({"role": r, "content": c} for r, c in [("user", "a"), ("assistant", "b"), ("user", "secret"), ("assistant", "d")])
+    chat = tuple(
+        {"role": r, "content": c}
+        for r, c in [("user", "a"), ("assistant", "b"), ("user", "secret"), ("assistant", "d")]
+    )
     encoded = encode_whole(Record("r", messages=chat), tokenizer, ChatTemplate(source))
     assert tokenizer.decode(encoded.ids[encoded.loss_mask]) == "bd<|im_end|>"
 
@@ -152,7 +164,10 @@ def test_assistant_first_and_two_in_a_row(name: str, tokenizer: Tokenizer) -> No
     for chat, said in (((a, u, b), ["hello", "again"]), ((u, a, b), ["hello", "again"]), ((a,), ["hello"])):
         encoded = encode_whole(Record("r", messages=chat), tokenizer, template)
         learned = tokenizer.decode(encoded.ids[encoded.loss_mask])
-        assert [part.strip().removeprefix("<think>\n\n</think>").strip() for part in learned.split(str(end))] == [*said, ""]
+        assert [part.strip().removeprefix("<think>\n\n</think>").strip() for part in learned.split(str(end))] == [
+            *said,
+            "",
+        ]
 
 
 # --- named templates: parity with transformers ---------------------------------------------------------------------
@@ -164,7 +179,7 @@ def test_named_templates_mask_as_in_transformers(
 ) -> None:
     chat = tuple(
         {"role": r, "content": c}
-        for r, c in [("system", "be brief"), ("user", "Who are you?"), ("assistant", "a small model"), ("user", "2 + 2?"), ("assistant", "4")]
+        for r, c in [("system", "be brief"), ("user", "Who are you?"), ("assistant", "a small model"), ("user", "2 + 2?"), ("assistant", "4")]  # noqa: E501
     )  # fmt: skip
     options = {"chat_template": template_source(name)}
     expected = theirs.apply_chat_template(list(chat), return_dict=True, return_assistant_tokens_mask=True, **options)
@@ -196,7 +211,9 @@ def test_template_arguments_reach_the_template(tokenizer: Tokenizer, theirs: Pre
 def test_a_template_from_a_file_or_an_unknown_name(tmp_path: Path) -> None:
     (tmp_path / "own.jinja").write_text("{{ messages }}")
     assert template_source(str(tmp_path / "own.jinja")) == "{{ messages }}"
-    with pytest.raises(FileNotFoundError, match="chat template 'chatlm' is no file and none of the known names; choose chatml"):
+    with pytest.raises(
+        FileNotFoundError, match="chat template 'chatlm' is no file and none of the known names; choose chatml"
+    ):
         template_source("chatlm")
 
 
@@ -226,10 +243,12 @@ def test_the_families_of_trl(tmp_path: Path) -> None:
     import re
 
     sources = " ".join(file.read_text(encoding="utf-8") for file in folder.glob("*.jinja"))
-    names = sorted(set(re.findall(r"<\|[a-zA-Z_0-9 ]+\|?>|<｜[^｜]+｜>|<(?:start|end)_of_turn>|</?think>|<turn\|>|</?s>|<bos>|<eos>|<end_of_utterance>", sources)))  # fmt: skip
+    names = sorted(set(re.findall(r"<\|[a-zA-Z_0-9 ]+\|?>|<｜[^｜]+｜>|<(?:start|end)_of_turn>|</?think>|<turn\|>|</?s>|<bos>|<eos>|<end_of_utterance>", sources)))  # fmt: skip # noqa: E501
     (tmp_path / "a.txt").write_text("The fox says hello to the user and the assistant. " * 9)
     tokenizer = Tokenizer.train(
-        [tmp_path / "a.txt"], vocab_size=270 + len(names), special_tokens=list(dict.fromkeys(["<|endoftext|>", "<bos>", *names]))
+        [tmp_path / "a.txt"],
+        vocab_size=270 + len(names),
+        special_tokens=list(dict.fromkeys(["<|endoftext|>", "<bos>", *names])),
     )
     added = tuple(replace(token, special="think" not in token.content) for token in tokenizer.definition.added)
     tokenizer = Tokenizer(replace(tokenizer.definition, added=added, bos="<bos>", eos="<|endoftext|>"))
@@ -246,7 +265,9 @@ def test_the_families_of_trl(tmp_path: Path) -> None:
             text = tokenizer.decode(encoded.ids[encoded.loss_mask])
             for header in ("<｜Assistant｜>", "<|start|>assistant", "<|endoftext|>", "<|user|>", "<think>", "</think>"):
                 text = text.replace(header, "")
-            learned.append(re.sub(r"\s+", " ", re.sub(r"\s*(<\|END_OF_TURN_TOKEN\|>|<\|end\|>|I am|It is)", r"\1", text)).strip())
+            learned.append(
+                re.sub(r"\s+", " ", re.sub(r"\s*(<\|END_OF_TURN_TOKEN\|>|<\|end\|>|I am|It is)", r"\1", text)).strip()
+            )
         ours, theirs = (re.sub(r"<\|(END_OF_TURN_TOKEN|end)\|>", "", text) for text in learned)
         assert re.sub(r"> (?=I|$)", ">", ours) == re.sub(r"> (?=I|$)", ">", theirs), plain.name
         assert "?" not in ours

@@ -8,7 +8,11 @@ import pytest
 from graft.finetune.data.preferences import PreferenceRecord, read_preferences, to_preference
 from graft.finetune.data.records import Record, read_records
 
-U, A, B = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}, {"role": "assistant", "content": "5"}
+U, A, B = (
+    {"role": "user", "content": "2 + 2?"},
+    {"role": "assistant", "content": "4"},
+    {"role": "assistant", "content": "5"},
+)
 
 
 def read(tmp_path: Path, *rows: dict) -> tuple[list[PreferenceRecord], int]:
@@ -38,7 +42,9 @@ def test_layouts(name: str, tmp_path: Path) -> None:
 
 
 def test_strings_stay_strings_and_share_their_beginning(tmp_path: Path) -> None:
-    rows, _ = read(tmp_path, {"prompt": "a", "chosen": "b", "rejected": "c"}, {"chosen": "Q: 1 A: yes", "rejected": "Q: 1 A: no"})
+    rows, _ = read(
+        tmp_path, {"prompt": "a", "chosen": "b", "rejected": "c"}, {"chosen": "Q: 1 A: yes", "rejected": "Q: 1 A: no"}
+    )
     assert [(r.prompt, r.chosen, r.rejected) for r in rows] == [("a", "b", "c"), ("Q: 1 A: ", "yes", "no")]
 
 
@@ -51,13 +57,18 @@ def test_verdicts_are_paired_by_prompt(tmp_path: Path) -> None:
         {"prompt": "a", "completion": "poor", "label": False},
     )
     assert left == 1
-    assert [(r.prompt, r.chosen, r.rejected, r.is_pair) for r in rows] == [("a", "good", "poor", True), ("b", None, "bad", False)]
+    assert [(r.prompt, r.chosen, r.rejected, r.is_pair) for r in rows] == [
+        ("a", "good", "poor", True),
+        ("b", None, "bad", False),
+    ]
     rows, left = read(tmp_path, {"messages": [U, A], "kto_tag": True}, {"messages": [U, B], "label": False})
     assert (left, rows[0].prompt, rows[0].chosen, rows[0].rejected) == (0, (U,), (A,), (B,))
 
 
 def test_a_class_label_is_no_verdict(tmp_path: Path) -> None:
-    (tmp_path / "c.jsonl").write_text(json.dumps({"text": "spam!", "label": True}) + "\n" + json.dumps({"prompt": "a", "completion": "b", "label": 1}))
+    (tmp_path / "c.jsonl").write_text(
+        json.dumps({"text": "spam!", "label": True}) + "\n" + json.dumps({"prompt": "a", "completion": "b", "label": 1})
+    )
     assert [record.is_preference for record in read_records(tmp_path / "c.jsonl")] == [False, False]
 
 
@@ -66,5 +77,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         to_preference(Record("r", prompt="a", chosen="b", rejected="b"))
     with pytest.raises(ValueError, match="r: no rejected answer; give both"):
         to_preference(Record("r", prompt="a", chosen="b"))
-    with pytest.raises(ValueError, match=r"2 rows can't be used: p\.jsonl line 1: no preference; .*; p\.jsonl line 2: no preference"):
+    with pytest.raises(
+        ValueError, match=r"2 rows can't be used: p\.jsonl line 1: no preference; .*; p\.jsonl line 2: no preference"
+    ):
         read(tmp_path, {"text": "a"}, {"prompt": "a", "completion": "b"})

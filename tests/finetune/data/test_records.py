@@ -246,7 +246,10 @@ def test_a_wrong_row_says_what_was_found(tmp_path: Path, row: dict, message: str
         ({"messages": [QA[0], {"role": "assistant", "content": None}]}, "messages[1].content is null"),
         ({"messages": [QA[0], {"role": "assistant", "content": ""}]}, "the assistant says nothing"),
         ({"messages": [QA[0], {"role": "assistant", "content": None, "tool_calls": [{"function": {}}]}]}, None),
-        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": None}]}, "conversations[1].value is null"),
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": None}]},
+            "conversations[1].value is null",
+        ),
     ],
 )
 def test_what_is_empty_is_named(row: dict, empty: str | None, tmp_path: Path) -> None:
@@ -256,7 +259,10 @@ def test_what_is_empty_is_named(row: dict, empty: str | None, tmp_path: Path) ->
 def test_all_bad_rows_are_in_one_message(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": 1}\n{"text": "a"}\n{"text": \nnull\n{"other": 2}\n[1]\n7\n')
-    with pytest.raises(ValueError, match=r"^6 rows can't be used: a\.jsonl line 1: text must be .*; a\.jsonl line 3: not JSON .*; and 1 more$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^6 rows can't be used: a\.jsonl line 1: text must be .*; a\.jsonl line 3: not JSON .*; and 1 more$",
+    ):
         read_records(path)
 
 
@@ -301,7 +307,14 @@ def test_weights_are_shares_and_lose_no_record(tmp_path: Path) -> None:
     a, b = numbered(tmp_path, "a", 6), numbered(tmp_path, "b", 4)
     texts = [record.text for record in read_all([f"{a}=0.7", f"{b}=0.3"])]
     assert texts == [f"a{i % 6}" for i in range(9)] + [f"b{i}" for i in range(4)]
-    assert [r.text for r in read_all([f"{a}=2", f"{b}=2"])] == [f"a{i}" for i in range(6)] + ["b0", "b1", "b2", "b3", "b0", "b1"]
+    assert [r.text for r in read_all([f"{a}=2", f"{b}=2"])] == [f"a{i}" for i in range(6)] + [
+        "b0",
+        "b1",
+        "b2",
+        "b3",
+        "b0",
+        "b1",
+    ]
     with pytest.raises(ValueError, match=r"a\.jsonl has no weight while others have"):
         read_all([a, f"{b}=0.3"])
     for weight in ("0", "-1", "nan", "inf"):
@@ -354,7 +367,9 @@ def test_pipes_and_devices_are_refused(tmp_path: Path) -> None:
         read_all([tmp_path / "b.jsonl"])
 
 
-@pytest.mark.parametrize("text", ['{"text": ' + "[" * 100_000, '{"messages": ' + "[" * 5000 + "]" * 5000 + "}", "1" * 5000])
+@pytest.mark.parametrize(
+    "text", ['{"text": ' + "[" * 100_000, '{"messages": ' + "[" * 5000 + "]" * 5000 + "}", "1" * 5000]
+)
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
 def test_deep_and_huge_json_is_one_line(text: str, name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text if name == "a.jsonl" else f"[{text}]")
@@ -364,8 +379,12 @@ def test_deep_and_huge_json_is_one_line(text: str, name: str, tmp_path: Path) ->
     assert len(str(caught.value)) < 500
 
 
-@pytest.mark.parametrize("value", [1, 1.5, True, [], {}, [1], [None], [[]], {"a": 1}, [{"role": 1}], [{"role": "user"}], [{"content": "a"}]])
-@pytest.mark.parametrize("field", ["text", "prompt", "messages", "conversations", "instruction", "chosen", "tools", "system"])
+@pytest.mark.parametrize(
+    "value", [1, 1.5, True, [], {}, [1], [None], [[]], {"a": 1}, [{"role": 1}], [{"role": "user"}], [{"content": "a"}]]
+)
+@pytest.mark.parametrize(
+    "field", ["text", "prompt", "messages", "conversations", "instruction", "chosen", "tools", "system"]
+)
 def test_wrong_types_are_value_errors(field: str, value: object, tmp_path: Path) -> None:
     """Law: a value of any type in any field is a record or one line, never another exception."""
     others = {"prompt": {"completion": "a"}, "instruction": {"output": "b"}, "chosen": {"prompt": "a", "rejected": "c"},

@@ -57,7 +57,9 @@ def test_a_hostile_template_is_one_line_in_bounded_time(source: str) -> None:
     assert time.process_time() - started < 8
 
 
-@pytest.mark.parametrize("source", ["{% break %}", "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "{{ " + "9" * 5000 + " }}"])
+@pytest.mark.parametrize(
+    "source", ["{% break %}", "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "{{ " + "9" * 5000 + " }}"]
+)
 def test_a_template_that_does_not_compile_is_one_line(source: str) -> None:
     with pytest.raises(ValueError, match="the chat template does not compile: "):
         ChatTemplate(source)

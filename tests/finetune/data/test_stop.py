@@ -60,8 +60,13 @@ def taught(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
     save_model(model_of(tokenizer), place / "base")
     tokenizer.save(place / "base")
     generation = json.loads((place / "base/generation_config.json").read_text())
-    (place / "base/generation_config.json").write_text(json.dumps(generation | {"temperature": 0.6, "top_p": 0.9, "do_sample": True}))
-    rows = [{"messages": [{"role": "user", "content": f"{n} ?"}, {"role": "assistant", "content": f"It is {n}."}]} for n in "24"]
+    (place / "base/generation_config.json").write_text(
+        json.dumps(generation | {"temperature": 0.6, "top_p": 0.9, "do_sample": True})
+    )
+    rows = [
+        {"messages": [{"role": "user", "content": f"{n} ?"}, {"role": "assistant", "content": f"It is {n}."}]}
+        for n in "24"
+    ]
     (place / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     run_sft(
         base=place / "base", data=place / "rows.jsonl", out=place / "out", method="full", device="cpu", progress=False,
