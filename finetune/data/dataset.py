@@ -99,7 +99,9 @@ def encode_dataset(
     rows: list[Encoded] = []
     sources: list[int] = []
     bad: list[str] = []
-    counts = dict.fromkeys(("n_cut", "n_dropped", "n_split", "n_empty", "n_special", "n_lost_labels"), 0)
+    counts: dict[str, int] = dict.fromkeys(
+        ("n_cut", "n_dropped", "n_split", "n_empty", "n_special", "n_lost_labels"), 0
+    )
     for i, record in enumerate(records):
         if progress is not None:
             progress(i, len(records))

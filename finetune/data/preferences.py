@@ -56,8 +56,8 @@ def to_preference(record: Record) -> PreferenceRecord:
     if record.messages and record.messages[-1]["role"] == "assistant" and not record.n_prompt_messages:
         prompt = record.messages[:-1]  # the row's own answer gives way to chosen and rejected
     if isinstance(prompt, tuple) or isinstance(chosen, tuple) or isinstance(rejected, tuple):
-        turns = ({"role": "user", "content": prompt},) if isinstance(prompt, str) and prompt else prompt or ()
-        turns = () if isinstance(turns, str) else turns
+        opening: Message = {"role": "user", "content": prompt}
+        turns: tuple[Message, ...] = prompt if isinstance(prompt, tuple) else (opening,) if prompt else ()
         chosen, rejected = _turns(chosen), _turns(rejected)
         if turns and chosen[: len(turns)] == turns and rejected[: len(turns)] == turns:
             chosen, rejected = chosen[len(turns) :], rejected[len(turns) :]  # TRL's older layout repeats the prompt

@@ -537,11 +537,13 @@ def _parquet_rows(data: bytes, path: Path) -> Iterator[tuple[object, str]]:
         file = pyarrow.parquet.ParquetFile(io.BytesIO(data))
         groups = [file.metadata.row_group(k) for k in range(file.metadata.num_row_groups)]
         _check_parquet_size(sum(group.total_byte_size for group in groups), file.metadata.num_rows, limit, path)
-        for batch in file.iter_batches(batch_size=1024):
-            size += batch.nbytes
-            _check_parquet_size(size, 0, limit, path)
+        # A page may hold one long text that every row refers to: few rows at once where groups are large.
+        largest = max((group.total_byte_size for group in groups), default=0)
+        for batch in file.iter_batches(batch_size=min(1024, max(8, (1 << 30) // max(1, largest)))):
             for row in batch.to_pylist():
                 i += 1
+                size += sum(len(value) if isinstance(value, str) else 8 for value in row.values())
+                _check_parquet_size(size, 0, limit, path)
                 yield row, f"{path.name} row {i}"
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a whole Parquet file ({str(error).splitlines()[0]}); write it again") from None

@@ -128,6 +128,5 @@ def _as_parts(message: object) -> object:
 def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "it calls itself without end, or is nested too deeply"
-    if isinstance(error, jinja2.TemplateError | TypeError):
-        return str(error)
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    named = "" if isinstance(error, jinja2.TemplateError | TypeError) else f"{type(error).__name__}: "
+    return " ".join(f"{named}{error}"[:300].split())

@@ -182,7 +182,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         for value in values:
             if isinstance(value, int):
                 if abs(value) > MAX_NUMBER:
-                    raise TemplateLimitError(f"it uses the number {value:,}, above {MAX_NUMBER:,}")
+                    shown = f"the number {value:,}" if abs(value) < 10**20 else f"a number of {value.bit_length()} bits"
+                    raise TemplateLimitError(f"it uses {shown}, above {MAX_NUMBER:,}")
             elif isinstance(value, str):
                 lengths.append(len(value))
             elif isinstance(value, list | tuple | Mapping):

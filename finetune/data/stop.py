@@ -6,6 +6,7 @@ from ...base.model.config import ModelConfig
 from ...base.model.transformer import Transformer
 from ...base.tokenizer.tokenizer import Tokenizer
 from .masks import end_of_turn_spelling
+from .records import Message
 from .render import ChatTemplate
 
 
@@ -38,7 +39,7 @@ def write_endings(model: Transformer, tokenizer: Tokenizer, template: ChatTempla
     model.config = replace(model.config, eos_token_id=tuple(ends) if len(ends) > 1 else next(iter(ends), None))
     if template is None or not found or tokenizer.definition.eos == found:
         return
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
+    turns: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
     renamed = ChatTemplate(template.source, template.bos_token, found, args=template.args)
     if renamed.render(turns) == template.render(turns):
         tokenizer.definition = replace(tokenizer.definition, eos=found)

@@ -38,7 +38,7 @@ def made_up(
     turns = "messages|rejectattr('role','equalto','system')" if system_last else "messages"
     tail = ""
     if system_last:
-        tail = f"{{%- for m in messages if m['role'] == 'system' %}}{{{{- 'NOTE ' + m['content'] + '{ends['system']}' }}}}{{%- endfor %}}"
+        tail = f"{{%- for m in messages if m['role'] == 'system' %}}{{{{- 'NOTE ' + m['content'] + '{ends['system']}' }}}}{{%- endfor %}}"  # noqa: E501
     return (
         f"{{%- for m in {turns} %}}{''.join(parts)}{{%- endfor %}}"
         f"{{%- if add_generation_prompt %}}{{{{- '{opener}assistant{header}' }}}}{{%- else %}}{tail}{{%- endif %}}"
@@ -104,7 +104,7 @@ def test_most_made_up_templates_are_not_refused(tokenizer: Tokenizer) -> None:
         "AS1<|im_end|>AS2<|im_end|>": made_up(dict.fromkeys(none, "<|im_end|>"), "", end_when="always", **options),
         "AS1\nAS2\n<|endoftext|>": made_up(none, "", end_when="always", **options),
         "AS1\nAS2\n<|endoftext|> ": made_up(none | {"user": "<|im_end|>"}, "", end_when="always", **options),
-        "AS1<|eot_id|>AS2<|eot_id|>": made_up({"system": "<|im_end|>", "user": "<|im_end|>", "tool": "", "assistant": "<|eot_id|>"}, "<|im_start|>", end_when="always", **options),
+        "AS1<|eot_id|>AS2<|eot_id|>": made_up({"system": "<|im_end|>", "user": "<|im_end|>", "tool": "", "assistant": "<|eot_id|>"}, "<|im_start|>", end_when="always", **options),  # noqa: E501
         "AS1AS2<|endoftext|>": made_up(none | {"assistant": "<|endoftext|>"}, "", end_when="last", **options),
     }  # fmt: skip
     for expected, source in cases.items():
@@ -179,7 +179,7 @@ def test_named_templates_mask_as_in_transformers(
 ) -> None:
     chat = tuple(
         {"role": r, "content": c}
-        for r, c in [("system", "be brief"), ("user", "Who are you?"), ("assistant", "a small model"), ("user", "2 + 2?"), ("assistant", "4")]
+        for r, c in [("system", "be brief"), ("user", "Who are you?"), ("assistant", "a small model"), ("user", "2 + 2?"), ("assistant", "4")]  # noqa: E501
     )  # fmt: skip
     options = {"chat_template": template_source(name)}
     expected = theirs.apply_chat_template(list(chat), return_dict=True, return_assistant_tokens_mask=True, **options)
@@ -243,7 +243,7 @@ def test_the_families_of_trl(tmp_path: Path) -> None:
     import re
 
     sources = " ".join(file.read_text(encoding="utf-8") for file in folder.glob("*.jinja"))
-    names = sorted(set(re.findall(r"<\|[a-zA-Z_0-9 ]+\|?>|<｜[^｜]+｜>|<(?:start|end)_of_turn>|</?think>|<turn\|>|</?s>|<bos>|<eos>|<end_of_utterance>", sources)))  # fmt: skip
+    names = sorted(set(re.findall(r"<\|[a-zA-Z_0-9 ]+\|?>|<｜[^｜]+｜>|<(?:start|end)_of_turn>|</?think>|<turn\|>|</?s>|<bos>|<eos>|<end_of_utterance>", sources)))  # fmt: skip # noqa: E501
     (tmp_path / "a.txt").write_text("The fox says hello to the user and the assistant. " * 9)
     tokenizer = Tokenizer.train(
         [tmp_path / "a.txt"],
