@@ -37,7 +37,7 @@ METHODS = ("full", "lora", "qlora")
 # Peak rates where training starts well; a low-rank update wants about ten times the full one's ("LoRA Without Regret").
 LEARNING_RATES = {"full": 5e-5, "lora": 5e-4, "qlora": 5e-4}
 # Fine-tuning's own defaults for keys of the loop; those that depend on the method or the data are in `resolve`.
-DEFAULTS = {"batch_size": 16, "weight_decay": 0.0}
+DEFAULTS: dict[str, Any] = {"batch_size": 16, "weight_decay": 0.0}
 
 
 @dataclass(frozen=True)

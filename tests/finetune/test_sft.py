@@ -400,15 +400,16 @@ def test_sft_from_python(base_dir: Path, rows: Path, tmp_path: Path) -> None:
 
 
 def test_the_best_steps_weights_are_kept(base_dir: Path, rows: Path, tmp_path: Path) -> None:
-    """Law: with keep=best the adapter on disk is the one of the lowest validation loss, at a rate that later diverges."""
-    (tmp_path / "held_out.jsonl").write_text(json.dumps({"prompt": "rivers:", "completion": " to the sea"}))
+    """Law: with keep=best the adapter on disk is the one of the lowest validation loss: the held-out answer is one that the
+    rows contradict, so that its loss falls (it is a short word too) and rises again."""
+    (tmp_path / "held_out.jsonl").write_text(json.dumps({"prompt": "the cat:", "completion": " sings"}))
     common: dict[str, Any] = {
         "base": base_dir, "data": rows, "eval_data": tmp_path / "held_out.jsonl", "method": "lora", "device": "cpu",
         "rank": 4, "batch_size": 4, "learning_rate": 0.05, "schedule": "constant", "warmup_steps": 0,
     }  # fmt: skip
-    figures = graft.sft(**common, out=tmp_path / "long", steps=12, eval_every=1, keep="best,last", patience=3)
+    figures = graft.sft(**common, out=tmp_path / "long", steps=60, eval_every=1, keep="best,last", patience=3)
     best = figures["best_step"]
-    assert best < figures["steps"] <= 12
+    assert best < figures["steps"] < 60
     graft.sft(**common, out=tmp_path / "short", steps=best, eval_every=1)
     one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("long", "short"))
     assert all(torch.equal(one[name], other[name]) for name in one)
