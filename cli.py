@@ -13,6 +13,7 @@ import typer.core
 from .base.data.commands import app as data_app
 from .base.tokenizer.commands import app as tokenizer_app
 from .finetune.adapters.commands import app as adapter_app
+from .finetune.data.commands import inspect as inspect_records
 from .finetune.memory.commands import plan, vram_app
 
 # The pipeline's order; --help lists the commands so, in panels.
@@ -43,6 +44,7 @@ app = typer.Typer(
     help="The whole life of a small language model: tokenizer, pretraining, fine-tuning, LoRA, QLoRA, swapped adapters.",
 )
 app.add_typer(tokenizer_app, name="tokenizer", rich_help_panel=PANEL["tokenizer"])
+data_app.command("inspect")(inspect_records)
 app.add_typer(data_app, name="data", rich_help_panel=PANEL["data"])
 app.add_typer(adapter_app, name="adapter", rich_help_panel=PANEL["adapter"])
 app.add_typer(vram_app, name="vram", rich_help_panel=PANEL["vram"])

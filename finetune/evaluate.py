@@ -100,7 +100,12 @@ def write_answers(
 ) -> list[str]:
     """The greedy answer to each record's prompt, stripped. Room is given for the longest true answer and two tokens."""
     pairs = [split_answer(record) for record in records]
-    prompts = [start_ids(encode_prompt(prompt, tokenizer, template).tolist(), tokenizer) for prompt, _ in pairs]
+    prompts = [
+        start_ids(
+            encode_prompt(prompt, tokenizer, template, tools=record.tools, args=record.template_args).tolist(), tokenizer
+        )
+        for record, (prompt, _) in zip(records, pairs, strict=True)
+    ]
     room = max(len(tokenizer.encode(answer)) for _, answer in pairs) + 2
     for record, prompt in zip(records, prompts, strict=True):
         if len(prompt) + room > model.config.max_seq_len:
@@ -117,6 +122,7 @@ def write_answers(
             tokenizer,
             [prompts[i] for i in rows],
             max_new_tokens=room,
+            template=template,
             adapters=[adapters[i] for i in rows] if adapters is not None else None,
         )
         for i, text in zip(rows, texts, strict=True):

@@ -10,9 +10,8 @@ from ..base.generate.engine import generate_ids
 from ..base.model.transformer import Transformer
 from ..base.tokenizer.tokenizer import Tokenizer
 from .adapters.bank import bank_of
-from .data.chat import encode_prompt
-
-END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end_of_turn|>", "<end_of_turn>", "<|end|>")
+from .data.chat import ChatTemplate, encode_prompt
+from .data.stop import stop_ids
 
 
 def generate(
@@ -62,9 +61,11 @@ def generate_rows(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    template: ChatTemplate | None = None,  # its end of turn stops too; None: the tokenizer's
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[str]:
     """`generate` for prompts that are ids already."""
+    stops = stop_ids(model.config, tokenizer, template)
     decoders = [tokenizer.stream_decoder() for _ in prompts]
 
     def show(row: int, token: int) -> None:
@@ -77,13 +78,13 @@ def generate_rows(
             model,
             prompts,
             max_new_tokens=max_new_tokens,
-            stop_ids=stop_ids(model, tokenizer),
+            stop_ids=stops,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             seed=seed,
             on_token=show if on_text is not None else None,
-            allowed=ids_with_text(model, tokenizer),
+            allowed=ids_with_text(model, tokenizer, stops),
         )
     if on_text is not None:
         for row, decoder in enumerate(decoders):
@@ -117,7 +118,7 @@ def start_ids(ids: list[int], tokenizer: Tokenizer) -> list[int]:
     return [start]
 
 
-def ids_with_text(model: Transformer, tokenizer: Tokenizer) -> Tensor | None:
+def ids_with_text(model: Transformer, tokenizer: Tokenizer, stops: frozenset[int]) -> Tensor | None:
     """(V,) bool: the ids that have a token or end a text; None where all do.
 
     Models are made with more rows than tokens, for a round number; what such a row would say can't be decoded.
@@ -126,14 +127,6 @@ def ids_with_text(model: Transformer, tokenizer: Tokenizer) -> Tensor | None:
     if len(tokenizer.vocab) >= n_rows:
         return None
     allowed = torch.zeros(n_rows, dtype=torch.bool)
-    known = {*tokenizer.vocab, *stop_ids(model, tokenizer)}
+    known = {*tokenizer.vocab, *stops}
     allowed[[index for index in known if 0 <= index < n_rows]] = True
     return allowed
-
-
-def stop_ids(model: Transformer, tokenizer: Tokenizer) -> set[int]:
-    """The ids that end a text: the model's and the tokenizer's eos, and the known end-of-turn tokens."""
-    eos = model.config.eos_token_id
-    known = [*(eos if isinstance(eos, tuple) else (eos,)), tokenizer.eos_token_id]
-    known += [tokenizer.special_tokens.get(name) for name in END_OF_TURN]
-    return {stop for stop in known if stop is not None}

@@ -10,6 +10,7 @@ from ..base.tokenizer.tokenizer import Tokenizer
 from ..quant.blockwise import check_weight
 from ..quant.files import quantization_config
 from ..quant.linear import KEEP, NF4Linear
+from .data.stop import carry_generation_config
 from .loading import load_model, save_any, weight_bytes
 
 
@@ -41,6 +42,7 @@ def run_quantize(
     tokenizer = Tokenizer.load(base)
     tokenizer.save(out)
     save_any(model, out, stored=about)
+    carry_generation_config(base, out)
     n_weights = sum(layer.in_features * layer.out_features for layer in layers.values())
     stored = sum(stored_bytes(layer) for layer in layers.values())
     return {

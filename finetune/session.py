@@ -90,6 +90,7 @@ class Session:
             top_k=top_k,
             top_p=top_p,
             seed=seed,
+            template=self.template(),
             on_text=(lambda row, piece: on_text(piece)) if on_text else None,
         )
         return text

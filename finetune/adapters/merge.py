@@ -12,6 +12,7 @@ from ...base.model.transformer import Transformer
 from ...base.tokenizer.tokenizer import Tokenizer
 from ...quant.linear import NF4Linear
 from ...quant.merge import requantize
+from ..data.stop import carry_generation_config
 from ..loading import load_model, save_any
 from .files import GRAFT, Adapter, check_fits, read_adapter
 
@@ -74,4 +75,5 @@ def run_merge(base: Path | str, adapter: Path | str, out: Path | str, *, force: 
     if found.graft:
         write_json(out / GRAFT, {key: value for key, value in found.graft.items() if key != "base_fingerprint"})
     save_any(model, out, stored=read_json(Path(base) / "config.json").get("quantization_config"))
+    carry_generation_config(base, out)
     return report

@@ -10,6 +10,7 @@ A record of n tokens takes n - 1 positions: its last token is only ever a target
 """
 
 import heapq
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -89,11 +90,20 @@ def _inputs_and_targets(record: Encoded) -> tuple[np.ndarray, np.ndarray]:
     return ids[:-1], np.where(record.loss_mask[1:], ids[1:], IGNORE)
 
 
+def steps_for_epochs(n_records: int, batch_size: int, epochs: float) -> int:
+    """Optimizer steps of so many passes: 23 records in batches of 16 take 2 steps an epoch; a part of a pass rounds up."""
+    if not (math.isfinite(epochs) and epochs > 0):
+        raise ValueError(f"epochs={epochs} must be a positive number")
+    whole = int(epochs)
+    rest = math.ceil(round((epochs - whole) * n_records, 6) / batch_size)
+    return max(1, whole * math.ceil(n_records / batch_size) + rest)
+
+
 class SFTBatches:
     """Batches of whole records, as a pure function of (seed, step): resuming needs no saved data position.
 
-    Each epoch is a seeded permutation of all records; batches of `batch_size` records follow each other through the
-    epochs without a gap, so no batch is short. A batch comes in micro-batches of at most `max_tokens` positions: packed
+    Each epoch is a seeded permutation of all records, and reads each exactly once: 23 records in batches of 16 are a step
+    of 16 and a step of 7. A batch comes in micro-batches of at most `max_tokens` positions: packed
     rows, or padded rows of records of like length. Raises ValueError when there is no record, or one is too long.
     """
 
@@ -120,18 +130,15 @@ class SFTBatches:
         pack(self._lengths, max_tokens)  # raises for a record that fits no micro-batch
 
     @property
-    def steps_per_epoch(self) -> float:
+    def steps_per_epoch(self) -> int:
         """Optimizer steps in which every record is seen once."""
-        return len(self.encoded) / self.batch_size
+        return steps_for_epochs(len(self.encoded), self.batch_size, 1)
 
     def records_at(self, step: int) -> list[int]:
-        """Indices of the step's records, (batch_size,)."""
-        first = step * self.batch_size
-        return [self._record_at(position) for position in range(first, first + self.batch_size)]
-
-    def _record_at(self, position: int) -> int:
-        epoch, index = divmod(position, len(self.encoded))
-        return int(_permutation(self.seed, epoch, len(self.encoded))[index])
+        """Indices of the step's records: batch_size of them, or what is left in the epoch's last step."""
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        order = _permutation(self.seed, epoch, len(self.encoded))
+        return order[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()
 
     def batch_at(self, step: int) -> list[dict[str, Tensor]]:
         """The step's micro-batches."""

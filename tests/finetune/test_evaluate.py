@@ -34,7 +34,8 @@ def test_answers_come_back_to_their_rows(base_dir: Path, monkeypatch: pytest.Mon
     model, tokenizer = load_model(base_dir), Tokenizer.load(base_dir)
     batches: list[int] = []
 
-    def echo(model: Any, tokenizer: Tokenizer, prompts: list[list[int]], *, max_new_tokens: int, adapters: Any) -> Any:
+    def echo(model: Any, tokenizer: Tokenizer, prompts: list[list[int]], *, max_new_tokens: int, template: Any, adapters: Any
+    ) -> Any:
         batches.append(len(prompts))
         assert [len(p) for p in prompts] == sorted(len(p) for p in prompts)
         assert max_new_tokens == len(tokenizer.encode(" 5")) + 2

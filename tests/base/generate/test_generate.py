@@ -14,7 +14,8 @@ from graft.base.model.config import ModelConfig
 from graft.base.model.transformer import Transformer
 from graft.base.tokenizer.definition import AddedToken, Definition
 from graft.base.tokenizer.tokenizer import Tokenizer
-from graft.finetune.generate import ids_with_text, stop_ids
+from graft.finetune.data.stop import stop_ids
+from graft.finetune.generate import ids_with_text
 
 CONFIG = ModelConfig(83, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_head=16, d_ff=64, max_seq_len=48)
 
@@ -132,7 +133,7 @@ def test_public_generate(base_dir: Path) -> None:
         on_text=lambda row, piece: pieces.append(piece) if row == 0 else None,
     )
     ids = greedy_without_cache(model, tokenizer.encode(prompt).tolist(), 9)
-    stops = stop_ids(model, tokenizer)
+    stops = stop_ids(model.config, tokenizer)
     ends = [i for i, token in enumerate(ids) if token in stops]
     assert text == tokenizer.decode(ids[: ends[0]] if ends else ids)
     assert "".join(pieces) == text
@@ -160,7 +161,7 @@ def test_ids_with_text() -> None:
     definition = Definition({byte: bytes([byte]) for byte in range(256)}, [], (AddedToken("<x>", 300),), ("",))
     tokenizer = Tokenizer(definition)
     model = Transformer(replace(CONFIG, vocab_size=320, eos_token_id=310))
-    allowed = ids_with_text(model, tokenizer)
+    allowed = ids_with_text(model, tokenizer, stop_ids(model.config, tokenizer))
     assert allowed is not None
     assert allowed.nonzero().flatten().tolist() == [*range(256), 300, 310]
-    assert ids_with_text(Transformer(replace(CONFIG, vocab_size=257)), tokenizer) is None
+    assert ids_with_text(Transformer(replace(CONFIG, vocab_size=257)), tokenizer, frozenset()) is None

@@ -10,7 +10,7 @@ from graft.base.loss import next_token_loss
 from graft.base.model.config import ModelConfig
 from graft.base.model.transformer import Transformer, initialize_
 from graft.finetune.data.chat import Encoded
-from graft.finetune.data.packing import SFTBatches, collate_packed, collate_padded, pack
+from graft.finetune.data.packing import SFTBatches, collate_packed, collate_padded, pack, steps_for_epochs
 
 
 def documents(n: int, seed: int = 0) -> list[Encoded]:
@@ -125,12 +125,25 @@ def test_every_label_comes_once_an_epoch(packed: bool) -> None:
     assert orders[0] != orders[1] != orders[2]
 
 
-def test_batches_run_on_over_the_end_of_an_epoch() -> None:
-    """7 records in batches of 3: after 7 steps each has come exactly 3 times, and no batch is short."""
-    source = SFTBatches(documents(7), batch_size=3, max_tokens=64)
-    seen = [source.records_at(step) for step in range(7)]
-    assert all(len(chosen) == 3 for chosen in seen)
-    assert sorted(i for chosen in seen for i in chosen) == sorted([*range(7)] * 3)
+@pytest.mark.parametrize(("n", "size", "steps"), [(23, 16, 2), (7, 3, 3), (6, 3, 2), (2, 16, 1), (1, 1, 1)])
+def test_an_epoch_reads_every_record_once(n: int, size: int, steps: int) -> None:
+    """Worked by hand: 23 records in batches of 16 are 16 and 7. The next epoch is another order of the same records."""
+    source = SFTBatches(documents(n), batch_size=size, max_tokens=64)
+    assert source.steps_per_epoch == steps == steps_for_epochs(n, size, 1)
+    for epoch in range(3):
+        seen = [source.records_at(epoch * steps + step) for step in range(steps)]
+        assert [len(chosen) for chosen in seen] == [size] * (n // size) + ([n % size] if n % size else [])
+        assert sorted(i for chosen in seen for i in chosen) == list(range(n))
+
+
+def test_steps_of_a_part_of_an_epoch() -> None:
+    """Worked by hand: half of 23 records is 11.5, one step of 16; 2.5 passes are 2 + 2 + 1."""
+    assert steps_for_epochs(23, 16, 0.5) == 1
+    assert steps_for_epochs(23, 16, 2.5) == 5
+    assert steps_for_epochs(100, 10, 0.3) == 3
+    for wrong in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"epochs={wrong} must be a positive number"):
+            steps_for_epochs(23, 16, wrong)
 
 
 @pytest.mark.parametrize("packed", [True, False])

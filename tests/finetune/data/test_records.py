@@ -3,13 +3,14 @@
 import csv
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from graft.finetune.data.records import Record, read_records
+from graft.finetune.data.records import Record, read_all, read_records
 
 SHARED = Path(__file__).parents[3] / "../shared/data"
 QA = ({"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"})
@@ -224,3 +225,153 @@ def test_a_broken_file_is_named_with_its_place(tmp_path: Path, name: str, conten
 def test_a_wrong_row_says_what_was_found(tmp_path: Path, row: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         one(tmp_path, row)
+
+
+# --- null and empty cells, all bad rows at once ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "empty"),
+    [
+        ({"text": None}, "text is null"),
+        ({"text": " \n"}, "text is empty"),
+        ({"prompt": "a", "completion": None}, "completion is null"),
+        ({"prompt": None, "completion": "b"}, "prompt is null"),
+        ({"prompt": "a", "completion": ""}, "completion is empty"),
+        ({"prompt": "", "completion": "b"}, None),
+        ({"instruction": "a", "output": None}, "output is null"),
+        ({"instruction": "a", "input": None, "output": "b"}, None),
+        ({"instruction": "a", "output": ""}, "the assistant says nothing"),
+        ({"messages": None}, "messages is null"),
+        ({"messages": [QA[0], {"role": "assistant", "content": None}]}, "messages[1].content is null"),
+        ({"messages": [QA[0], {"role": "assistant", "content": ""}]}, "the assistant says nothing"),
+        ({"messages": [QA[0], {"role": "assistant", "content": None, "tool_calls": [{"function": {}}]}]}, None),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": None}]}, "conversations[1].value is null"),
+    ],
+)
+def test_what_is_empty_is_named(row: dict, empty: str | None, tmp_path: Path) -> None:
+    assert one(tmp_path, row).empty == empty
+
+
+def test_all_bad_rows_are_in_one_message(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": 1}\n{"text": "a"}\n{"text": \nnull\n{"other": 2}\n[1]\n7\n')
+    with pytest.raises(ValueError, match=r"^6 rows can't be used: a\.jsonl line 1: text must be .*; a\.jsonl line 3: not JSON .*; and 1 more$"):
+        read_records(path)
+
+
+def test_content_in_parts_is_joined(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "2 + "}, {"type": "text", "text": "2?"}]
+    assert one(tmp_path, {"messages": [{"role": "user", "content": parts}, QA[1]]}).messages == QA
+    with pytest.raises(ValueError, match=r"messages\[0\].content\[0\] is 'image'; graft reads parts of type text"):
+        one(tmp_path, {"messages": [{"role": "user", "content": [{"type": "image"}]}]})
+
+
+def test_a_rows_own_template_arguments(tmp_path: Path) -> None:
+    record = one(tmp_path, {"messages": [*QA], "chat_template_kwargs": {"enable_thinking": False}})
+    assert record.template_args == {"enable_thinking": False}
+    with pytest.raises(ValueError, match="chat_template_kwargs must be an object, got a list"):
+        one(tmp_path, {"messages": [*QA], "chat_template_kwargs": [1]})
+
+
+# --- several files, weights, other names ------------------------------------------------------------------------------
+
+
+def numbered(path: Path, name: str, n: int) -> Path:
+    return write(path / f"{name}.jsonl", *({"text": f"{name}{i}"} for i in range(n)))
+
+
+def test_files_folders_and_globs(tmp_path: Path) -> None:
+    a, b = numbered(tmp_path, "a", 2), numbered(tmp_path, "b", 1)
+    (tmp_path / "notes.md").write_text("no data")
+    for specs in ([a, b], [tmp_path], [tmp_path / "*.jsonl"]):
+        assert [record.text for record in read_all(specs)] == ["a0", "a1", "b0"]
+    for spec, message in ((tmp_path / "x*.jsonl", "matches no file"), (tmp_path / "gone.jsonl", "no such file")):
+        with pytest.raises(FileNotFoundError, match=message):
+            read_all([spec])
+    (tmp_path / "none").mkdir()
+    with pytest.raises(FileNotFoundError, match="none holds no data file"):
+        read_all([tmp_path / "none"])
+    with pytest.raises(ValueError, match="no data given"):
+        read_all([])
+
+
+def test_weights_are_shares_and_lose_no_record(tmp_path: Path) -> None:
+    """Worked by hand: 6 and 4 records at 0.7 and 0.3 are 10/0.75... the larger unit is 4/0.3 = 13.3: 9 and 4."""
+    a, b = numbered(tmp_path, "a", 6), numbered(tmp_path, "b", 4)
+    texts = [record.text for record in read_all([f"{a}=0.7", f"{b}=0.3"])]
+    assert texts == [f"a{i % 6}" for i in range(9)] + [f"b{i}" for i in range(4)]
+    assert [r.text for r in read_all([f"{a}=2", f"{b}=2"])] == [f"a{i}" for i in range(6)] + ["b0", "b1", "b2", "b3", "b0", "b1"]
+    with pytest.raises(ValueError, match=r"a\.jsonl has no weight while others have"):
+        read_all([a, f"{b}=0.3"])
+    for weight in ("0", "-1", "nan", "inf"):
+        with pytest.raises(ValueError, match=f"the weight {weight} is not a positive number"):
+            read_all([f"{a}={weight}"])
+    with pytest.raises(ValueError, match="the weights would repeat 10 records to"):
+        read_all([f"{a}=1", f"{b}=1e-9"])
+    odd = numbered(tmp_path, "lr=0.5", 1)  # a file name that holds an equals sign
+    assert [record.text for record in read_all([odd])] == ["lr=0.50"]
+
+
+def test_other_field_names(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"question": "a", "answer": "b", "prompt": "not this"})
+    [record] = read_records(path, {"prompt": "question", "completion": "answer"})
+    assert (record.prompt, record.completion) == ("a", "b")
+    with pytest.raises(ValueError, match=r"line 1: no field 'q' for prompt; the row has answer, prompt, question"):
+        read_records(path, {"prompt": "q"})
+
+
+# --- files that are attacks --------------------------------------------------------------------------------------------
+
+
+def test_bombs_are_refused_before_they_fill_memory(tmp_path: Path) -> None:
+    """300 MB of spaces in 300 KB of gzip; a million equal rows of 1 KB in a small Parquet file."""
+    bomb = tmp_path / "a.jsonl.gz"
+    with gzip.open(bomb, "wb") as file:
+        for _ in range(300):
+            file.write(b" " * 1_000_000)
+    with pytest.raises(ValueError, match="compressed bytes hold more than"):
+        read_records(bomb)
+    table = pyarrow.table({"text": pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 1_000_000), ["x" * 1000])})
+    pyarrow.parquet.write_table(table, tmp_path / "b.parquet", compression="zstd")
+    with pytest.raises(ValueError, match="more than 250 times the file"):
+        read_records(tmp_path / "b.parquet")
+
+
+def test_text_that_packs_well_is_no_bomb(tmp_path: Path) -> None:
+    line = json.dumps({"text": "the same line over and over"}) + "\n"
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        file.write(line * 200_000)
+    assert len(read_records(tmp_path / "a.jsonl.gz")) == 200_000
+
+
+def test_pipes_and_devices_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match=r"a\.jsonl is a pipe, socket or device, not a file"):
+        read_records(tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl").symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match=r"b\.jsonl is a pipe, socket or device"):
+        read_all([tmp_path / "b.jsonl"])
+
+
+@pytest.mark.parametrize("text", ['{"text": ' + "[" * 100_000, '{"messages": ' + "[" * 5000 + "]" * 5000 + "}", "1" * 5000])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_deep_and_huge_json_is_one_line(text: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text if name == "a.jsonl" else f"[{text}]")
+    with pytest.raises(ValueError, match=r"a\.json") as caught:
+        read_records(tmp_path / name)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("value", [1, 1.5, True, [], {}, [1], [None], [[]], {"a": 1}, [{"role": 1}], [{"role": "user"}], [{"content": "a"}]])
+@pytest.mark.parametrize("field", ["text", "prompt", "messages", "conversations", "instruction", "chosen", "tools", "system"])
+def test_wrong_types_are_value_errors(field: str, value: object, tmp_path: Path) -> None:
+    """Law: a value of any type in any field is a record or one line, never another exception."""
+    others = {"prompt": {"completion": "a"}, "instruction": {"output": "b"}, "chosen": {"prompt": "a", "rejected": "c"},
+              "tools": {"messages": [*QA]}, "system": {"instruction": "a", "output": "b"}}  # fmt: skip
+    path = write(tmp_path / "a.jsonl", {**others.get(field, {}), field: value})
+    try:
+        read_records(path)
+    except ValueError as error:
+        assert str(error).startswith("a.jsonl line 1")  # noqa: PT017

@@ -1,0 +1,70 @@
+"""Preference rows of TRL, LLaMA-Factory and KTO become one kind of record; worked by hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from graft.finetune.data.preferences import PreferenceRecord, read_preferences, to_preference
+from graft.finetune.data.records import Record, read_records
+
+U, A, B = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}, {"role": "assistant", "content": "5"}
+
+
+def read(tmp_path: Path, *rows: dict) -> tuple[list[PreferenceRecord], int]:
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return read_preferences([tmp_path / "p.jsonl"])
+
+
+LAYOUTS = {
+    "trl": {"prompt": [U], "chosen": [A], "rejected": [B]},
+    "trl implicit prompt": {"chosen": [U, A], "rejected": [U, B]},
+    "trl, prompt repeated": {"prompt": [U], "chosen": [U, A], "rejected": [U, B]},
+    "trl, prompt as a string": {"prompt": "2 + 2?", "chosen": [U, A], "rejected": [U, B]},
+    "alpaca of LLaMA-Factory": {"instruction": "2 +", "input": "2?", "chosen": "4", "rejected": "5"},
+    "sharegpt of LLaMA-Factory": {
+        "conversations": [{"from": "human", "value": "2 + 2?"}],
+        "chosen": {"from": "gpt", "value": "4"},
+        "rejected": {"from": "gpt", "value": "5"},
+    },
+}
+
+
+@pytest.mark.parametrize("name", list(LAYOUTS))
+def test_layouts(name: str, tmp_path: Path) -> None:
+    [row], left = read(tmp_path, LAYOUTS[name])
+    question = {"role": "user", "content": "2 +\n2?"} if "alpaca" in name else U
+    assert (row.prompt, row.chosen, row.rejected, left) == ((question,), (A,), (B,), 0)
+
+
+def test_strings_stay_strings_and_share_their_beginning(tmp_path: Path) -> None:
+    rows, _ = read(tmp_path, {"prompt": "a", "chosen": "b", "rejected": "c"}, {"chosen": "Q: 1 A: yes", "rejected": "Q: 1 A: no"})
+    assert [(r.prompt, r.chosen, r.rejected) for r in rows] == [("a", "b", "c"), ("Q: 1 A: ", "yes", "no")]
+
+
+def test_verdicts_are_paired_by_prompt(tmp_path: Path) -> None:
+    """good a, bad b, bad a: the two of prompt a make a pair; b is left."""
+    rows, left = read(
+        tmp_path,
+        {"prompt": "a", "completion": "good", "label": True},
+        {"prompt": "b", "completion": "bad", "label": False},
+        {"prompt": "a", "completion": "poor", "label": False},
+    )
+    assert left == 1
+    assert [(r.prompt, r.chosen, r.rejected, r.is_pair) for r in rows] == [("a", "good", "poor", True), ("b", None, "bad", False)]
+    rows, left = read(tmp_path, {"messages": [U, A], "kto_tag": True}, {"messages": [U, B], "label": False})
+    assert (left, rows[0].prompt, rows[0].chosen, rows[0].rejected) == (0, (U,), (A,), (B,))
+
+
+def test_a_class_label_is_no_verdict(tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").write_text(json.dumps({"text": "spam!", "label": True}) + "\n" + json.dumps({"prompt": "a", "completion": "b", "label": 1}))
+    assert [record.is_preference for record in read_records(tmp_path / "c.jsonl")] == [False, False]
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="r: chosen and rejected are the same, so there is no preference"):
+        to_preference(Record("r", prompt="a", chosen="b", rejected="b"))
+    with pytest.raises(ValueError, match="r: no rejected answer; give both"):
+        to_preference(Record("r", prompt="a", chosen="b"))
+    with pytest.raises(ValueError, match=r"2 rows can't be used: p\.jsonl line 1: no preference; .*; p\.jsonl line 2: no preference"):
+        read(tmp_path, {"text": "a"}, {"prompt": "a", "completion": "b"})
