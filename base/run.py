@@ -110,14 +110,15 @@ class Input:
 class Run:
     """Everything that decides a training run, saved in run.json.
 
-    A part that a stage doesn't have is None. `data`, `lora` and `quant` are dataclasses of finetune, of which base knows
+    A part that a stage doesn't have is None. `data`, `records`, `lora` and `quant` are dataclasses of finetune, of which base knows
     no more than that they are dataclasses.
     """
 
     train: TrainConfig
     model: ModelConfig | None = None  # None: the base's own
     method: str = "full"  # which weights train: full, lora or qlora
-    data: Any = None  # how records become batches
+    data: Any = None  # how rows become batches
+    records: Any = None  # how records become rows
     lora: Any = None  # the adapter
     quant: Any = None  # how a frozen base is stored
     inputs: Mapping[str, Input] = field(default_factory=dict)  # what is read: data, tokenizer, base, eval_data
@@ -129,7 +130,11 @@ class Run:
 
 def settings_of(saved: Mapping[str, Any]) -> dict[str, Any]:
     """The flat settings of a saved config: field name -> value, over all its parts."""
-    parts = [saved[name] for name in ("model", "train", "data", "lora", "quant") if isinstance(saved.get(name), dict)]
+    parts = [
+        saved[name]
+        for name in ("model", "train", "data", "records", "lora", "quant")
+        if isinstance(saved.get(name), dict)
+    ]
     return {key: value for part in parts for key, value in part.items() if key not in FROM_TOKENIZER}
 
 

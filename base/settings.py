@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-TABLES = ("model", "train", "data", "lora", "quant")  # of a TOML file: they only group keys
+TABLES = ("model", "train", "data", "records", "lora", "quant")  # of a TOML file: they only group keys
 
 # What other libraries call our fields (transformers, PEFT, TRL, axolotl, Unsloth, nanoGPT), for messages.
 # Where one name can mean several fields, the first that the command has is meant.
@@ -174,7 +174,7 @@ def _hint(key: str, known: Sequence[str]) -> str:
 
 def _as_type(key: str, value: Any, hint: Any) -> Any:
     """Accept a whole number for a float, a list or comma-separated words for a tuple, a table for a dataclass."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     if value in ("none", "None") and type(None) in options:
         return None
     for option in options:
@@ -197,6 +197,8 @@ def _as_type(key: str, value: Any, hint: Any) -> Any:
 
 
 def _is_a(value: Any, kind: Any) -> bool:
+    if typing.get_origin(kind) is typing.Literal:  # the dataclass itself lists its choices for another word
+        return isinstance(value, str)
     return isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
@@ -220,10 +222,12 @@ class Key:
 
 def type_name(hint: Any) -> str:
     """A type as a reader writes it: int, float or None, list of str."""
-    if isinstance(hint, types.UnionType):
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return " or ".join(type_name(option) for option in typing.get_args(hint))
     if hint is type(None):
         return "none"
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(map(str, typing.get_args(hint)))
     if typing.get_origin(hint) is tuple:
         return f"list of {type_name(typing.get_args(hint)[0])}"
     if dataclasses.is_dataclass(hint):
@@ -250,10 +254,11 @@ def describe(kind: type) -> list[Key]:
 
 @cache
 def field_comments(kind: type) -> dict[str, str]:
-    """Field name -> the comment on its own lines, read from the class's source file."""
+    """Field name -> the comment on its own lines, or above it, read from the class's source file."""
     source = textwrap.dedent(inspect.getsource(kind))
     [body] = ast.parse(source).body
     assert isinstance(body, ast.ClassDef)
+    text = source.splitlines()
     comments = {
         token.start[0]: token.string.lstrip("# ")
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
@@ -262,6 +267,10 @@ def field_comments(kind: type) -> dict[str, str]:
     found = {}
     for node in body.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
-            found[node.target.id] = " ".join(comments[line] for line in lines if line in comments)
+            lines = [line for line in range(node.lineno, (node.end_lineno or node.lineno) + 1) if line in comments]
+            above = node.lineno - 1
+            while not lines and above in comments and text[above - 1].lstrip().startswith("#"):
+                above -= 1
+            lines = lines or range(above + 1, node.lineno)
+            found[node.target.id] = " ".join(comments[line] for line in lines)
     return found

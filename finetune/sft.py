@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,9 +25,10 @@ from ..quant.files import read_quantization_config
 from ..quant.linear import quantize_linears_
 from .adapters.files import GRAFT, save_adapter
 from .adapters.lora import LoraConfig, attach_lora
-from .data.chat import ChatTemplate, Encoded, encode_record
-from .data.packing import SFTBatches, collate_padded
-from .data.records import Record, read_records
+from .data.chat import ChatTemplate, Encoded
+from .data.dataset import DatasetOptions, encode_dataset
+from .data.packing import SFTBatches, collate_padded, steps_for_epochs
+from .data.records import read_records
 from .data.stop import write_endings
 from .folders import carry_over
 from .loading import load_model, weight_bytes
@@ -39,7 +40,7 @@ METHODS = ("full", "lora", "qlora")
 # Peak rates where training starts well; a low-rank update wants about ten times the full one's ("LoRA Without Regret").
 LEARNING_RATES = {"full": 5e-5, "lora": 5e-4, "qlora": 5e-4}
 # Fine-tuning's own defaults for keys of the loop; those that depend on the method or the data are in `resolve`.
-DEFAULTS = {"batch_size": 16, "weight_decay": 0.0}
+DEFAULTS: dict[str, Any] = {"batch_size": 16, "weight_decay": 0.0}
 
 
 @dataclass(frozen=True)
@@ -64,22 +65,28 @@ class QuantOptions:
     paged: bool = False  # optimizer=adamw8bit: keep its moments in the host's memory, a GPU reads them in each step
 
 
-PARTS = {"data": DataOptions, "train": TrainConfig, "lora": LoraConfig, "quant": QuantOptions}  # keys of `graft sft`
+PARTS = {  # whose keys `graft sft` takes
+    "data": DataOptions,
+    "records": DatasetOptions,
+    "train": TrainConfig,
+    "lora": LoraConfig,
+    "quant": QuantOptions,
+}
 
 
-def resolve(settings: Mapping[str, Any], *, method: str, n_records: int) -> Run:
+def resolve(settings: Mapping[str, Any], *, method: str, n_rows: int) -> Run:
     """Settings (from TOML, --set, flags) -> one config. Raises ValueError for an unknown method or key."""
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; choose {', '.join(METHODS)}")
     checked = check_settings(settings, *PARTS.values())
-    data, loop, lora, quant = split_settings(checked, *PARTS.values())
+    data, records, loop, lora, quant = split_settings(checked, *PARTS.values())
     if method == "full" and lora:
         key = next(iter(lora))
         raise ValueError(f"{key}={lora[key]!r} is about an adapter; use method lora or qlora, or leave it out")
     options = DataOptions(**data)
-    loop = DEFAULTS | {"learning_rate": LEARNING_RATES[method]} | loop
+    loop: dict[str, Any] = DEFAULTS | {"learning_rate": LEARNING_RATES[method]} | loop
     loop.setdefault("micro_batch", loop["batch_size"])
-    loop.setdefault("steps", steps_for(options.epochs, n_records, loop["batch_size"]))
+    loop.setdefault("steps", steps_for_epochs(n_rows, loop["batch_size"], options.epochs))
     loop.setdefault("warmup_steps", min(20, loop["steps"] // 10))
     train = TrainConfig(**loop)
     check_optimizer(train.optimizer, OPTIMIZERS)
@@ -87,6 +94,7 @@ def resolve(settings: Mapping[str, Any], *, method: str, n_records: int) -> Run:
         train=train,
         method=method,
         data=options,
+        records=DatasetOptions(**records),
         lora=None if method == "full" else LoraConfig(**lora),
         quant=QuantOptions(**quant),
     )
@@ -95,17 +103,13 @@ def resolve(settings: Mapping[str, Any], *, method: str, n_records: int) -> Run:
 def default_texts() -> dict[str, object]:
     """Defaults of fine-tuning's own, for `graft config`; the other keys have their dataclass's."""
     rates = ", ".join(f"{method} {rate:g}" for method, rate in LEARNING_RATES.items())
-    return DEFAULTS | {
+    return {
+        **DEFAULTS,
         "learning_rate": rates,
         "micro_batch": "batch_size",
-        "steps": "epochs * records / batch_size",
+        "steps": "epochs * rows / batch_size",
         "warmup_steps": "steps / 10, at most 20",
     }
-
-
-def steps_for(epochs: float, n_records: int, batch_size: int) -> int:
-    """Updates in which each record is read at least `epochs` times (rounded down to whole passes)."""
-    return max(1, math.ceil(epochs * n_records / batch_size - 1e-9))  # 1e-9: 0.1 * 30 / 3 is a little above 1
 
 
 def sft(
@@ -173,12 +177,15 @@ def run_sft(
             saved = run.previous["config"]
             check_same_inputs(saved, inputs)
             requested = resumed_settings(requested, saved)
-        config = dataclasses.replace(resolve(requested, method=method, n_records=len(records)), inputs=inputs)
-        limit = _limit(config.data.max_seq_len, model_config)
+        draft = resolve(requested, method=method, n_rows=len(records))  # the rows are counted once they are encoded
+        limit = _limit(draft.data.max_seq_len, model_config)
         tokenizer = Tokenizer.load(base)
         template = ChatTemplate.of(tokenizer)
-        encoded = _encode(records, tokenizer, template, limit)
-        encoded_eval = _encode(held_out, tokenizer, template, limit)
+        encoded, report = encode_dataset(records, tokenizer, template, limit, draft.records)
+        encoded_eval = encode_dataset(held_out, tokenizer, template, limit, draft.records)[0] if held_out else []
+        for line in report.lines(limit, draft.records):
+            print(f"note: {line}", file=sys.stderr)
+        config = dataclasses.replace(resolve(requested, method=method, n_rows=len(encoded)), inputs=inputs)
         stored = _stored_in_4_bits(config)
         check_evaluation(config.train, has_evaluation=bool(encoded_eval))
         if progress:
@@ -206,7 +213,7 @@ def run_sft(
         summary = {
             "method": method,
             **result.summary(),
-            "n_records": len(records),
+            **report.figures(),
             "n_trained_params": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "weight_bytes": weight_bytes(model),
             "predicted_peak_bytes": predicted,
@@ -215,12 +222,6 @@ def run_sft(
         }
         run.finish(summary)
         return summary
-
-
-def _encode(
-    records: Sequence[Record], tokenizer: Tokenizer, template: ChatTemplate | None, limit: int
-) -> list[Encoded]:
-    return [encode_record(record, tokenizer, template, limit) for record in records]
 
 
 def _inputs(base: Path, data: Path, eval_data: Path | None) -> dict[str, Input]:

@@ -519,7 +519,7 @@ def test_config_lists_every_key(run: Callable[..., Done], refused: Callable[...,
     """Law: type, default and meaning of each key of both commands, as text and as JSON; defaults are the command's own."""
     found = json.loads(run("config", "--json").out)
     assert set(found) == {"pretrain", "sft"}
-    assert set(found["sft"]) == {"data", "train", "lora", "quant"}
+    assert set(found["sft"]) == {"data", "records", "train", "lora", "quant"}
     keys = {key["name"]: key for part in found["sft"].values() for key in part}
     assert keys["rank"] == {"name": "rank", "type": "int", "default": "16", "meaning": "of the update's two factors"}
     assert keys["weight_decay"]["default"] == "0.0"

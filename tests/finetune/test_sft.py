@@ -303,16 +303,16 @@ def test_a_full_run_leaves_a_base(base_dir: Path, rows: Path, tmp_path: Path) ->
 
 
 def test_steps_follow_from_epochs() -> None:
-    """Worked by hand: 3 epochs of 40 records, 16 an update: 7.5 updates, rounded to 8; warm-up is a tenth, 0."""
-    about = {"n_records": 40}
+    """Worked by hand: 3 epochs of 40 records, 16 an update: 3 updates an epoch, the last of 8 records; warm-up is a tenth, 0."""
+    about = {"n_rows": 40}
     config = sft.resolve({}, method="lora", **about)
     assert config.train.weight_decay == 0.0
-    assert (config.train.steps, config.train.warmup_steps, config.train.micro_batch) == (8, 0, 16)
+    assert (config.train.steps, config.train.warmup_steps, config.train.micro_batch) == (9, 0, 16)
     assert sft.resolve({"epochs": 10, "batch_size": 2}, method="full", **about).train.steps == 200
     assert sft.resolve({"epochs": 10, "batch_size": 2}, method="full", **about).train.warmup_steps == 20
     # 23 records, 16 an update, one epoch: a second update reads the last 7 (and begins the next pass)
-    assert sft.resolve({"epochs": 1}, method="full", n_records=23).train.steps == 2
-    assert sft.resolve({"epochs": 0.1, "batch_size": 3}, method="full", n_records=30).train.steps == 1
+    assert sft.resolve({"epochs": 1}, method="full", n_rows=23).train.steps == 2
+    assert sft.resolve({"epochs": 0.1, "batch_size": 3}, method="full", n_rows=30).train.steps == 1
     with pytest.raises(ValueError, match="rank=4 is about an adapter; use method lora or qlora"):
         sft.resolve({"rank": 4}, method="full", **about)
     with pytest.raises(ValueError, match=r"epochs=0\.0 must be > 0"):
@@ -400,15 +400,16 @@ def test_sft_from_python(base_dir: Path, rows: Path, tmp_path: Path) -> None:
 
 
 def test_the_best_steps_weights_are_kept(base_dir: Path, rows: Path, tmp_path: Path) -> None:
-    """Law: with keep=best the adapter on disk is the one of the lowest validation loss, at a rate that later diverges."""
-    (tmp_path / "held_out.jsonl").write_text(json.dumps({"prompt": "rivers:", "completion": " to the sea"}))
+    """Law: with keep=best the adapter on disk is the one of the lowest validation loss: the held-out answer is one that the
+    rows contradict, so that its loss falls (it is a short word too) and rises again."""
+    (tmp_path / "held_out.jsonl").write_text(json.dumps({"prompt": "the cat:", "completion": " sings"}))
     common: dict[str, Any] = {
         "base": base_dir, "data": rows, "eval_data": tmp_path / "held_out.jsonl", "method": "lora", "device": "cpu",
         "rank": 4, "batch_size": 4, "learning_rate": 0.05, "schedule": "constant", "warmup_steps": 0,
     }  # fmt: skip
-    figures = graft.sft(**common, out=tmp_path / "long", steps=12, eval_every=1, keep="best,last", patience=3)
+    figures = graft.sft(**common, out=tmp_path / "long", steps=60, eval_every=1, keep="best,last", patience=3)
     best = figures["best_step"]
-    assert best < figures["steps"] <= 12
+    assert best < figures["steps"] < 60
     graft.sft(**common, out=tmp_path / "short", steps=best, eval_every=1)
     one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("long", "short"))
     assert all(torch.equal(one[name], other[name]) for name in one)
