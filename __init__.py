@@ -15,6 +15,7 @@ _HOME = {
     "save_model": "base.model.huggingface",
     "generate": "finetune.generate",
     "AdapterBank": "finetune.adapters.bank",
+    "quantize": "finetune.quantize",
     "estimate_memory": "finetune.memory.predict",
 }
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "estimate_memory",
     "generate",
     "load_model",
+    "quantize",
     "save_model",
 ]
 
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from .finetune.generate import generate
     from .finetune.loading import load_model
     from .finetune.memory.predict import estimate_memory
+    from .finetune.quantize import quantize
 
 
 def __getattr__(name: str) -> object:
