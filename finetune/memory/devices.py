@@ -45,7 +45,9 @@ def cuda_bytes_within(func: Any, args: Sequence[Any]) -> int:
     if name == "graft::attention_backward":
         return args[5].numel() * 4  # delta, of the log-sum-exp's shape
     if name in ("graft::linear_4bit", "graft::linear_4bit_gradient"):
-        packed, codebook, scales, *nested = args[2] if name == "graft::linear_4bit" else args[1]  # a PackedWeight's tensors
+        packed, codebook, scales, *nested = (
+            args[2] if name == "graft::linear_4bit" else args[1]
+        )  # a PackedWeight's tensors
         del packed, codebook
         return scales.numel() * 4 if nested else 0  # absmax decoded
     return 0
