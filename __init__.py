@@ -20,6 +20,7 @@ _HOME = {  # name -> module, or module:attribute where the two names differ
     "sft": "finetune.sft",
     "AdapterBank": "finetune.adapters.bank",
     "adapters_off": "finetune.adapters.selection",
+    "quantize": "finetune.quantize",
     "estimate_memory": "finetune.memory.predict",
     "evaluate": "finetune.evaluate:run_evaluate",
 }
@@ -36,6 +37,7 @@ __all__ = [
     "generate",
     "load_model",
     "pretrain",
+    "quantize",
     "save_model",
     "sft",
 ]
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from .finetune.generate import generate
     from .finetune.loading import load_model
     from .finetune.memory.predict import estimate_memory
+    from .finetune.quantize import quantize
     from .finetune.sft import sft
 
 

@@ -258,6 +258,12 @@ def sft(
 def quantize(
     base: Base,
     out: Out,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text file: choose the codes so that outputs on it change least (GPTQ); same format and size."
+        ),
+    ] = None,
     double_quant: Annotated[bool, typer.Option(help="Quantize the constants too: 4.13 instead of 4.5 bits.")] = True,
     force: Force = False,
 ) -> None:
@@ -267,7 +273,7 @@ def quantize(
     """
     from .finetune.quantize import run_quantize
 
-    _say_summary(out, run_quantize(base, out, double_quant=double_quant, force=force))
+    _say_summary(out, run_quantize(base, out, calibrate=calibrate, double_quant=double_quant, force=force))
 
 
 @app.command(rich_help_panel=PANEL["generate"])

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from ..base.checkpoint import read_json
@@ -17,6 +18,7 @@ from ..base.model.huggingface import (
     load_config,
     load_weights,
     save_model,
+    weight_files,
     write_config,
     write_weights,
 )
@@ -113,6 +115,20 @@ def check_token_ids(tokenizer: Tokenizer, config: ModelConfig, *, where: Path | 
                 f"{where}: {name} has id {index}, but the embedding has {rows} rows (ids 0 to {rows - 1}); "
                 "take the tokenizer that belongs to these weights, or a base whose embedding was enlarged for it"
             )
+
+
+def weight_reader(folder: Path | str) -> Callable[[str], Tensor]:
+    """read(name) -> one weight of a model folder in full precision, read when it is asked for."""
+    file_of: dict[str, Path] = {}
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as opened:
+            file_of |= dict.fromkeys(opened.keys(), file)
+
+    def read(name: str) -> Tensor:
+        with safe_open(file_of[name], framework="pt") as opened:
+            return opened.get_tensor(name)
+
+    return read
 
 
 def save_any(model: Transformer, folder: Path | str, *, stored: dict[str, Any] | None) -> None:

@@ -23,3 +23,8 @@ __all__ = [
     "read_quantization_config",
     "requantize",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Say which names there are (PEP 562)."""
+    raise AttributeError(f"module 'graft.quant' has no attribute {name!r}; it has {', '.join(__all__)}")

@@ -34,8 +34,11 @@ def cuda_bytes_within(func: Any, args: Sequence[Any]) -> int:
     if name == "graft::attention_backward":
         return args[5].numel() * 4  # delta, of the log-sum-exp's shape
     if name in ("graft::linear_4bit", "graft::linear_4bit_gradient"):
-        absmax, nested = args[3:5] if name == "graft::linear_4bit" else args[2:4]
-        return absmax.numel() * 4 if nested else 0  # absmax decoded
+        packed, codebook, scales, *nested = (
+            args[2] if name == "graft::linear_4bit" else args[1]
+        )  # a PackedWeight's tensors
+        del packed, codebook
+        return scales.numel() * 4 if nested else 0  # absmax decoded
     return 0
 
 

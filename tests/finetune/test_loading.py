@@ -328,3 +328,33 @@ def test_a_damaged_4_bit_file(
 def test_a_damaged_quantization_config(wrong: object, nf4_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"config\.json: quantization_config: "):
         load_model(with_config(nf4_dir, tmp_path / "copy", quantization_config=wrong))
+
+
+def test_calibrated_codes(base_dir: Path, nf4_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    """Law: the same keys, scales and bytes as plain NF4, other codes, and logits nearer to full precision's on the text."""
+    figures = graft.quantize(base=base_dir, out=tmp_path / "ours", calibrate=text_file)
+    assert figures["n_calibration_tokens"] > 1000
+    ours, plain = (load_file(folder / "model.safetensors") for folder in (tmp_path / "ours", nf4_dir))
+    assert ours.keys() == plain.keys()
+    changed = {name for name in ours if not torch.equal(ours[name], plain[name])}
+    assert changed == {name for name in ours if name.endswith("_proj.weight")}
+    ids = Tokenizer.load(base_dir).encode(text_file.read_text()[-2000:])[:90]
+    rows = torch.tensor(ids.tolist())[None]
+    with torch.no_grad():
+        full, near, far = (load_model(folder)(rows) for folder in (base_dir, tmp_path / "ours", nf4_dir))
+    assert (near - full).square().mean() < 0.8 * (far - full).square().mean()
+
+
+def test_texts_that_cannot_calibrate(base_dir: Path, tmp_path: Path) -> None:
+    """Refused before anything is written."""
+    (tmp_path / "short.txt").write_text("a few words")
+    (tmp_path / "binary.txt").write_bytes(b"text \xff\xfe")
+    for name, message in (
+        ("short.txt", r"has \d+ tokens; calibration needs at least 192"),
+        ("binary.txt", "not UTF-8 at byte 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_quantize(base_dir, tmp_path / "out", calibrate=tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        run_quantize(base_dir, tmp_path / "out", calibrate=tmp_path / "nowhere.txt")
+    assert not (tmp_path / "out").exists()
