@@ -8,9 +8,8 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from .dispatch import Backend, name_of
+from .dispatch import Backend, name_of, predicted_device
 
 SMALLEST = 2**16  # elements for which `auto` takes the loops: a training batch, not a decoding step
 PART = 2**17  # elements a thread at least: 50 us or more of work, where handing it over costs 30
@@ -34,7 +33,7 @@ def loops_problem(kernel_tensors: Sequence[Tensor]) -> str | None:
             return f"it needs CPU tensors, got one on {tensor.device}; move them or use backend='auto'"
         if tensor.dtype != torch.float32:
             return f"it takes float32, got {name_of(tensor.dtype)}; use backend='torch'"
-        if type(tensor) not in (Tensor, torch.nn.Parameter, FakeTensor):
+        if not (has_memory(tensor) or stands_for_memory(tensor)):
             return f"it takes plain tensors, got {type(tensor).__name__}; use backend='torch'"
     if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore[reportAttributeAccessIssue]
         return "torch.func's transforms can't see into it; use backend='torch'"
@@ -63,7 +62,12 @@ def takes_loops(kernel: str, backend: Backend | str, tensors: Sequence[Tensor]) 
         return True
     if backend != "auto" or torch.compiler.is_compiling():
         return False
-    if tensors[0].device.type != "cpu" or tensors[0].numel() < SMALLEST or not torch.is_grad_enabled():
+    if (
+        predicted_device() == "cuda"
+        or tensors[0].device.type != "cpu"
+        or tensors[0].numel() < SMALLEST
+        or not torch.is_grad_enabled()
+    ):
         return False
     return any(tensor.requires_grad for tensor in tensors) and loops_problem(tensors) is None
 
@@ -74,8 +78,14 @@ def rows_of(tensor: Tensor) -> Tensor:
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """False for a fake tensor, on which nothing is computed."""
-    return not isinstance(tensor, FakeTensor)
+    """True for a plain tensor; False for one that stands for another, on which nothing is computed."""
+    return type(tensor) in (Tensor, torch.nn.Parameter)
+
+
+def stands_for_memory(tensor: Tensor) -> bool:
+    """Whether a tensor of shapes alone stands for a real one: finetune/memory's ShapeTensor, or torch's FakeTensor (known by
+    its name: importing its class would import the compiler)."""
+    return getattr(type(tensor), "STANDS_FOR_MEMORY", False) or type(tensor).__name__ == "FakeTensor"
 
 
 def in_parts(part: Callable[[int, int], None], n: int, size: int) -> None:

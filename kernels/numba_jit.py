@@ -93,7 +93,7 @@ class _Announcer(event.Listener):
         details: Any = event.data
         package, _, module = details["dispatcher"].py_func.__module__.rpartition(".")
         folder = package.rpartition(".")[2]
-        name = self.names.get(folder, folder)
+        name: str = self.names.get(folder) or folder
         if name not in self.said and module and package.startswith(_PACKAGE):
             self.said.add(name)
             _log.warning("graft: compiling %s, %s, about ten seconds ...", name, self.how_often)

@@ -105,8 +105,8 @@ class LoRALinear(nn.Module):
         if x.shape[0] != n_rows:
             raise ValueError(f"the batch has {x.shape[0]} rows, adapters were chosen for {n_rows}")
         out = self.base(x)
-        if layer.index is not None:
-            index = layer.index.repeat_interleave(x.numel() // (n_rows * self.in_features))
+        if layer.row_index is not None:
+            index = layer.row_index.repeat_interleave(x.numel() // (n_rows * self.in_features))
             updates = [self.updates[name] for name in layer.names]
             a, b = [u.lora_a.to(out.dtype) for u in updates], [u.lora_b.to(out.dtype) for u in updates]
             scales = [u.scale for u in updates]

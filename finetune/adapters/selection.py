@@ -102,7 +102,7 @@ class LayerRows(NamedTuple):
     lora_a: Tensor | None  # (B, in, R), ranks padded; a row without an adapter is zero
     lora_b: Tensor | None  # (B, R, out), times the row's scale
     names: tuple[str, ...]  # the adapters in use
-    index: Tensor | None  # (B,) each row's place in names, -1 for none
+    row_index: Tensor | None  # (B,) each row's place in names, -1 for none
 
 
 class RowSelection:

@@ -175,7 +175,7 @@ def _run(config: ModelConfig, settings: MemorySettings, device: str) -> _Run:
     on_gpu = device == "cuda"
     granule, within = (CUDA_GRANULE, cuda_bytes_within) if on_gpu else (1, cpu_bytes_within)
     counter = LiveBytes(shapes=True, granule=granule, within=within)
-    with predicting(device):
+    with predicting("cuda" if on_gpu else "cpu"):
         model = shaped_model(config, settings)
         sizes = count_model(model, counter)
         if on_gpu:

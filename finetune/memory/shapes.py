@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import zip_longest
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ VALUES = {
 class ShapeTensor(Tensor):
     """A meta tensor that reports the CPU as its device, so that autograd, autocast and our kernels treat it as a CPU tensor."""
 
+    STANDS_FOR_MEMORY: ClassVar = True  # kernels/cpu_loops: allocate what a real one needs, compute nothing
     meta: Tensor
 
     @staticmethod
