@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -69,6 +69,17 @@ class Definition:
         for left, right in self.merges:
             digest.update(b"\2%d %d " % (len(left), len(right)) + left + right)
         return digest.hexdigest()[:32]
+
+
+def check_ids(ids: Collection[int]) -> None:
+    """Raises ValueError unless each id is a whole number from 0 to 2^21 - 1 and there is one at least."""
+    least, largest = min(ids, default=-1), max(ids, default=-1)
+    if least < 0:
+        raise ValueError(
+            f"the vocabulary's least id is {least}; expected 0 or more" if ids else "the vocabulary is empty"
+        )
+    if largest >= 1 << ID_BITS:
+        raise ValueError(f"the vocabulary has ids up to {largest:,}; graft encodes with ids below {1 << ID_BITS:,}")
 
 
 def new_definition(merges: Sequence[Pair], special_tokens: Sequence[str], pattern: str) -> Definition:

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from ...kernels.numba_jit import collector_paused
+from ..json_fields import check, field, read_object
 from .definition import ID_BITS, AddedToken, Definition, Pair
-from .patterns import GPT2, WHOLE, kind_of, resolve
+from .patterns import GPT2, covers_all_text, resolve
 
 Json = dict[str, Any]
 _SECTIONS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
@@ -38,29 +39,17 @@ def read(path: Path) -> Definition:
     """
     path = Path(path)
     if path.is_file():
-        return _complete(_read_object(path), {}, None, path)
+        return _complete(read_object(path), {}, None, path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give a folder that holds tokenizer.json")
     if (path / "tokenizer.json").exists():
-        main = _read_object(path / "tokenizer.json")
+        main = read_object(path / "tokenizer.json")
         return _complete(main, _read_config(path), _read_template(path), path / "tokenizer.json")
     vocabs, merges = sorted(path.glob("*vocab.json")), sorted(path.glob("*merges.txt"))
     if len(vocabs) != 1 or len(merges) != 1:
         raise FileNotFoundError(f"{path} holds no tokenizer.json (nor one vocab.json with one merges.txt)")
-    main = _from_gpt2_pair(_read_object(vocabs[0]), merges[0].read_text(encoding="utf-8"))
+    main = _from_gpt2_pair(read_object(vocabs[0]), _read_text(merges[0]) or "")
     return _complete(main, _read_config(path), _read_template(path), vocabs[0])
-
-
-def _read_object(path: Path) -> Json:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte offset {error.start}); is it a tokenizer.json?") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON (line {error.lineno}, column {error.colno}: {error.msg})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}; a tokenizer file is an object")
-    return value
 
 
 def _read_config(folder: Path) -> Json:
@@ -68,13 +57,23 @@ def _read_config(folder: Path) -> Json:
     config: Json = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).exists():
-            config |= _read_object(folder / name)
+            config |= read_object(folder / name)
     return config
 
 
 def _read_template(folder: Path) -> str | None:
-    file = folder / "chat_template.jinja"
-    return file.read_text(encoding="utf-8") if file.exists() else None
+    return _read_text(folder / "chat_template.jinja")
+
+
+def _read_text(file: Path) -> str | None:
+    if not file.exists():
+        return None
+    if not file.is_file():
+        raise ValueError(f"{file} is not a regular file; give a text file")
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 (byte offset {error.start}); write it again as UTF-8") from None
 
 
 def _from_gpt2_pair(vocab: dict[str, int], merges: str) -> Json:
@@ -94,35 +93,39 @@ def _from_gpt2_pair(vocab: dict[str, int], merges: str) -> Json:
 
 def _complete(main: Json, config: Json, template: str | None, path: Path) -> Definition:
     """Check that the file is byte-level BPE and take out of it what graft runs on."""
-    model = main.get("model")
-    if not isinstance(model, dict):
+    model = field(main, "model", dict, path, default={})
+    if not model:
         raise ValueError(f"{path} has no 'model'; is it a tokenizer.json of the tokenizers library?")
     kind = model.get("type", "BPE" if "merges" in model else "of no stated type")
     if kind != "BPE":
         raise ValueError(f"{path}: the model is {kind}; graft reads byte-level BPE only")
     _refuse_unlike_bpe(model, path)
-    added = _added_tokens(main, model)
-    splits, prefix_space = _splits(main.get("pre_tokenizer"), path)
+    _check_ids(field(model, "vocab", dict, path), path)
+    added = _added_tokens(main, model, path)
+    splits, prefix_space = _splits(field(main, "pre_tokenizer", dict, path, default=None), path)
     names = {token.content for token in added}
     vocab, merges = _vocab(model, names, path)
-    template = template if template is not None else _template_of(config.get("chat_template"))
+    template = template if template is not None else _template_of(config.get("chat_template"), path)
+    post_processor = field(main, "post_processor", dict, path, default=None)
     eos = _name(config.get("eos_token"), names)
     if eos is None and "eos_token" not in config and "<|endoftext|>" in names:
         eos = "<|endoftext|>"
     bos = _name(config.get("bos_token"), names)
-    leading = _leading_token(main.get("post_processor"))
+    leading = _leading_token(post_processor, path)
     definition = Definition(
         vocab,
         merges,
         added,
         splits,
         prefix_space=prefix_space,
-        normalizer=_normalizer(main.get("normalizer"), path),
+        normalizer=_normalizer(field(main, "normalizer", dict, path, default=None), path),
         ignore_merges=bool(model.get("ignore_merges")),
         bos=bos or (leading if leading in names else None),
         eos=eos,
         pad=_name(config.get("pad_token"), names),
-        add_bos=leading is not None if _is_template(main.get("post_processor")) else bool(config.get("add_bos_token")),
+        add_bos=leading is not None
+        if _template_section(post_processor, path) is not None
+        else bool(config.get("add_bos_token")),
         chat_template=template,
         raw={"config": config} | {name: main[name] for name in _SECTIONS if main.get(name) is not None},
     )
@@ -141,33 +144,79 @@ def _refuse_unlike_bpe(model: Json, path: Path) -> None:
             raise ValueError(f"{path}: {key}={model[key]!r} is not byte-level BPE as graft runs it")
 
 
-def _added_tokens(main: Json, model: Json) -> tuple[AddedToken, ...]:
-    options = ("special", "lstrip", "rstrip", "single_word", "normalized")
-    return tuple(
-        AddedToken(
-            entry["content"],
-            entry["id"],
-            in_vocab=entry["content"] in model["vocab"],
-            **{name: bool(entry.get(name, False)) for name in options},
+def _check_ids(vocab: Json, path: Path) -> None:
+    """Ids are whole numbers below 2^21, each of one text. Raises ValueError naming the text."""
+    texts: dict[int, str] = {}
+    for text, index in vocab.items():
+        _check_id(text, index, path)
+        if index in texts:
+            raise ValueError(f"{path}: {texts[index]!r} and {text!r} both have id {index}; each token needs its own")
+        texts[index] = text
+
+
+def _check_id(text: str, index: Any, path: Path) -> int:
+    if type(index) is not int:
+        raise ValueError(f"{path}: the id of {text!r} is {index!r}; a whole number is expected")
+    if not 0 <= index < 1 << ID_BITS:
+        raise ValueError(
+            f"{path}: the id of {text!r} is {index:,}; graft's tokenizer has room for 0 to {(1 << ID_BITS) - 1:,}"
         )
-        for entry in main.get("added_tokens") or []
-    )
+    return index
+
+
+def _added_tokens(main: Json, model: Json, path: Path) -> tuple[AddedToken, ...]:
+    """The added tokens, checked. Raises ValueError for one without text, for one text or one id given twice."""
+    options = ("special", "lstrip", "rstrip", "single_word", "normalized")
+    vocab: dict[str, int] = model["vocab"]
+    text_of = {index: text for text, index in vocab.items()}
+    found: dict[str, AddedToken] = {}
+    for place, entry in enumerate(field(main, "added_tokens", list, path, default=[])):
+        where = f"{path}: added token {place}"
+        entry = check(entry, dict, where)
+        content = field(entry, "content", str, where)
+        index = _check_id(content, field(entry, "id", int, where), path)
+        if not content:
+            raise ValueError(f"{where} has the empty text; remove it")
+        if content in found:
+            if found[content].id == index:
+                continue
+            raise ValueError(
+                f"{path}: the added token {content!r} has two ids, {found[content].id} and {index}; keep one"
+            )
+        if text_of.get(index, content) != content:
+            raise ValueError(
+                f"{path}: {text_of[index]!r} and {content!r} both have id {index}; each token needs its own"
+            )
+        if vocab.get(content, index) != index:
+            raise ValueError(
+                f"{path}: {content!r} has id {vocab[content]} in the vocabulary and {index} as an added token"
+            )
+        text_of[index] = content
+        flags = {name: field(entry, name, bool, where, default=False) for name in options}
+        found[content] = AddedToken(content, index, in_vocab=content in vocab, **flags)
+    return tuple(found.values())
 
 
 def _vocab(model: Json, added: set[str], path: Path) -> tuple[dict[int, bytes], list[Pair]]:
-    """Undo the byte table. Raises ValueError for text that isn't in it, for absent bytes and for merges of unknown tokens."""
+    """Undo the byte table. Raises ValueError for text that isn't in it and for merges of unknown tokens.
+
+    Bytes may be absent: SmolLM2 lacks 21 of them. They are dropped from text before merging, as the tokenizers library does
+    where the file names no unk_token.
+    """
     spelt = _spell_all([text for text in model["vocab"] if text not in added], path)
+    if not spelt:
+        raise ValueError(f"{path}: the vocabulary has no token but the added ones; is the file whole?")
     vocab = {model["vocab"][text]: token for text, token in spelt.items()}
-    known = {token for token in vocab.values() if len(token) == 1}
-    absent = [byte for byte in range(256) if bytes([byte]) not in known]
-    if absent:
-        raise ValueError(f"{path}: the vocabulary has no token for byte 0x{absent[0]:02x} ({len(absent)} bytes absent)")
-    if max(vocab) >= 1 << ID_BITS:
-        raise ValueError(f"{path}: ids go up to {max(vocab):,}; graft's tokenizer has room below {1 << ID_BITS:,}")
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    absent = 256 - len({token for token in vocab.values() if len(token) == 1})
+    if absent and model.get("unk_token") is not None:
+        raise ValueError(
+            f"{path}: the vocabulary lacks {absent} of 256 bytes and puts unk_token {model['unk_token']!r} in their place; "
+            "graft reads files without unk_token"
+        )
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in field(model, "merges", list, path)]
     try:
         return vocab, [(spelt[left], spelt[right]) for left, right in pairs]
-    except (KeyError, ValueError):  # an unknown token, or other than two
+    except (KeyError, ValueError, TypeError):  # an unknown token, other than two, no list
         return vocab, _known_merges(model, added, path)
 
 
@@ -178,8 +227,8 @@ def _known_merges(model: Json, added: set[str], path: Path) -> list[Pair]:
     merges: list[Pair] = []
     for rank, merge in enumerate(model["merges"]):
         pair = merge.split(" ") if isinstance(merge, str) else merge
-        if len(pair) != 2:
-            raise ValueError(f"{path}: merge {rank} is {merge!r}; two tokens are due")
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)):
+            raise ValueError(f"{path}: merge {rank} is {merge!r}; two tokens are expected")
         left, right = spelt.get(pair[0]), spelt.get(pair[1])
         if left is not None and right is not None and left + right in known:
             merges.append((left, right))
@@ -203,10 +252,20 @@ def _spell_all(texts: list[str], path: Path) -> dict[str, bytes]:
     return {text: spelling[start:end] for text, start, end in zip(texts, places[:-1], places[1:], strict=True)}
 
 
-def _normalizer(section: Json | None, path: Path) -> str | None:
+def _parts(section: Json | None, key: str, where: str) -> list[Json]:
+    """A section's steps: itself, or those of a Sequence; each an object with a type. [] for none."""
     if section is None:
-        return None
-    parts = section["normalizers"] if section["type"] == "Sequence" else [section]
+        return []
+    parts = [section]
+    if field(section, "type", str, where) == "Sequence":
+        parts = field(section, key, list, where)
+    for part in parts:
+        field(check(part, dict, f"{where}: a step"), "type", str, where)
+    return parts
+
+
+def _normalizer(section: Json | None, path: Path) -> str | None:
+    parts = _parts(section, "normalizers", f"{path}: normalizer")
     if not parts:
         return None
     if len(parts) == 1 and parts[0]["type"] in _FORMS:
@@ -217,7 +276,7 @@ def _normalizer(section: Json | None, path: Path) -> str | None:
 
 def _splits(section: Json | None, path: Path) -> tuple[tuple[str, ...], bool]:
     """The patterns in order, and whether a space is put before each text."""
-    parts = [] if section is None else section["pretokenizers"] if section["type"] == "Sequence" else [section]
+    parts = _parts(section, "pretokenizers", f"{path}: pre_tokenizer")
     splits: list[str] = []
     prefix_space = byte_level = False
     for part in parts:
@@ -244,43 +303,50 @@ def _splits(section: Json | None, path: Path) -> tuple[tuple[str, ...], bool]:
 def _split_pattern(part: Json, path: Path) -> str:
     import regex
 
-    pattern = part["pattern"].get("Regex") or regex.escape(part["pattern"].get("String", ""))
-    pattern = resolve(pattern)
+    where = f"{path}: pre_tokenizer: Split"
+    source = field(part, "pattern", dict, where)
+    pattern = field(source, "Regex", str, where, default=None)
+    if pattern is None:
+        pattern = regex.escape(field(source, "String", str, where))
+    try:
+        pattern = resolve(pattern)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     how = (part.get("behavior"), bool(part.get("invert")))
-    covers_all = kind_of(pattern) != WHOLE  # then keeping the matches and keeping everything are the same
-    if how == ("Isolated", False) or (how == ("Removed", True) and covers_all):
+    # Removing what lies between matches is the same as isolating the matches where a pattern matches all text.
+    if how == ("Isolated", False) or (how == ("Removed", True) and covers_all_text(pattern)):
         return pattern
     raise ValueError(f"{path}: Split with behavior {how[0]}, invert {how[1]} is unknown to graft; it knows Isolated")
 
 
-def _is_template(section: Json | None) -> bool:
-    return _template_section(section) is not None
-
-
-def _template_section(section: Json | None) -> Json | None:
-    if section is None:
-        return None
-    parts = section["processors"] if section["type"] == "Sequence" else [section]
+def _template_section(section: Json | None, path: Path) -> Json | None:
+    parts = _parts(section, "processors", f"{path}: post_processor")
     return next((part for part in parts if part["type"] == "TemplateProcessing"), None)
 
 
-def _leading_token(section: Json | None) -> str | None:
+def _leading_token(section: Json | None, path: Path) -> str | None:
     """The special token that the post-processor puts before a single text."""
-    template = _template_section(section)
-    first = template["single"][0] if template and template["single"] else {}
-    return first["SpecialToken"]["id"] if "SpecialToken" in first else None
+    template = _template_section(section, path)
+    where = f"{path}: post_processor"
+    steps = [] if template is None else field(template, "single", list, where, default=[])
+    first = check(steps[0], dict, f"{where}: single") if steps else {}
+    token = field(first, "SpecialToken", dict, where, default=None)
+    return None if token is None else field(token, "id", str, where)
 
 
 def _name(value: Any, known: set[str]) -> str | None:
     text = value.get("content") if isinstance(value, dict) else value
-    return text if text in known else None
+    return text if isinstance(text, str) and text in known else None
 
 
-def _template_of(value: Any) -> str | None:
+def _template_of(value: Any, path: Path) -> str | None:
     """The chat template in tokenizer_config.json: a string, or a list of named ones of which `default` counts."""
     if isinstance(value, list):
-        return next((entry["template"] for entry in value if entry.get("name") == "default"), None)
-    return value
+        named = [check(entry, dict, f"{path}: chat_template") for entry in value]
+        return next(
+            (field(e, "template", str, f"{path}: chat_template") for e in named if e.get("name") == "default"), None
+        )
+    return None if value is None else check(value, str, f"{path}: chat_template")
 
 
 # ---------------------------------------------------------------------------------------------------------- writing

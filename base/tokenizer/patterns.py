@@ -54,3 +54,56 @@ def resolve(pattern: str) -> str:
 def kind_of(pattern: str) -> int:
     """The fast scanner's number for a resolved pattern; WHOLE when only the general path can split by it."""
     return _KINDS.get(pattern, WHOLE)
+
+
+# GPT-4o's pattern (o200k) and others end in alternatives that between them match any character: a stretch of other
+# characters, white space, letters, digits.
+_REST = (
+    r" ?[^\s\p{L}\p{N}]+[\r\n/]*", r" ?[^\s\p{L}\p{N}]+[\r\n]*", r" ?[^\s\p{L}\p{N}]+", r"[^\s\p{L}\p{N}]+",
+)  # fmt: skip
+_LETTERS = (r"\p{L}+", r" ?\p{L}+", r"[^\r\n\p{L}\p{N}]?\p{L}+")
+_NUMBERS = (r"\p{N}", r"\p{N}+", r" ?\p{N}+", r"\p{N}{1,3}")
+_CASED = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*",
+)
+
+
+def covers_all_text(pattern: str) -> bool:
+    """Whether it is certain that the pattern's matches leave no character out, whatever the text.
+
+    Known by its alternatives: white space, other characters, digits and letters must each have one that matches them
+    wherever they stand. False means only that it isn't known.
+    """
+    if kind_of(pattern) != WHOLE:
+        return True
+    alternatives = _alternatives(pattern)
+    bare = [_without_contractions(one) for one in alternatives]
+    letters = any(one in alternatives for one in _LETTERS) or all(one in bare for one in _CASED)
+    return (
+        r"\s+" in alternatives
+        and letters
+        and any(one in alternatives for one in _REST)
+        and any(one in alternatives for one in _NUMBERS)
+    )
+
+
+def _alternatives(pattern: str) -> list[str]:
+    """The pattern's top-level alternatives."""
+    parts, depth, escaped, in_class = [""], 0, False, False
+    for character in pattern:
+        if not escaped and not in_class:
+            depth += {"(": 1, ")": -1}.get(character, 0)
+        if not escaped and character in "[]":
+            in_class = character == "["
+        if character == "|" and depth == 0 and not escaped and not in_class:
+            parts.append("")
+        else:
+            parts[-1] += character
+        escaped = character == "\\" and not escaped
+    return parts
+
+
+def _without_contractions(alternative: str) -> str:
+    """An alternative without the optional 's, 't, ... behind it (GPT-4o)."""
+    return alternative.removesuffix("(?i:'s|'t|'re|'ve|'m|'ll|'d)?")

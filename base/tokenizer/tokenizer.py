@@ -14,13 +14,15 @@ import regex
 from . import files as tokenizer_files
 from .compiled.decode import Decoder
 from .compiled.encode import Encoder
-from .definition import AddedToken, Definition
+from .definition import AddedToken, Definition, check_ids
 
 Allowed = Literal["all"] | Iterable[str]
 
 
 class Tokenizer:
     """Byte-level BPE: any text becomes ids and comes back unchanged.
+
+    Where a file's vocabulary lacks a byte (SmolLM2's lacks 21), that byte is dropped from text, as `tokenizers` does.
 
     `encode` never adds BOS or EOS, and never yields a special token's id unless `allowed_special` names the token.
     """
@@ -29,6 +31,7 @@ class Tokenizer:
         self.definition = definition
         self.special_tokens: dict[str, int] = {token.content: token.id for token in definition.added}
         self.vocab: dict[int, bytes] = definition.vocab | {t.id: t.content.encode() for t in definition.added}
+        check_ids(self.vocab)
         self.merges: list[tuple[bytes, bytes]] = definition.merges
         self.vocab_size = max(self.vocab) + 1
         self.bos_token_id = self._id_of(definition.bos)

@@ -13,9 +13,9 @@ import numpy as np
 from ....kernels.numba_jit import collector_paused, compiled, inlined
 from ....kernels.numba_memory import address, byte_at, eight_at, four_at, put_eight
 from .. import reference
-from ..definition import ID_BITS, Definition
+from ..definition import ID_BITS, Definition, check_ids
 from ..patterns import WHOLE, kind_of
-from .memory import PADDING, aligned_zeros, padded
+from .memory import PADDING, aligned_zeros, check_bounds, padded
 from .scan import cut_words, new_buffers, unicode_classes
 from .words import SLOT, VALUE, N, count_words, first_look, put_key, search
 
@@ -33,7 +33,8 @@ _MIX = np.uint64(0x9E3779B97F4A7C15)
 class Ranks(NamedTuple):
     """The vocabulary as the merge loop needs it."""
 
-    byte_id: np.ndarray  # int32 (256,)
+    byte_id: np.ndarray  # int32 (256,), -1 for a byte that the vocabulary lacks
+    lacks_bytes: bool  # such bytes are dropped from a word before it is merged
     byte_pair_rank: np.ndarray  # int32 (65536,), two bytes -> the rank of their merge, _NONE when they have none
     pair_rank: np.ndarray  # uint64, open addressing by two ids: the ids and the rank plus one, or 0
     merged_id: np.ndarray  # int32, the id that the merge of each rank makes
@@ -45,6 +46,7 @@ class Tables(NamedTuple):
     """The same by address."""
 
     byte_id: int
+    lacks_bytes: bool
     byte_pair_rank: int
     pair_rank: int
     pair_mask: int  # the number of its entries, less one
@@ -218,6 +220,19 @@ def encode_word(tables, word, size, out, rank):
         if eight_at(slot + 24):
             out[0] = np.int64(eight_at(slot + 16)) - 1
             return 1
+    if tables.lacks_bytes:
+        kept = np.empty(size + PADDING, np.uint8)
+        n = 0
+        for place in range(size):
+            byte = byte_at(word + place)
+            if four_at(tables.byte_id + 4 * byte) >= 0:
+                kept[n] = byte
+                n += 1
+        if n == 0:
+            return 0
+        if n <= LONGEST:
+            return merge_short(tables, address(kept), n, out, rank)
+        return merge_long(tables, address(kept), n, out)
     if size <= LONGEST:
         return merge_short(tables, word, size, out, rank)
     return merge_long(tables, word, size, out)
@@ -297,6 +312,8 @@ def encode_text(text, ends, kind, classes, ranks, cache, out, out_ends, state):
                         n = encode_word(tables, word, size, out[n_out:], rank)
                     else:
                         n = encode_word(tables, word, size, ids, rank)
+                        if n == 0:  # all its bytes were dropped; the cache has no room for words without ids
+                            continue
                         base = search(slots_at, mask, long_at, word, size)
                         if not remember(cache, base, word, size, ids, n):
                             state[0], state[1], state[2] = stretch, places[i], n_out
@@ -315,6 +332,7 @@ def by_address(ranks):
     """Ranks -> Tables."""
     return Tables(
         address(ranks.byte_id),
+        ranks.lacks_bytes,
         address(ranks.byte_pair_rank),
         address(ranks.pair_rank),
         len(ranks.pair_rank) - 1,
@@ -339,16 +357,13 @@ class Encoder:
     def _ranks(self) -> Ranks:
         left, right, merged_id = self._definition.merge_ids
         n_merges = len(merged_id)
+        check_ids(self._definition.vocab)
         largest = max(self._definition.vocab)
-        if largest >= 1 << ID_BITS:
-            raise ValueError(f"the vocabulary has ids up to {largest:,}; graft encodes with ids below {1 << ID_BITS:,}")
         byte_of = np.full(largest + 1, -1)
         byte_id = np.full(256, -1, np.int32)
         for index, token in self._definition.vocab.items():
             if len(token) == 1:
                 byte_of[index], byte_id[token[0]] = token[0], index
-        if byte_id.min() < 0:
-            raise ValueError(f"the vocabulary has no token for byte 0x{byte_id.argmin():02x}; every byte needs one")
         pair_rank = np.zeros(max(1 << 10, 1 << (2 * n_merges).bit_length()), np.uint64)  # at most half full
         index_merges(pair_rank, left, right)
         of_bytes = np.flatnonzero((byte_of[left] >= 0) & (byte_of[right] >= 0))[::-1]  # backwards: the first counts
@@ -357,7 +372,7 @@ class Encoder:
         whole, whole_long = (
             self._whole_words() if self._definition.ignore_merges else (aligned_zeros(0), np.zeros(PADDING, np.uint8))
         )
-        return Ranks(byte_id, byte_pairs, pair_rank, merged_id, whole, whole_long)
+        return Ranks(byte_id, bool(byte_id.min() < 0), byte_pairs, pair_rank, merged_id, whole, whole_long)
 
     def _whole_words(self) -> tuple[np.ndarray, np.ndarray]:
         """The vocabulary as a table of words whose value is the id plus one."""
@@ -395,6 +410,7 @@ class Encoder:
 
     def encode_bytes(self, data: bytes, ends: np.ndarray, kind: int) -> tuple[np.ndarray, np.ndarray]:
         """Encode stretches of UTF-8 that lie end to end."""
+        check_bounds(np.concatenate([[0], ends[:-1]]) if len(ends) else ends, ends, len(data))
         text = padded(data)
         out = np.empty(len(data) + 4, np.int32)
         out_ends = np.empty(len(ends), np.int64)

@@ -168,9 +168,12 @@ BAD = [
     (lambda m: m["model"].update(byte_fallback=True), "BPE with byte_fallback"),
     (lambda m: m["model"].update(end_of_word_suffix="</w>"), "end_of_word_suffix='</w>'"),
     (lambda m: m["model"]["vocab"].update({"▁the": 999}), "'▁the' isn't spelt in bytes"),
-    (lambda m: m["model"]["vocab"].pop("a"), "has no token for byte 0x61"),
+    (
+        lambda m: (m["model"]["vocab"].pop("z"), m["model"].update(unk_token="a")),
+        "lacks 1 of 256 bytes and puts unk_token",
+    ),
     (lambda m: m["model"]["merges"].append(["a", "zzz"]), r"merge 4 \['a', 'zzz'\] joins or makes a token"),
-    (lambda m: m["model"]["merges"].append("a b c"), "merge 4 is 'a b c'; two tokens are due"),
+    (lambda m: m["model"]["merges"].append("a b c"), "merge 4 is 'a b c'; two tokens are expected"),
     (lambda m: m.update(normalizer={"type": "Lowercase"}), "normalizer Lowercase is unknown to graft"),
     (lambda m: m.update(pre_tokenizer={"type": "Metaspace"}), "pre-tokenizer Metaspace is unknown to graft"),
     (lambda m: m.update(pre_tokenizer=None), "no ByteLevel pre-tokenizer"),
@@ -217,7 +220,7 @@ def test_broken_files(tmp_path):
     for content, message in (
         (b"{", "is not JSON"),
         (b"\xff", r"not UTF-8 \(byte offset 0\)"),
-        (b"[]", "holds a JSON list"),
+        (b"[]", "holds a list"),
     ):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=message):
@@ -292,9 +295,9 @@ def test_two_bytes_with_one_id(tmp_path):
     main = json.loads((tmp_path / "tokenizer.json").read_text())
     main["model"]["vocab"]["b"] = main["model"]["vocab"]["a"]
     (tmp_path / "tokenizer.json").write_text(json.dumps(main))
-    with pytest.raises(ValueError, match="the vocabulary has no token for byte 0x61"):
+    with pytest.raises(ValueError, match="'a' and 'b' both have id 97; each token needs its own"):
         graft.Tokenizer.load(tmp_path)
     main["model"]["vocab"]["b"] = 1 << 21
     (tmp_path / "tokenizer.json").write_text(json.dumps(main))
-    with pytest.raises(ValueError, match=r"tokenizer\.json: ids go up to 2,097,152; .* below 2,097,152"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json: the id of 'b' is 2,097,152; .* room for 0 to 2,097,151"):
         graft.Tokenizer.load(tmp_path)
