@@ -10,9 +10,10 @@ from graft.base.text.documents import read_documents
 from graft.base.text.utf8 import to_utf8
 from graft.base.tokenizer.tokenizer import Tokenizer
 
-CONTENTS = ["<a>", "ce\u0301", "c\u00e9", "\ufb01", " x", "<a><b>", "\u212b", "zing", "\u65e5", "\u00a0y"]
+CONTENTS = ["<a>", "ce\u0301", "\ufb01", " x", "<a><b>", "\u212b", "zing", "\u65e5", "\u00a0y"]
 PIECES = [
     *CONTENTS,
+    "c\u00e9",
     " ",
     "  ",
     "\n",
