@@ -13,6 +13,8 @@ from typing import IO, Literal
 
 import regex
 
+from .utf8 import to_utf8
+
 PIECE_BYTES = 4 << 20  # a longer document comes in pieces of about this size
 _MARKUP = ".txt .text .md .rst .tex .html .xml .csv .tsv .toml .yaml .yml"
 _CODE = ".py .pyi .c .h .cc .cpp .hpp .cu .rs .go .java .js .ts .sh"
@@ -104,11 +106,7 @@ def read_documents(
             kind = _kind(file)
             if kind in RECORD_SUFFIXES:
                 rows = {".json": _json_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}[kind]
-                pieces = (
-                    Piece(text.encode("utf-8", "replace"), True, file)
-                    for text in rows(stream, file, field, errors)
-                    if text
-                )
+                pieces = (Piece(to_utf8(text), True, file) for text in rows(stream, file, field, errors) if text)
             else:
                 pieces = _text_pieces(stream, file, [s.encode() for s in separators], errors, piece_bytes)
             for piece in pieces:

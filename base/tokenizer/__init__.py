@@ -3,6 +3,7 @@
     reference.py    the algorithm in its plainest form: regex and dictionaries, no speed
     patterns.py     the regular expressions that split text into pretokens
     definition.py   what decides which ids a text gets: vocabulary, merges, added tokens, split patterns
+    added_tokens.py finds special tokens in text before it is split
     training.py     files -> pretoken counts -> merges -> a definition
     files.py        definition <-> tokenizer.json and its companions
     tokenizer.py    Tokenizer, the class that users meet

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -58,17 +60,38 @@ class Definition:
         return tuple(np.fromiter(map(id_of.__getitem__, tokens), np.int32, n) for tokens in (left, right, made))  # pyright: ignore[reportReturnType]
 
     def fingerprint(self) -> str:
-        """32 hex digits that change when any text could get other ids."""
+        """32 hex digits that change when any text could get other ids.
+
+        Not covered: the Unicode version. Ids of code points that an older table has not assigned depend on the `regex` package
+        (its classes split the text) and on Python's unicodedata (its normal forms); see `unicode_versions`.
+        """
         digest = hashlib.sha256()
         settings = [self.splits, self.prefix_space, self.normalizer, self.ignore_merges]
         digest.update(json.dumps(settings).encode())
         for token in sorted(self.added, key=lambda token: token.id):
-            digest.update(f"\0{token.id} {token.lstrip} {token.rstrip} {token.single_word} {token.content}".encode())
+            flags = f"{token.lstrip} {token.rstrip} {token.single_word}" + " normalized" * token.normalized
+            digest.update(f"\0{token.id} {flags} {token.content}".encode())
         for index in sorted(self.vocab):
             digest.update(b"\1%d %d " % (index, len(self.vocab[index])) + self.vocab[index])
         for left, right in self.merges:
             digest.update(b"\2%d %d " % (len(left), len(right)) + left + right)
         return digest.hexdigest()[:32]
+
+
+def unicode_versions() -> dict[str, str]:
+    """What splits and normalizes text here: kept beside a fingerprint as a note, so that a difference can be explained."""
+    return {"regex": version("regex"), "unicodedata": unicodedata.unidata_version}
+
+
+def check_ids(ids: Collection[int]) -> None:
+    """Raises ValueError unless each id is a whole number from 0 to 2^21 - 1 and there is one at least."""
+    least, largest = min(ids, default=-1), max(ids, default=-1)
+    if least < 0:
+        raise ValueError(
+            f"the vocabulary's least id is {least}; expected 0 or more" if ids else "the vocabulary is empty"
+        )
+    if largest >= 1 << ID_BITS:
+        raise ValueError(f"the vocabulary has ids up to {largest:,}; graft encodes with ids below {1 << ID_BITS:,}")
 
 
 def new_definition(merges: Sequence[Pair], special_tokens: Sequence[str], pattern: str) -> Definition:

@@ -78,9 +78,8 @@ def covers_all_text(pattern: str) -> bool:
     if kind_of(pattern) != WHOLE:
         return True
     alternatives = _alternatives(pattern)
-    letters = any(one in alternatives for one in _LETTERS) or any(
-        _without_contractions(one) in _CASED for one in alternatives
-    )
+    bare = [_without_contractions(one) for one in alternatives]
+    letters = any(one in alternatives for one in _LETTERS) or all(one in bare for one in _CASED)
     return (
         r"\s+" in alternatives
         and letters

@@ -9,18 +9,21 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import regex
 
+from ..text.utf8 import to_utf8
 from . import files as tokenizer_files
+from .added_tokens import TokenMatcher
 from .compiled.decode import Decoder
 from .compiled.encode import Encoder
-from .definition import AddedToken, Definition
+from .definition import AddedToken, Definition, check_ids
 
 Allowed = Literal["all"] | Iterable[str]
 
 
 class Tokenizer:
     """Byte-level BPE: any text becomes ids and comes back unchanged.
+
+    Where a file's vocabulary lacks a byte (SmolLM2's lacks 21), that byte is dropped from text, as `tokenizers` does.
 
     `encode` never adds BOS or EOS, and never yields a special token's id unless `allowed_special` names the token.
     """
@@ -29,6 +32,7 @@ class Tokenizer:
         self.definition = definition
         self.special_tokens: dict[str, int] = {token.content: token.id for token in definition.added}
         self.vocab: dict[int, bytes] = definition.vocab | {t.id: t.content.encode() for t in definition.added}
+        check_ids(self.vocab)
         self.merges: list[tuple[bytes, bytes]] = definition.merges
         self.vocab_size = max(self.vocab) + 1
         self.bos_token_id = self._id_of(definition.bos)
@@ -121,13 +125,14 @@ class Tokenizer:
             if not isinstance(text, str):
                 raise TypeError(f"text is {type(text).__name__}, not str; decode bytes first")
         if allowed:
-            return [self._encode_with_special(text, allowed) for text in texts]
+            matcher = TokenMatcher(allowed, self._normalized)
+            return [self._encode_with_special(text, matcher) for text in texts]
         ids, ends = self.encode_ragged(texts)
         return np.split(ids, ends[:-1]) if len(texts) > 1 else [ids] * len(texts)
 
     def encode_ragged(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Plain texts: all ids in a row (int32), and where each text's ids end (int64)."""
-        return self._encoder.encode([self._plain(text) for text in texts])
+        return self._encoder.encode([self._plain(self._normalized(text)) for text in texts])
 
     @property
     def can_stream(self) -> bool:
@@ -147,28 +152,21 @@ class Tokenizer:
             raise ValueError(f"allowed_special names {sorted(unknown)}; this tokenizer has {list(self.special_tokens)}")
         return [token for token in self.definition.added if token.content in wanted]
 
-    def _plain(self, text: str) -> bytes:
-        """UTF-8 as the splitter sees it: lone surrogates replaced, normalized, with the space in front."""
+    def _normalized(self, text: str) -> str:
         form = self.definition.normalizer
-        if form is not None and not text.isascii():
-            text = unicodedata.normalize(form, text)  # pyright: ignore[reportArgumentType]
+        if form is None or text.isascii():
+            return text
+        return unicodedata.normalize(form, text)  # pyright: ignore[reportArgumentType]
+
+    def _plain(self, text: str) -> bytes:
+        """Normalized text as the splitter sees it: with the space in front, as UTF-8, lone surrogates replaced."""
         if self.definition.prefix_space and text and not text.startswith(" "):
             text = " " + text
-        try:
-            return text.encode()
-        except UnicodeEncodeError:  # a lone surrogate, or two that make one character
-            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+        return to_utf8(text)
 
-    def _encode_with_special(self, text: str, allowed: list[AddedToken]) -> np.ndarray:
+    def _encode_with_special(self, text: str, matcher: TokenMatcher) -> np.ndarray:
         """Cut the text at the allowed special tokens, encode what lies between, and put the tokens' ids in."""
-        plain: list[str] = []
-        special: list[int] = []
-        done = 0
-        for match in _matcher(allowed).finditer(text):
-            plain.append(text[done : match.start()])
-            special.append(self.special_tokens[match.group("token")])
-            done = match.end()
-        plain.append(text[done:])
+        plain, special = matcher.split(text)
         ids, ends = self._encoder.encode([self._plain(part) for part in plain])
         return np.insert(ids, ends[:-1], np.array(special, np.int32))
 
@@ -218,14 +216,3 @@ def _as_ids(ids: Iterable[int] | np.ndarray) -> np.ndarray:
     if array.dtype.kind not in "iu" or array.ndim != 1:
         raise ValueError(f"ids are {array.dtype} of shape {array.shape}; give a flat sequence of whole numbers")
     return array
-
-
-def _matcher(tokens: Sequence[AddedToken]) -> regex.Pattern[str]:
-    """A pattern that finds the tokens, the longest first, with the white space or word edges that each asks for."""
-    parts = []
-    for token in sorted(tokens, key=lambda token: len(token.content), reverse=True):
-        part = f"(?P<token>{regex.escape(token.content)})"
-        if token.single_word:
-            part = rf"(?<!\w){part}(?!\w)"
-        parts.append(("\\s*" if token.lstrip else "") + part + ("\\s*" if token.rstrip else ""))
-    return regex.compile("|".join(parts))

@@ -1,4 +1,6 @@
-"""Ids to bytes: a token of up to 15 bytes is two stores of eight, of which the next token overwrites the surplus."""
+"""Ids to bytes. Each token of at most 15 bytes is written as two 8-byte stores; bytes beyond its length are overwritten by
+the next token.
+"""
 
 from typing import NoReturn
 
@@ -6,6 +8,7 @@ import numpy as np
 
 from ....kernels.numba_jit import compiled
 from ....kernels.numba_memory import address, put_eight
+from ..definition import check_ids
 from .memory import PADDING
 
 _LONG = np.uint64(16)  # stands for the size where a token is written byte by byte, or there is none
@@ -52,6 +55,7 @@ class Decoder:
     """Ids to bytes. All that a token of up to 15 bytes needs lies in 16 bytes: its own, and its size in the last one."""
 
     def __init__(self, vocab: dict[int, bytes]):
+        check_ids(vocab)
         self._n = max(vocab) + 1
         tokens = [vocab.get(index, b"") for index in range(self._n)]
         sizes = np.fromiter(map(len, tokens), np.int32, self._n)
@@ -65,6 +69,8 @@ class Decoder:
 
     def decode(self, ids: np.ndarray) -> np.ndarray:
         """The tokens' bytes in a row, uint8. Raises ValueError for an id that the vocabulary doesn't have."""
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise ValueError(f"ids are {ids.dtype} of shape {ids.shape}; expected whole numbers in one dimension")
         narrow = np.ascontiguousarray(ids, np.int32)
         if not (all_below(narrow, self._n) and (narrow is ids or np.array_equal(narrow, ids))):
             self._refuse(int(ids[((narrow < 0) | (narrow >= self._n) | (narrow != ids)).argmax()]))

@@ -13,9 +13,9 @@ import numpy as np
 from ....kernels.numba_jit import collector_paused, compiled, inlined
 from ....kernels.numba_memory import address, byte_at, eight_at, four_at, put_eight
 from .. import reference
-from ..definition import ID_BITS, Definition
+from ..definition import ID_BITS, Definition, check_ids
 from ..patterns import WHOLE, kind_of
-from .memory import PADDING, aligned_zeros, padded
+from .memory import PADDING, aligned_zeros, check_bounds, padded
 from .scan import cut_words, new_buffers, unicode_classes
 from .words import SLOT, VALUE, N, count_words, first_look, put_key, search
 
@@ -357,9 +357,8 @@ class Encoder:
     def _ranks(self) -> Ranks:
         left, right, merged_id = self._definition.merge_ids
         n_merges = len(merged_id)
+        check_ids(self._definition.vocab)
         largest = max(self._definition.vocab)
-        if largest >= 1 << ID_BITS:
-            raise ValueError(f"the vocabulary has ids up to {largest:,}; graft encodes with ids below {1 << ID_BITS:,}")
         byte_of = np.full(largest + 1, -1)
         byte_id = np.full(256, -1, np.int32)
         for index, token in self._definition.vocab.items():
@@ -411,6 +410,7 @@ class Encoder:
 
     def encode_bytes(self, data: bytes, ends: np.ndarray, kind: int) -> tuple[np.ndarray, np.ndarray]:
         """Encode stretches of UTF-8 that lie end to end."""
+        check_bounds(np.concatenate([[0], ends[:-1]]) if len(ends) else ends, ends, len(data))
         text = padded(data)
         out = np.empty(len(data) + 4, np.int32)
         out_ends = np.empty(len(ends), np.int64)

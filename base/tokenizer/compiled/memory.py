@@ -1,4 +1,7 @@
-"""Memory for the compiled loops: padded text that can be read eight bytes at a time, and aligned tables."""
+"""Memory for the compiled loops: padded text that can be read eight bytes at a time, aligned tables, and the checks.
+
+The loops read by address and check nothing. So whatever enters one passes a check here first, once for a whole array.
+"""
 
 import numpy as np
 
@@ -8,6 +11,25 @@ PADDING = 16  # bytes after a text, so that eight bytes can be read at its last 
 def padded(data: bytes) -> np.ndarray:
     """A text as bytes, which may be read eight at a time up to its end: one load replaces eight."""
     return np.frombuffer(data + bytes(PADDING), np.uint8)
+
+
+def check_bounds(starts: np.ndarray, ends: np.ndarray, n_bytes: int) -> None:
+    """Stretches of a text of n_bytes: int64, contiguous, in order, inside the text. Raises ValueError for others."""
+    for name, bounds in (("starts", starts), ("ends", ends)):
+        check_array(bounds, np.int64, name)
+    if len(starts) != len(ends):
+        raise ValueError(f"{len(starts)} starts and {len(ends)} ends; expected as many of each")
+    if len(ends) and not (
+        starts[0] >= 0 and ends[-1] <= n_bytes and (starts <= ends).all() and (ends[:-1] <= starts[1:]).all()
+    ):
+        raise ValueError(f"the stretches must lie in order inside the text of {n_bytes:,} bytes")
+
+
+def check_array(array: np.ndarray, dtype: type, name: str) -> None:
+    """One dimension, contiguous, of the dtype. Raises ValueError for another array."""
+    if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != 1 or not array.flags.c_contiguous:
+        got = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+        raise ValueError(f"{name} is {got}; expected a contiguous array of {np.dtype(dtype)} with one dimension")
 
 
 def aligned_zeros(n: int) -> np.ndarray:

@@ -18,7 +18,7 @@ import numpy as np
 
 from ....kernels.numba_jit import compiled
 from .pair_index import new_index, pair_slot, put_pairs
-from .words import Words
+from .words import Words, check_words
 
 GAP, INSIDE = -1, -2
 
@@ -300,6 +300,7 @@ def train(
     on_merge: Callable[[int], None] | None = None,  # told now and then how many merges are done
 ) -> list[tuple[bytes, bytes]]:
     """The first n_merges merges; fewer when no word has two tokens left. See reference.train for what is computed."""
+    check_words(words)
     sizes = words[1]
     n_places = int(sizes.sum()) + len(sizes) + 1
     n_vocab = 256 + n_merges

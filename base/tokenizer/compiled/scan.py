@@ -15,6 +15,7 @@ from numba import carray
 from ....kernels.numba_jit import compiled, inlined
 from ....kernels.numba_memory import address, byte_at, eight_at, pointer
 from ..patterns import KIND_GPT2, KIND_GPT4, KIND_QWEN2, WHOLE
+from .memory import padded
 
 OTHER, LETTER, NUMBER, BLANK, SPACE, NEWLINE = range(6)  # BLANK is U+0020, SPACE other white space, NEWLINE CR and LF
 _LAST_SPACE = 6  # a white space character of several bytes that something visible follows
@@ -30,7 +31,7 @@ def unicode_classes() -> np.ndarray:
     import regex
 
     text = np.arange(_ASSIGNED, dtype="<u4").tobytes().decode("utf-32-le", "surrogatepass")
-    classes = np.zeros(0x110000, np.uint8)
+    classes = np.zeros(0x200000, np.uint8)  # all that four bytes can spell, so that no bytes lead outside
     for match in regex.finditer(r"(\p{L}+)|(\p{N}+)|([\r\n]+)|( )|\s+?", text):
         kind = (SPACE, LETTER, NUMBER, NEWLINE, BLANK)[match.lastindex or 0]
         classes[match.start() : match.end()] = kind
@@ -326,9 +327,14 @@ def cut_words(kind, text, classes, at, end, buffers):
     return n, at
 
 
+def word_starts(data: bytes, kind: int) -> np.ndarray:
+    """Where each pretoken of a UTF-8 text begins, int64. For tests and for looking at pretokens."""
+    out = np.empty(len(data) + 1, np.int64)
+    return out[: _word_starts(kind, padded(data), unicode_classes(), len(data), out)]
+
+
 @compiled
-def word_starts(kind, text, classes, end, out):
-    """Write down where every word of a text begins; returns how many there are. For tests and for looking at words."""
+def _word_starts(kind, text, classes, end, out):
     buffers = new_buffers()
     text_at, classes_at = address(text), address(classes)
     n_out = at = 0

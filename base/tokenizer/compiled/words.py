@@ -11,7 +11,7 @@ import numpy as np
 from ....kernels.numba_jit import compiled, inlined
 from ....kernels.numba_memory import address, byte_at, eight_at
 from ..patterns import WHOLE
-from .memory import PADDING, aligned_zeros, padded
+from .memory import PADDING, aligned_zeros, check_array, check_bounds, padded
 from .scan import cut_words, new_buffers, unicode_classes
 
 SLOT = 4
@@ -174,6 +174,15 @@ def dump_words(slots, long_bytes, flat, sizes, counts):
 Words = tuple[np.ndarray, np.ndarray, np.ndarray]  # bytes end to end; sizes (n,) int64; counts (n,) int64
 
 
+def check_words(words: Words) -> None:
+    """Raises ValueError unless the sizes and counts fit the bytes."""
+    flat, sizes, counts = words
+    for array, dtype, name in ((flat, np.uint8, "bytes"), (sizes, np.int64, "sizes"), (counts, np.int64, "counts")):
+        check_array(array, dtype, f"the words' {name}")
+    if len(sizes) != len(counts) or sizes.min(initial=0) < 0 or int(sizes.sum()) != len(flat):
+        raise ValueError(f"{len(sizes)} sizes and {len(counts)} counts do not fit words of {len(flat):,} bytes in all")
+
+
 class WordCounter:
     """Counts words; its memory grows with the number of different words, not with the text."""
 
@@ -189,10 +198,15 @@ class WordCounter:
     def add_words(self, words: Words) -> None:
         """Add another counter's words."""
         flat, sizes, counts = words
+        check_words(words)
         ends = np.cumsum(sizes)
         self._count(flat.tobytes(), ends - sizes, ends, counts, WHOLE)
 
     def _count(self, data: bytes, starts: np.ndarray, ends: np.ndarray, weights: np.ndarray, kind: int) -> None:
+        check_bounds(starts, ends, len(data))
+        check_array(weights, np.int64, "weights")
+        if len(weights) not in (0, len(ends)):
+            raise ValueError(f"{len(weights)} weights for {len(ends)} stretches; expected one each, or none")
         text = padded(data)
         classes = unicode_classes()
         self._state[:2] = 0

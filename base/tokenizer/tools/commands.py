@@ -145,6 +145,7 @@ def show(
     """
     from rich.console import Console
 
+    from ...text.utf8 import to_utf8
     from ..tokenizer import Tokenizer
     from .show import colour_tokens, token_table
 
@@ -153,7 +154,7 @@ def show(
     console = Console()
     few_colours = console.color_system in (None, "standard", "windows") or console.no_color
     console.print(colour_tokens([tok.token_bytes(index) for index in found], marks=few_colours))
-    n_bytes = len(text.encode("utf-8", "replace"))
+    n_bytes = len(to_utf8(text))
     console.print(
         f"{len(found)} tokens, {n_bytes} bytes: {n_bytes / max(1, len(found)):.2f} bytes a token", style="dim"
     )

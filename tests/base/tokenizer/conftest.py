@@ -56,3 +56,25 @@ def code():
             break
     text = "".join(parts)
     return (text * (10_000_000 // len(text) + 1))[:10_000_000]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A tokenizer of 900 ids trained on the standard library's text and a few scripts: laws need nothing but this."""
+    file = tmp_path_factory.mktemp("trained") / "text.txt"
+    scripts = "naïve café, don't we'll 12345 日本語テキスト Ελληνικά русский 😀 " * 20
+    library = Path(sys.modules["os"].__file__).parent
+    file.write_text(
+        "".join((library / f"{name}.py").read_text() for name in ("argparse", "textwrap", "this")) + scripts
+    )
+    return graft.Tokenizer.train([file], vocab_size=900)
+
+
+@pytest.fixture(scope="session")
+def tiktoken_trained(trained):
+    """The same vocabulary in tiktoken: the merges' rank is the id."""
+    tiktoken = pytest.importorskip("tiktoken")
+    ranks = {token: index for index, token in trained.definition.vocab.items()}
+    return tiktoken.Encoding(
+        "trained", pat_str=trained.definition.splits[0], mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 899}
+    )

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import random
 import subprocess
 import sys
@@ -143,3 +144,14 @@ def test_bytes_that_the_vocabulary_lacks_are_dropped_as_the_library_does(whole: 
     ):
         assert ours.encode(text).tolist() == theirs.encode(text, add_special_tokens=False).ids, text
     assert ours.encode("thxe").tolist() == ours.encode("the").tolist()
+
+
+def test_the_real_smollm2(tmp_path: Path) -> None:
+    """Parity: its vocabulary lacks bytes 04 06 13 14 16 1d c0 c1 f1 f2 f5-ff; the text holds each of them that UTF-8 can."""
+    if "SMOLLM2_DIR" not in os.environ:
+        pytest.skip("SMOLLM2_DIR names no folder with SmolLM2's tokenizer.json")
+    folder = Path(os.environ["SMOLLM2_DIR"])
+    ours, theirs = Tokenizer.load(folder), tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    text = "a\x04b\x06 \x13\x14\x16\x1d x\x04y \U00040000 \U00080000 the 1234 caf\u00e9\n" * 30
+    assert ours.encode(text).tolist() == theirs.encode(text, add_special_tokens=False).ids
+    assert ours.encode("\x04\x06").tolist() == []

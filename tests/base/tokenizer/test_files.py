@@ -168,6 +168,10 @@ BAD = [
     (lambda m: m["model"].update(byte_fallback=True), "BPE with byte_fallback"),
     (lambda m: m["model"].update(end_of_word_suffix="</w>"), "end_of_word_suffix='</w>'"),
     (lambda m: m["model"]["vocab"].update({"▁the": 999}), "'▁the' isn't spelt in bytes"),
+    (
+        lambda m: (m["model"]["vocab"].pop("z"), m["model"].update(unk_token="a")),
+        "lacks 1 of 256 bytes and puts unk_token",
+    ),
     (lambda m: m["model"]["merges"].append(["a", "zzz"]), r"merge 4 \['a', 'zzz'\] joins or makes a token"),
     (lambda m: m["model"]["merges"].append("a b c"), "merge 4 is 'a b c'; two tokens are expected"),
     (lambda m: m.update(normalizer={"type": "Lowercase"}), "normalizer Lowercase is unknown to graft"),
@@ -291,7 +295,7 @@ def test_two_bytes_with_one_id(tmp_path):
     main = json.loads((tmp_path / "tokenizer.json").read_text())
     main["model"]["vocab"]["b"] = main["model"]["vocab"]["a"]
     (tmp_path / "tokenizer.json").write_text(json.dumps(main))
-    with pytest.raises(ValueError, match="'a' and 'b' both have id"):
+    with pytest.raises(ValueError, match="'a' and 'b' both have id 97; each token needs its own"):
         graft.Tokenizer.load(tmp_path)
     main["model"]["vocab"]["b"] = 1 << 21
     (tmp_path / "tokenizer.json").write_text(json.dumps(main))

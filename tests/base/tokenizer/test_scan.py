@@ -2,15 +2,13 @@
 
 from itertools import pairwise
 
-import numpy as np
 import pytest
 import regex
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from graft.base.tokenizer import patterns
-from graft.base.tokenizer.compiled.memory import padded
-from graft.base.tokenizer.compiled.scan import BLOCK, unicode_classes, word_starts
+from graft.base.tokenizer.compiled.scan import BLOCK, word_starts
 
 FOUR = ["gpt2", "gpt4", "llama3", "qwen2"]
 
@@ -18,9 +16,7 @@ FOUR = ["gpt2", "gpt4", "llama3", "qwen2"]
 def scan(text, name):
     """The words of a text, by the scanner."""
     data = text.encode()
-    out = np.empty(len(data) + 1, np.int64)
-    n = word_starts(patterns.kind_of(patterns.NAMED[name]), padded(data), unicode_classes(), len(data), out)
-    edges = [*out[:n].tolist(), len(data)]
+    edges = [*word_starts(data, patterns.kind_of(patterns.NAMED[name])).tolist(), len(data)]
     return [data[a:b].decode() for a, b in pairwise(edges)]
 
 
