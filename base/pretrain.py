@@ -14,6 +14,7 @@ from .device import explain_device, memory_bytes, peak_bytes, reset_peak, resolv
 from .evaluate import bits_per_byte, mean_loss
 from .model.config import ModelConfig, preset, with_sizes
 from .model.huggingface import config_to_dict, save_model
+from .model.init import parameter_roles
 from .model.transformer import Transformer, initialize_
 from .progress import step_progress
 from .run import Input, Run, TrainConfig, check_same_inputs, resumed_settings
@@ -178,7 +179,7 @@ def _train(
         return {"val_loss": loss, "val_bits_per_byte": bpb}
 
     check_evaluation(loop, has_evaluation=bool(held_out))
-    optimizer = make_optimizer(model.named_parameters(), loop)
+    optimizer = make_optimizer(model.named_parameters(), loop, roles=parameter_roles(model))
     # All validation is done: only now may --force touch what a former run left.
     run.start(config.saved(), seed=loop.seed)
     with step_progress("pretrain", loop.steps, shown=progress) as observe:

@@ -29,6 +29,7 @@ from .checkpoint import (
     write_json,
 )
 from .loss import n_labels, next_token_loss
+from .model.init import DECAYED, HIDDEN, Role
 from .optim.adamw import AdamW
 from .optim.clip import clip_gradients_
 from .optim.muon import Muon
@@ -112,15 +113,24 @@ def make_optimizer(
     parameters: Iterable[tuple[str, Tensor]],
     config: TrainConfig,
     makers: Mapping[str, OptimizerMaker] = OPTIMIZERS,
+    *,
+    roles: Mapping[str, Role]
+    | None = None,  # of the parameters by name (base/model/init.py); None: told by their shapes
 ) -> Optimizer:
     """The config's optimizer over named parameters. Raises ValueError for a name that `makers` doesn't have."""
     check_optimizer(config.optimizer, makers)
+    options: dict[str, Any] = {}
+    if roles is not None:
+        options["decay"] = lambda name, _: roles[name] in DECAYED
+        if config.optimizer == "muon":
+            options["hidden"] = lambda name, _: roles[name] in HIDDEN
     return makers[config.optimizer](
         parameters,
         learning_rate=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         weight_decay=config.weight_decay,
+        **options,
     )
 
 

@@ -13,6 +13,7 @@ from ..base.device import explain_device, peak_bytes, reset_peak, resolve_device
 from ..base.evaluate import mean_loss
 from ..base.model.config import ModelConfig
 from ..base.model.huggingface import fingerprint, load_config, save_model, weight_files
+from ..base.model.init import parameter_roles
 from ..base.model.transformer import Transformer
 from ..base.pretrain import TOKENIZER_FILES
 from ..base.progress import step_progress
@@ -309,6 +310,7 @@ def _train(
         [(name, p) for name, p in model.named_parameters() if p.requires_grad],
         loop,
         PAGED_OPTIMIZERS if config.quant.paged else OPTIMIZERS,
+        roles=parameter_roles(model),
     )
     # All validation is done: only now may --force touch what a former run left.
     run.start(config.saved(), seed=loop.seed)

@@ -9,7 +9,10 @@ from ...kernels.adamw import adamw_update_, read_steps
 
 
 def decays(name: str, parameter: Tensor) -> bool:
-    """Weight decay acts on matrices; norms and biases are vectors and are left alone."""
+    """The choice for parameters whose roles nobody tells: weight decay acts on matrices, not on norms and biases.
+
+    A model's own parameters are told apart by their roles (base/model/init.py: DECAYED).
+    """
     del name
     return parameter.ndim >= 2
 

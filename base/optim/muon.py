@@ -4,12 +4,12 @@ The momentum of each hidden weight matrix is replaced by the nearest semi-orthog
 alike. Embeddings, the head, norms and biases go to AdamW.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from .adamw import AdamW
+from .adamw import AdamW, decays
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's quintic: fast to singular values in about [0.7, 1.2], not exactly 1
 
@@ -31,9 +31,10 @@ def orthogonalize(
     return x.mT if tall else x
 
 
-def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """Weights between hidden states: matrices that are neither the embedding nor the head."""
-    return parameter.ndim == 2 and "embed_tokens" not in name and "lm_head" not in name
+def is_matrix(name: str, parameter: Tensor) -> bool:
+    """The choice for parameters whose roles nobody tells."""
+    del name
+    return parameter.ndim == 2
 
 
 class Muon:
@@ -52,16 +53,22 @@ class Muon:
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.1,
+        decay: Callable[[str, Tensor], bool] = decays,  # of the parameters that go to AdamW
+        hidden: Callable[
+            [str, Tensor], bool
+        ] = is_matrix,  # which parameters are orthogonalized (base/model/init.py: HIDDEN)
     ) -> None:
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum={momentum} must lie in [0, 1)")
         self.named = list(parameters)
         self.learning_rate, self.momentum, self.weight_decay = learning_rate, momentum, weight_decay
-        self.hidden = [(name, p) for name, p in self.named if is_hidden_matrix(name, p)]
-        rest = [(name, p) for name, p in self.named if not is_hidden_matrix(name, p)]
+        self.hidden = [(name, p) for name, p in self.named if hidden(name, p)]
+        rest = [(name, p) for name, p in self.named if not hidden(name, p)]
         if not self.hidden or not rest:
             raise ValueError("muon needs hidden matrices and other parameters; use optimizer adamw")
-        self.adamw = AdamW(rest, learning_rate=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay)
+        self.adamw = AdamW(
+            rest, learning_rate=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay, decay=decay
+        )
         self.momenta = [torch.zeros_like(p, dtype=torch.float32) for _, p in self.hidden]
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ is not part of the layer: it is chosen for the calls of one thread (`selection.p
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,8 @@ class LoraConfig:
 
 class LowRank(nn.Module):
     """One adapter's update of one linear: scale * B A. Parameters only; `LoRALinear` does the arithmetic."""
+
+    ROLES: ClassVar = {"lora_a": "adapter", "lora_b": "adapter"}
 
     def __init__(self, lora_a: Tensor, lora_b: Tensor, scale: float, *, dropout: float = 0.0, trained: bool) -> None:
         super().__init__()

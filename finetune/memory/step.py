@@ -6,18 +6,18 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ...base import train
 from ...base.dtypes import dtype_named
 from ...base.loss import n_labels, next_token_loss
 from ...base.model.config import ModelConfig
+from ...base.model.init import parameter_roles
 from ...base.model.kv_cache import KVCache
 from ...base.model.transformer import Transformer
-from ...base.optim.adamw import AdamW
-from ...base.optim.muon import Muon
 from ...base.precision import LossScaler
 from ...base.train import Optimizer, TrainConfig, one_step
-from ...quant.adamw8bit import AdamW8bit
 from ...quant.linear import quantize_linears_
 from ..adapters.lora import LoraConfig, attach_lora
+from ..optimizers import OPTIMIZERS
 from .count import LiveBytes
 from .settings import MemorySettings
 from .shapes import ShapeTensor
@@ -72,7 +72,8 @@ def replace_tensors_(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None
 def make_optimizer(model: nn.Module, settings: MemorySettings) -> Optimizer:
     """The optimizer that the setting names, over what trains."""
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return {"adamw": AdamW, "muon": Muon, "adamw8bit": AdamW8bit}[settings.optimizer](trained)
+    config = TrainConfig(optimizer=settings.optimizer)
+    return train.make_optimizer(trained, config, OPTIMIZERS, roles=parameter_roles(model))
 
 
 def token_batch(config: ModelConfig, rows: int, seq_len: int) -> dict[str, Tensor]:
