@@ -17,7 +17,7 @@ from ..definition import ID_BITS, Definition, check_ids
 from ..patterns import WHOLE, kind_of
 from .memory import PADDING, aligned_zeros, check_bounds, padded, utf8_address
 from .scan import cut_words, new_buffers, unicode_classes
-from .words import SLOT, VALUE, N, count_words, first_look, put_key, search
+from .words import SLOT, VALUE, N, count_words, first_look, move_words, put_key, search
 
 FIRST_SLOTS = 1 << 17  # of the cache, 32 bytes each; when half are used it gives way to a larger one
 LAST_SLOTS = 1 << 19
@@ -389,12 +389,19 @@ class Encoder:
         return slots, long_bytes
 
     def _renew_cache(self) -> Cache:
-        """An empty cache: the first, or one of four times the size, up to 16 MB and half of that for long words."""
+        """The first cache, one of four times the size with the same words, or when that would pass 16 MB an empty one."""
         n_slots = min(4 * len(self._cache.slots) // SLOT, LAST_SLOTS) if self._cache else FIRST_SLOTS
         long_bytes = np.zeros(16 * n_slots, np.uint8)
         ids, used = np.zeros(4 * n_slots, np.int32), np.zeros(3, np.int64)
-        self._cache = Cache(aligned_zeros(SLOT * n_slots), long_bytes, ids, used)
-        return self._cache
+        new = Cache(aligned_zeros(SLOT * n_slots), long_bytes, ids, used)
+        old = self._cache
+        if old is not None and len(new.slots) > len(old.slots):
+            used[:] = old.used
+            long_bytes[: used[1]] = old.long_bytes[: used[1]]
+            ids[: used[2]] = old.ids[: used[2]]
+            move_words(old.slots, new.slots)
+        self._cache = new
+        return new
 
     @property
     def by_kind(self) -> bool:
