@@ -6,6 +6,13 @@ Peers: tokenizers (HF), rustbpe, gigatoken, tiktoken; one that is not installed 
 lies beside the repository, and the code of the Python packages installed here. Each measurement runs in a process of its
 own per tokenizer, which stays alive through all rounds, so that peak memory is that tokenizer's.
 
+Encoding is measured in three conditions, because all peers but tiktoken keep a cache of pretokens. Each round is a process that
+has imported the library, loaded the vocabulary and encoded one short sentence:
+  `never-*`   the first half of a text: nothing of its kind was encoded before.
+  `kind-*`    the second half, after the first: new text of a known kind.
+  `again-*`   the second half once more: the same text again.
+`encode-*` repeats one whole text in one process (as `again`).
+
 `first-call` is the first encode in a process that has imported the library and loaded the vocabulary. `fresh-start` is
 the wall time of a whole new process, from its start to the ids: interpreter, imports, vocabulary from GPT-2's two files
 (for gigatoken from tokenizer.json) and that first encode. Before its rounds each peer starts once, so that all files,
@@ -145,6 +152,11 @@ def coder(peer: str, vocabulary: Path, llama3: bool):
         pattern = LLAMA3 if llama3 else PATTERN
         enc = tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
         return enc.encode_to_numpy, enc.decode, lambda ids: ids.tolist()
+    if peer == "tokenizers":
+        import tokenizers
+
+        tok = tokenizers.Tokenizer.from_file(str(vocabulary / ("llama3" if llama3 else "one_file") / "tokenizer.json"))
+        return lambda text: tok.encode(text, add_special_tokens=False).ids, tok.decode, lambda ids: ids
     import gigatoken
 
     tok = gigatoken.Tokenizer(str(vocabulary / ("llama3" if llama3 else "one_file") / "tokenizer.json"))
@@ -211,7 +223,16 @@ def serve(peer: str, job: str, file: str, vocab_size: int, vocabulary: Path) -> 
             action = lambda: decode(ids)  # noqa: E731
         else:
             action = lambda: encode(text)  # noqa: E731
-    if job != "first":
+    if job in ("never", "kind", "again"):
+        half = text.find("\n", len(text) // 2)
+        first, second = text[:half], text[half:]
+        encode("One short sentence, so that all is loaded.")
+        if job != "never":
+            encode(first)
+        if job == "again":
+            encode(second)
+        action = (lambda: encode(first)) if job == "never" else (lambda: encode(second))
+    elif job != "first":
         action()
     print("ready", file=out, flush=True)
     for _ in sys.stdin:
@@ -254,7 +275,7 @@ def measure(
     if job == "fresh":
         for peer in peers:
             start_fresh(peer, file, vocabulary)
-    elif job != "first":
+    elif job not in ONCE:
         children = {peer: Child(peer, job, file, options.vocab_size, vocabulary) for peer in peers}
     for done in range(options.rounds):
         if done >= 3 and time.perf_counter() - start > options.seconds:
@@ -265,7 +286,7 @@ def measure(
                 continue
             child = children.get(peer) or Child(peer, job, file, options.vocab_size, vocabulary)
             results[peer].append(child.round())
-            if job == "first":
+            if job in ONCE:
                 child.close()
     for child in children.values():
         child.close()
@@ -285,9 +306,17 @@ def installed(peers: tuple[str, ...]) -> list[str]:
 
 TRAINERS = ("graft", "tokenizers", "rustbpe", "gigatoken")
 CODERS = ("graft", "tiktoken", "gigatoken")
+ALL_CODERS = (*CODERS, "tokenizers")
+ONCE = ("first", "never", "kind", "again")  # each round in a process of its own
+HALVED = ("never", "kind", "again")  # the text's first half, or its second
 JOBS = {  # row -> what is done, with which text, by whom
     "train-5MB": ("train", english, TRAINERS),
     "train-50MB": ("train", mixed, ("graft", "gigatoken")),
+    **{
+        f"{job}-{text.__name__.removeprefix('many_')}": (job, text, ALL_CODERS)
+        for text in (english, many_scripts, code)
+        for job in ("never", "kind", "again")
+    },
     "encode-english": ("encode", english, CODERS),
     "encode-scripts": ("encode", many_scripts, CODERS),
     "encode-code": ("encode", code, CODERS),
@@ -329,7 +358,11 @@ def main() -> None:
             job, text, peers = JOBS[row]
             file = Path(folder) / "text.txt"
             file.write_bytes(text().encode())
-            show(row, measure(installed(peers), job, file, Path(folder), options), file.stat().st_size)
+            show(
+                row,
+                measure(installed(peers), job, file, Path(folder), options),
+                file.stat().st_size // (2 if job in HALVED else 1),
+            )
 
 
 def show(row: str, results: dict[str, list[Round]], size: int) -> None:

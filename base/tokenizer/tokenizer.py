@@ -132,6 +132,12 @@ class Tokenizer:
 
     def encode_ragged(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Plain texts: all ids in a row (int32), and where each text's ids end (int64)."""
+        if len(texts) == 1 and not self.definition.prefix_space:
+            try:
+                ids = self._encoder.encode_text(self._normalized(texts[0]))
+                return ids, np.array([len(ids)])
+            except UnicodeEncodeError:
+                pass  # a lone surrogate; replaced below
         return self._encoder.encode([self._plain(self._normalized(text)) for text in texts])
 
     @property

@@ -15,9 +15,9 @@ from ....kernels.numba_memory import address, byte_at, eight_at, four_at, put_ei
 from .. import reference
 from ..definition import ID_BITS, Definition, check_ids
 from ..patterns import WHOLE, kind_of
-from .memory import PADDING, aligned_zeros, check_bounds, padded
+from .memory import PADDING, aligned_zeros, check_bounds, padded, utf8_address
 from .scan import cut_words, new_buffers, unicode_classes
-from .words import SLOT, VALUE, N, count_words, first_look, put_key, search
+from .words import SLOT, VALUE, N, count_words, first_look, move_words, put_key, search
 
 FIRST_SLOTS = 1 << 17  # of the cache, 32 bytes each; when half are used it gives way to a larger one
 LAST_SLOTS = 1 << 19
@@ -277,8 +277,8 @@ def copy_known(slots, mask, long_bytes, more, word, size, out):
 
 
 @compiled
-def encode_text(text, ends, kind, classes, ranks, cache, out, out_ends, state):
-    """Encode stretches of text that lie end to end; `out_ends` tells where each one's ids end.
+def encode_text(text_at, ends, kind, classes, ranks, cache, out, out_ends, state):
+    """Encode stretches of text that lie end to end from an address on; `out_ends` tells where each one's ids end.
 
     `out` needs room for as many ids as the text has bytes, and four more. state: the stretch and the place where to go
     on, ids written. Returns false when the cache is full: call again with another one.
@@ -286,7 +286,7 @@ def encode_text(text, ends, kind, classes, ranks, cache, out, out_ends, state):
     tables = by_address(ranks)
     mask = np.uint64(len(cache.slots) // SLOT - 1)
     slots_at, long_at, more_at = address(cache.slots), address(cache.long_bytes), address(cache.ids)
-    text_at, classes_at, out_at = address(text), address(classes), address(out)
+    classes_at, out_at = address(classes), address(out)
     buffers = new_buffers()
     places = buffers.places
     ids, rank = np.empty(LONGEST, np.int32), np.empty(LONGEST, np.int32)
@@ -389,12 +389,19 @@ class Encoder:
         return slots, long_bytes
 
     def _renew_cache(self) -> Cache:
-        """An empty cache: the first, or one of four times the size, up to 16 MB and half of that for long words."""
+        """The first cache, one of four times the size with the same words, or when that would pass 16 MB an empty one."""
         n_slots = min(4 * len(self._cache.slots) // SLOT, LAST_SLOTS) if self._cache else FIRST_SLOTS
         long_bytes = np.zeros(16 * n_slots, np.uint8)
         ids, used = np.zeros(4 * n_slots, np.int32), np.zeros(3, np.int64)
-        self._cache = Cache(aligned_zeros(SLOT * n_slots), long_bytes, ids, used)
-        return self._cache
+        new = Cache(aligned_zeros(SLOT * n_slots), long_bytes, ids, used)
+        old = self._cache
+        if old is not None and len(new.slots) > len(old.slots):
+            used[:] = old.used
+            long_bytes[: used[1]] = old.long_bytes[: used[1]]
+            ids[: used[2]] = old.ids[: used[2]]
+            move_words(old.slots, new.slots)
+        self._cache = new
+        return new
 
     @property
     def by_kind(self) -> bool:
@@ -412,13 +419,24 @@ class Encoder:
         """Encode stretches of UTF-8 that lie end to end."""
         check_bounds(np.concatenate([[0], ends[:-1]]) if len(ends) else ends, ends, len(data))
         text = padded(data)
-        out = np.empty(len(data) + 4, np.int32)
+        return self._encode_at(text.ctypes.data, len(data), ends, kind)
+
+    def encode_text(self, text: str) -> np.ndarray:
+        """The ids of one text without lone surrogates, int32, read from where CPython keeps its UTF-8."""
+        if self._by_pattern:
+            return self._encode_by_pattern([text.encode()])[0]
+        start, n_bytes, _alive = utf8_address(text)
+        return self._encode_at(start, n_bytes, np.array([n_bytes]), self._kind)[0]
+
+    def _encode_at(self, start: int, n_bytes: int, ends: np.ndarray, kind: int) -> tuple[np.ndarray, np.ndarray]:
+        out = np.empty(n_bytes + 4, np.int32)  # memory that is never written costs nothing
         out_ends = np.empty(len(ends), np.int64)
         state = np.zeros(3, np.int64)
         cache = self._cache or self._renew_cache()
-        while not encode_text(text, ends, kind, unicode_classes(), self._ranks, cache, out, out_ends, state):
+        while not encode_text(start, ends, kind, unicode_classes(), self._ranks, cache, out, out_ends, state):
             cache = self._renew_cache()
-        return out[: int(state[2])].copy(), out_ends
+        out.resize(int(state[2]), refcheck=False)  # gives the rest back in place, where a copy would touch new memory
+        return out, out_ends
 
     def _encode_by_pattern(self, texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """The general path: the regex package cuts, the kernel gets the words one by one."""

@@ -3,6 +3,8 @@
 The loops read by address and check nothing. So whatever enters one passes a check here first, once for a whole array.
 """
 
+import ctypes
+
 import numpy as np
 
 PADDING = 16  # bytes after a text, so that eight bytes can be read at its last place
@@ -11,6 +13,27 @@ PADDING = 16  # bytes after a text, so that eight bytes can be read at its last 
 def padded(data: bytes) -> np.ndarray:
     """A text as bytes, which may be read eight at a time up to its end: one load replaces eight."""
     return np.frombuffer(data + bytes(PADDING), np.uint8)
+
+
+def utf8_address(text: str) -> tuple[int, int, object]:
+    """A str's UTF-8 bytes as (address, how many, what keeps them alive), readable for 15 bytes beyond their end.
+
+    CPython keeps the UTF-8 of a str inside it (of ASCII it is the str itself), so nothing is copied. The bytes end in a zero
+    that CPython owns; memory is protected by pages of 4,096 bytes or a multiple, so what lies on the same page as that zero
+    can be read. Where the page ends sooner, the text is copied. Raises UnicodeEncodeError for a lone surrogate.
+    """
+    n = ctypes.c_ssize_t()
+    start = _as_utf8(text, ctypes.byref(n))
+    if (start + n.value) % _PAGE <= _PAGE - PADDING:
+        return start, n.value, text
+    copied = padded(ctypes.string_at(start, n.value))
+    return copied.ctypes.data, n.value, copied
+
+
+_PAGE = 4096
+_as_utf8 = ctypes.pythonapi.PyUnicode_AsUTF8AndSize
+_as_utf8.restype = ctypes.c_void_p
+_as_utf8.argtypes = [ctypes.py_object, ctypes.c_void_p]
 
 
 def check_bounds(starts: np.ndarray, ends: np.ndarray, n_bytes: int) -> None:

@@ -112,6 +112,25 @@ def put_key(slots, base, long_bytes, long_used, word, size):
 
 
 @compiled
+def move_words(old, slots):
+    """Enter the words of a table into a larger empty one; their long bytes keep their places."""
+    mask = np.uint64(len(slots) // SLOT - 1)
+    for base in range(0, len(old), SLOT):
+        if old[base + 3] == _0:
+            continue
+        low, high = old[base], old[base + 1]
+        mixed = low
+        if high < _LONG:
+            mixed = (low ^ (high * _MIX_2)) * _MIX
+            mixed ^= mixed >> _32
+        at = mixed & mask
+        while slots[at * _4 + N] != _0:
+            at = (at + _1) & mask
+        for part in range(SLOT):
+            slots[at * _4 + np.uint64(part)] = old[base + part]
+
+
+@compiled
 def count_words(text, starts, ends, weights, kind, classes, slots, long_bytes, state):
     """Count the words of stretches of text into the table; true when all is done, false when the table must grow first.
 
