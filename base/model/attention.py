@@ -90,7 +90,9 @@ class Attention(nn.Module):
 
 
 def project(module: nn.Module, x: Tensor) -> Tensor:
-    """module(x), without nn.Module's call where it is a plain linear without hooks: 5 us less, 45 times a step."""
-    if type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks:
+    """module(x), without nn.Module's call where it has no hooks: 3 to 5 us less, 45 times a decoding step."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return module(x)
+    if type(module) is nn.Linear:
         return F.linear(x, module.weight, module.bias)
-    return module(x)
+    return module.forward(x)

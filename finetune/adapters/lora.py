@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from ...base.model.attention import project
 from ...kernels.grouped_lora import grouped_lora
 from .selection import AdapterRegistry, LayerRows, RowSelection, registry_of, stack_updates
 
@@ -106,7 +107,7 @@ class LoRALinear(nn.Module):
         n_rows = len(rows.names)
         if x.shape[0] != n_rows:
             raise ValueError(f"the batch has {x.shape[0]} rows, adapters were chosen for {n_rows}")
-        out = self.base(x)
+        out = project(self.base, x)
         if layer.row_index is not None:
             index = layer.row_index.repeat_interleave(x.numel() // (n_rows * self.in_features))
             updates = [self.updates[name] for name in layer.names]
@@ -120,6 +121,8 @@ class LoRALinear(nn.Module):
             a, b = layer.lora_a, layer.lora_b
         assert a is not None
         assert b is not None
+        if layer.mask is not None and not (tracked and rows.trained):
+            return self._together(x, out, a, b, layer.mask, tracked)
         if a.dtype != out.dtype:
             a, b = a.to(out.dtype), b.to(out.dtype)
         inner = torch.bmm(x.reshape(n_rows, -1, self.in_features).to(out.dtype), a)  # (B, T, R)
@@ -127,6 +130,20 @@ class LoRALinear(nn.Module):
         if tracked or torch.compiler.is_compiling():
             return torch.baddbmm(flat, inner, b).view(out.shape)
         flat.baddbmm_(inner, b)
+        return out
+
+    def _together(self, x: Tensor, out: Tensor, a: Tensor, b: Tensor, mask: Tensor, tracked: bool) -> Tensor:
+        """out + ((x A^T) * mask) B: the few adapters of a batch in two plain products; x (B, ..., in), mask (B, R)."""
+        if a.dtype != out.dtype:
+            x, a, b, mask = x.to(out.dtype), a.to(out.dtype), b.to(out.dtype), mask.to(out.dtype)
+        if x.ndim == 2 and not tracked:  # a decoding step: as few operators as there can be
+            return out.addmm_(F.linear(x, a).mul_(mask), b)
+        inner = F.linear(x, a)  # (B, ..., R)
+        inner = inner * mask.view(mask.shape[0], *[1] * (inner.ndim - 2), -1)
+        flat, inner = out.view(-1, self.out_features), inner.view(-1, inner.shape[-1])
+        if tracked or torch.compiler.is_compiling():
+            return torch.addmm(flat, inner, b).view(out.shape)
+        flat.addmm_(inner, b)
         return out
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoRALinear":
@@ -152,7 +169,7 @@ def apply_update(base: nn.Module, x: Tensor, dropped: Tensor | None, update: Low
         return out + F.linear(inner, b.to(out.dtype))
     if tracked and (x.requires_grad or a.requires_grad or b.requires_grad):
         return BaseAndUpdate.apply(x, dropped, a, b, scale, base)  # pyright: ignore[reportReturnType]
-    out = base(x)
+    out = project(base, x)
     inner = F.linear((x if dropped is None else dropped).to(out.dtype), a.to(out.dtype))  # (..., R)
     out.view(-1, out.shape[-1]).addmm_(inner.view(-1, inner.shape[-1]), b.to(out.dtype).T, alpha=scale)
     return out

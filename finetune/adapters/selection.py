@@ -18,6 +18,10 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from .lora import LoRALinear, LowRank
 
+MOST_TOGETHER = (
+    64  # sum of ranks up to which a batch's adapters are applied by plain products (8 rows, in bench/lora.py's sizes)
+)
+
 Choice = Union[str, "RowSelection", None]
 
 
@@ -97,10 +101,16 @@ class AdapterRegistry:
 
 
 class LayerRows(NamedTuple):
-    """What one linear needs for a batch's rows: matrices on the CPU, names and an index on a GPU."""
+    """What one linear needs for a batch's rows: matrices on the CPU, names and an index on a GPU.
 
-    lora_a: Tensor | None  # (B, in, R), ranks padded; a row without an adapter is zero
-    lora_b: Tensor | None  # (B, R, out), times the row's scale
+    On the CPU, few adapters lie one below the other and a mask keeps to each row what is its own (`mask` is given): two
+    plain products that read each adapter once. Many are gathered by row for two batched products, whose time does not grow
+    with their number.
+    """
+
+    lora_a: Tensor | None  # (sum of ranks, in); or (B, in, R), ranks padded, zero for a row without an adapter
+    lora_b: Tensor | None  # (sum of ranks, out), times scale; or (B, R, out)
+    mask: Tensor | None  # (B, sum of ranks) of 0 and 1
     names: tuple[str, ...]  # the adapters in use
     row_index: Tensor | None  # (B,) each row's place in names, -1 for none
 
@@ -150,9 +160,21 @@ class RowSelection:
         used = tuple(name for name in self._held if name in layer.updates)
         device = layer.updates[used[0]].lora_a.device
         if device.type != "cuda":
-            return LayerRows(*stack_updates(updates), used, None)
+            if sum(layer.updates[name].lora_a.shape[0] for name in used) <= MOST_TOGETHER:
+                return LayerRows(*self._together(layer, used), used, None)
+            return LayerRows(*stack_updates(updates), None, used, None)
         index = [-1 if name not in used else used.index(name) for name in self.names]
-        return LayerRows(None, None, used, torch.tensor(index, device=device))
+        return LayerRows(None, None, None, used, torch.tensor(index, device=device))
+
+    def _together(self, layer: "LoRALinear", used: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """The adapters one below the other, and which rows of that each row of the batch uses."""
+        chosen = [layer.updates[name] for name in used]
+        a = torch.cat([update.lora_a for update in chosen])  # (sum of ranks, in)
+        b = torch.cat([update.lora_b.T * update.scale for update in chosen])  # (sum of ranks, out)
+        owner = torch.cat([torch.full((u.lora_a.shape[0],), i) for i, u in enumerate(chosen)])  # (sum of ranks,)
+        of_row = torch.tensor([used.index(name) if name in used else -1 for name in self.names])  # (B,)
+        mask = (of_row[:, None] == owner).to(a.device, a.dtype)  # (B, sum of ranks)
+        return a, b, mask
 
     def _state(self) -> tuple[int, int]:
         """Changes whenever the matrices do; frozen ones change only by way of the registry."""

@@ -8,12 +8,32 @@ Only for inference, float32, contiguous tensors on the CPU; `can_run` tells whet
 operators run (kernels/rms_norm, kernels/rope).
 """
 
+from functools import cache
+from types import ModuleType
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .numba_cpu import add_rms_norm_, place_token_
+from ..cpu_loops import has_numba
 
-__all__ = ["add_rms_norm_", "can_run", "place_token_"]
+
+@cache
+def _loops() -> ModuleType:
+    """The compiled loops; Numba is imported on the first decoding step and not before."""
+    from . import numba_cpu
+
+    return numba_cpu
+
+
+def add_rms_norm_(x: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See numba_cpu.add_rms_norm_."""
+    return _loops().add_rms_norm_(x, residual, weight, eps)
+
+
+def place_token_(*tensors: Any, **options: Any) -> None:
+    """See numba_cpu.place_token_."""
+    _loops().place_token_(*tensors, **options)
 
 
 def can_run(tensor: Tensor) -> bool:
@@ -29,4 +49,5 @@ def can_run(tensor: Tensor) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]
         and torch._C._get_tracing_state() is None
+        and has_numba()
     )
