@@ -39,3 +39,15 @@ def step_progress(label: str, total: int, *, shown: bool = True) -> Iterator[Cal
             progress.update(task, completed=line["step"], figures=figures)
 
         yield observe
+
+
+@contextmanager
+def counting(label: str, *, shown: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """Yields observe(done, total), which draws a bar. `shown=False`: it does nothing."""
+    if not shown:
+        yield lambda done, total: None
+        return
+    columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=4) as progress:
+        task = progress.add_task(label, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

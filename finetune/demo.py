@@ -4,9 +4,11 @@ standard library -> tokenizer -> base -> three adapters -> one process that swap
 """
 
 import ast
+import statistics
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -24,12 +26,15 @@ from ..base.evaluate import bigram_loss
 from ..base.model.transformer import Transformer
 from ..base.plots import plot_run
 from ..base.pretrain import run_pretrain
+from ..base.runlog import versions
 from ..base.tokenizer.tokenizer import Tokenizer
 from .adapters.bank import AdapterBank
 from .adapters.files import stored_bytes
 from .adapters.lora import LoraConfig
+from .baselines import NaiveBayes, majority_label
 from .data.records import Record, read_records
-from .evaluate import write_answers
+from .evaluate import most_likely, wilson_interval, write_answers
+from .generate import generate
 from .memory.measure import measure_memory
 from .memory.picture import memory_picture
 from .sft import run_sft
@@ -66,6 +71,13 @@ TASK_SETTINGS = {  # translation learns from every word and bears a larger step;
     "translation": {"steps": 400, "learning_rate": 8e-3},
 }
 N_TRAIN, N_EVAL = 4000, 200
+N_WRONG = 2  # mistakes of each adapter that the report shows
+BASELINES = {  # a task's figure -> its column
+    "majority": "commonest label",
+    "bag_of_words": "words alone",
+    "base_accuracy": "base, as it writes",
+    "base_likelihood": "base, likelier label",
+}
 
 
 @dataclass(frozen=True)
@@ -73,9 +85,20 @@ class TaskResult:
     """One row of the adapters' table."""
 
     name: str
-    base_accuracy: float  # exact matches on held-out combinations, the base alone
-    accuracy: float  # with the adapter
+    n: int  # held-out records, of combinations that no training record has
+    majority: float | None  # share right of the commonest label of training; None: the task has no labels
+    bag_of_words: float | None  # of naive Bayes over the prompts' words
+    base_accuracy: float  # exact matches, the base alone, which never saw the format
+    base_likelihood: float | None  # the base alone, its more probable label
+    n_correct: int  # exact matches with the adapter
+    low: float  # 95% interval of its share
+    high: float
     adapter_bytes: int  # on disk
+    wrong: list[dict[str, str]]  # the adapter's first mistakes
+
+    @property
+    def accuracy(self) -> float:
+        return self.n_correct / self.n
 
 
 def run_demo(out: Path | str, *, seed: int = 0, force: bool = False, device: str = "auto") -> dict[str, Any]:
@@ -86,26 +109,28 @@ def run_demo(out: Path | str, *, seed: int = 0, force: bool = False, device: str
     out, device, console = Path(out), resolve_device(device), Console()
     if out.exists() and any(out.iterdir()) and not force:
         raise FileExistsError(f"{out} is not empty; use --force to run the demo there again, or another --out")
-    began = time.perf_counter()
-    _say(console, "1/5 text and tokenizer", "the standard library's documentation and sources")
-    tokenizer = _tokenize(out, seed)
-    _say(console, "2/5 base", "a Llama-style model from scratch")
-    pretrained = _pretrain(out, seed, device)
-    _say(console, "3/5 adapters", "spam, sentiment and translation by LoRA on the frozen base")
-    _train_adapters(out, seed, device)
-    _say(console, "4/5 one base, three adapters", "loaded once, swapped in one process")
-    tasks, swap, mixed = _use_adapters(out, device, tokenizer)
-    _say(console, "5/5 memory", "full fine-tuning, LoRA and QLoRA, predicted and measured")
-    memory = _memory(out)
-    seconds = time.perf_counter() - began
+    seconds: dict[str, float] = {}
+    with _stage(console, seconds, "1/5 text and tokenizer", "the standard library's documentation and sources"):
+        tokenizer = _tokenize(out, seed)
+    with _stage(console, seconds, "2/5 base", "a Llama-style model from scratch"):
+        pretrained = _pretrain(out, seed, device)
+    with _stage(console, seconds, "3/5 adapters", "spam, sentiment and translation by LoRA on the frozen base"):
+        _train_adapters(out, seed, device)
+    with _stage(console, seconds, "4/5 one base, three adapters", "loaded once, swapped in one process"):
+        tasks, first_token, mixed = _use_adapters(out, device, tokenizer)
+    with _stage(console, seconds, "5/5 memory", "full fine-tuning, LoRA and QLoRA, predicted and measured"):
+        memory = _memory(out)
     report = {
         "base": pretrained,
-        "tasks": [vars(task) for task in tasks],
+        "tasks": [{**vars(task), "accuracy": task.accuracy} for task in tasks],
         "base_bytes": (out / "base/model.safetensors").stat().st_size,
-        "swap_ms": swap,
+        "first_token_ms": first_token,
         "mixed_batch": mixed,
         "memory": memory,
-        "seconds": round(seconds, 1),
+        "settings": {"seed": seed, "device": device, "threads": torch.get_num_threads(), "n_train": N_TRAIN},
+        "versions": versions(),
+        "stage_seconds": seconds,
+        "seconds": round(sum(seconds.values()), 1),
     }
     write_json(out / "report.json", report)
     write_file(out / "report.md", _markdown(report))
@@ -113,8 +138,13 @@ def run_demo(out: Path | str, *, seed: int = 0, force: bool = False, device: str
     return report
 
 
-def _say(console: Console, stage: str, what: str) -> None:
-    console.print(f"\n[bold]{stage}[/bold]: {what}", highlight=False)
+@contextmanager
+def _stage(console: Console, seconds: dict[str, float], name: str, what: str) -> Iterator[None]:
+    """Say what comes, and note how long it took."""
+    console.print(f"\n[bold]{name}[/bold]: {what}", highlight=False)
+    began = time.perf_counter()
+    yield
+    seconds[name.partition(" ")[2]] = round(time.perf_counter() - began, 1)
 
 
 # --- 1. text and tokenizer -----------------------------------------------------------------------------------------
@@ -242,7 +272,7 @@ def _train_adapters(out: Path, seed: int, device: str) -> None:
 
 def _use_adapters(
     out: Path, device: str, tokenizer: Tokenizer
-) -> tuple[list[TaskResult], float, list[dict[str, str | None]]]:
+) -> tuple[list[TaskResult], dict[str, float], list[dict[str, str | None]]]:
     from .loading import load_model
 
     model = load_model(out / "base", device=device)
@@ -252,29 +282,62 @@ def _use_adapters(
     held_out = {name: read_records(out / f"data/{name}/eval.jsonl") for name in TASKS}
     results = []
     for name, records in held_out.items():
-        bank.use(None)
-        alone = _accuracy(model, tokenizer, records)
-        bank.use(name)
-        adapted = _accuracy(model, tokenizer, records)
-        results.append(TaskResult(name, alone, adapted, stored_bytes(out / f"adapters/{name}")))
-    return results, _swap_ms(bank, device), _mixed_batch(model, tokenizer, held_out)
+        train = read_records(out / f"data/{name}/train.jsonl") if TASKS[name].labels else []
+        results.append(_score(bank, tokenizer, name, records, train, stored_bytes(out / f"adapters/{name}")))
+    return results, _first_token_ms(bank, tokenizer), _mixed_batch(model, tokenizer, held_out)
 
 
-def _accuracy(model: Transformer, tokenizer: Tokenizer, records: list[Record]) -> float:
+def _score(
+    bank: AdapterBank, tokenizer: Tokenizer, name: str, records: list[Record], train: list[Record], n_bytes: int
+) -> TaskResult:
+    """One task: what needs no model (where it has labels, given by `train`), the base alone, the adapter."""
+    model, truth = bank.model, [_answer(record) for record in records]
+    majority = words = likelihood = None
+    bank.use(None)
+    alone = _share(truth, write_answers(model, tokenizer, records, None, batch_size=50))
+    if train:
+        labels = [_answer(record) for record in train]
+        majority = _share(truth, [majority_label(labels)] * len(truth))
+        counted = NaiveBayes([record.prompt or "" for record in train], labels)
+        words = _share(truth, [counted.predict(record.prompt or "") for record in records])
+        likelihood = _share(truth, most_likely(model, tokenizer, records, None))
+    bank.use(name)
     written = write_answers(model, tokenizer, records, None, batch_size=50)
-    truth = [(record.completion or "").strip() for record in records]
-    return sum(a == b for a, b in zip(truth, written, strict=True)) / len(records)
+    n_correct = sum(a == b for a, b in zip(truth, written, strict=True))
+    low, high = wilson_interval(n_correct, len(records))
+    wrong = [
+        {"adapter": name, "prompt": record.prompt or "", "answer": answer, "expected": right}
+        for record, answer, right in zip(records, written, truth, strict=True)
+        if answer != right
+    ]
+    return TaskResult(
+        name, len(records), majority, words, alone, likelihood, n_correct, low, high, n_bytes, wrong[:N_WRONG]
+    )
 
 
-def _swap_ms(bank: AdapterBank, device: str, n: int = 300) -> float:
-    """Milliseconds for one `bank.use`, the mean over many."""
-    names = [*bank.names, None]
-    began = time.perf_counter()
+def _answer(record: Record) -> str:
+    return (record.completion or "").strip()
+
+
+def _share(truth: list[str], predicted: list[str]) -> float:
+    return sum(a == b for a, b in zip(truth, predicted, strict=True)) / len(truth)
+
+
+def _first_token_ms(bank: AdapterBank, tokenizer: Tokenizer, n: int = 60) -> dict[str, float]:
+    """Milliseconds to the first new token of one short prompt, medians: right after a swap, and without one.
+
+    In turn, so that both see the same machine. With a swap the adapter that acts changes each time.
+    """
+    prompt, names = "Message: you won. please send your key.\nLabel:", [*bank.names, None]
+    times: dict[str, list[float]] = {"after_swap": [], "no_swap": []}
     for i in range(n):
-        bank.use(names[i % len(names)])
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - began) / n
+        for kind, found in times.items():
+            began = time.perf_counter()
+            if kind == "after_swap":
+                bank.use(names[i % len(names)])
+            generate(bank.model, tokenizer, [prompt], max_new_tokens=1)
+            found.append(1000 * (time.perf_counter() - began))
+    return {kind: statistics.median(found) for kind, found in times.items()}
 
 
 def _mixed_batch(
@@ -342,24 +405,28 @@ def _rows(report: dict[str, Any]) -> dict[str, tuple[list[str], list[list[str]]]
     tasks = [
         [
             task["name"],
-            f"{task['base_accuracy']:.1%}",
-            f"{task['accuracy']:.1%}",
+            str(task["n"]),
+            *("" if task[key] is None else f"{task[key]:.1%}" for key in BASELINES),
+            f"{task['accuracy']:.1%} ({task['low']:.1%} to {task['high']:.1%})",
             f"{task['adapter_bytes']:,}",
             f"{task['adapter_bytes'] / base_bytes:.1%}",
         ]
         for task in report["tasks"]
     ]
-    mixed = [
-        [r["adapter"], r["prompt"].replace("\n", " / "), r["answer"], r["expected"]] for r in report["mixed_batch"]
+    answers: Callable[[list[dict[str, Any]]], list[list[str]]] = lambda rows: [  # noqa: E731
+        [r["adapter"], r["prompt"].replace("\n", " / "), r["answer"].replace("\n", " / "), r["expected"]] for r in rows
     ]
+    wrong = [row for task in report["tasks"] for row in task["wrong"]]
+    header = ["adapter", "prompt", "answer", "expected"]
     sizes = ("weights", "gradients", "optimizer", "predicted_peak", "measured_peak")
     memory = [[r["method"], *(mib(r[key]) for key in sizes), f"{r['error']:+.1%}"] for r in report["memory"]]
     return {
         "Held-out accuracy (exact match on unseen combinations)": (
-            ["task", "base alone", "with adapter", "adapter bytes", "of the base"],
+            ["task", "n", *BASELINES.values(), "with adapter (95% interval)", "adapter bytes", "of the base"],
             tasks,
         ),
-        "One batch, an adapter for each row": (["adapter", "prompt", "answer", "expected"], mixed),
+        "One batch, an adapter for each row": (header, answers(report["mixed_batch"])),
+        "Wrong answers, the first of each adapter": (header, answers(wrong)),
         "Memory of a training step (2 x 64 tokens, float32)": (
             ["method", "weights", "gradients", "optimizer", "predicted peak", "measured peak", "error"],
             memory,
@@ -372,8 +439,12 @@ def _figures(report: dict[str, Any]) -> list[str]:
     return [
         f"base: {base['n_params']:,} parameters, {report['base_bytes']:,} bytes; validation loss {base['val_loss']:.3f} "
         f"against {base['bigram_loss']:.3f} of a bigram model",
-        f"adapter swap: {report['swap_ms']:.4f} ms (mean of 300)",
-        f"the whole demo: {report['seconds']:.0f} s",
+        f"first token after an adapter swap: {report['first_token_ms']['after_swap']:.1f} ms, without a swap "
+        f"{report['first_token_ms']['no_swap']:.1f} ms (medians of 60, a prompt of about 20 tokens)",
+        f"the whole demo: {report['seconds']:.0f} s ("
+        + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in report["stage_seconds"].items())
+        + f") on {report['settings']['device']} with {report['settings']['threads']} threads, seed {report['settings']['seed']}",
+        "versions: " + ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
     ]
 
 

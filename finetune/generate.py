@@ -1,7 +1,8 @@
 """Text to text: encode, choose adapters by row, decode. What `graft generate`, `graft chat` and `graft.generate` call."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -49,7 +50,66 @@ def generate(
     )
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a prompt was answered."""
+
+    text: str  # up to the stop string, if one came
+    ids: list[int]  # the new tokens, without the stop token
+    finished: Literal["stop", "length"]
+
+
+class TextUntil:
+    """Text that comes in pieces, up to the first of some stop strings; holds back what may be the beginning of one.
+
+    `push` gives what is certain. `ended` is True once a stop string has come.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        if any(not stop for stop in stops):
+            raise ValueError("a stop string is empty; give at least one character")
+        self.stops, self.text, self.ended = list(stops), "", False
+        self._held = ""
+
+    def push(self, piece: str) -> str:
+        """The part of the held text and the piece that no stop string can reach any more."""
+        if self.ended:
+            return ""
+        held = self._held + piece
+        hits = [start for stop in self.stops if (start := held.find(stop)) >= 0]
+        if hits:
+            self.ended = True
+            return self._give(held[: min(hits)], "")
+        n_kept = max((n for stop in self.stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
+        return self._give(held[: len(held) - n_kept], held[len(held) - n_kept :])
+
+    def flush(self) -> str:
+        """What was held back, at the end of the text."""
+        return self._give(self._held, "")
+
+    def _give(self, text: str, held: str) -> str:
+        self.text, self._held = self.text + text, held
+        return text
+
+
 def generate_rows(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    adapters: Sequence[str | None] | None = None,
+    template: ChatTemplate | None = None,
+    on_text: Callable[[int, str], None] | None = None,
+) -> list[str]:
+    """The texts of `generate_answers`."""
+    answers = generate_answers(
+        model, tokenizer, prompts, sampling, adapters=adapters, template=template, on_text=on_text
+    )
+    return [answer.text for answer in answers]
+
+
+def generate_answers(
     model: Transformer,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],  # ids, such as encode_prompt gives for a conversation
@@ -57,30 +117,38 @@ def generate_rows(
     *,
     adapters: Sequence[str | None] | None = None,
     template: ChatTemplate | None = None,  # its end of turn stops too; None: the tokenizer's
+    stop: Sequence[str] = (),  # strings that end a text, which they are not part of
     on_text: Callable[[int, str], None] | None = None,
-) -> list[str]:
-    """`generate` for prompts that are ids already."""
+) -> list[Answer]:
+    """`generate` for prompts that are ids already. Raises ValueError for an empty stop string."""
     stops = stop_ids(model.config, tokenizer, template)
     decoders = [tokenizer.stream_decoder() for _ in prompts]
+    texts = [TextUntil(stop) for _ in prompts]
 
-    def show(row: int, token: int) -> None:
-        piece = decoders[row].push(token)
+    def show(row: int, token: int) -> bool:
+        piece = texts[row].push(decoders[row].push(token))
         if piece and on_text is not None:
             on_text(row, piece)
+        return texts[row].ended
 
     produced = generate_ids(
         model,
         prompts,
         replace(sampling, stop_ids={*sampling.stop_ids, *stops}),
         adapters=rows_of(model, len(prompts), adapters),
-        on_token=show if on_text is not None else None,
+        on_token=show if on_text is not None or stop else None,
         allowed=ids_with_text(model, tokenizer, stops),
     )
-    if on_text is not None:
+    if on_text is not None or stop:
         for row, decoder in enumerate(decoders):
-            if rest := decoder.flush():
+            rest = texts[row].push(decoder.flush()) + texts[row].flush()
+            if rest and on_text is not None:
                 on_text(row, rest)
-    return [tokenizer.decode(new) for new in produced]
+    answers = []
+    for new, text in zip(produced, texts, strict=True):
+        finished = "length" if len(new) == sampling.max_new_tokens and not text.ended else "stop"
+        answers.append(Answer(text.text if stop else tokenizer.decode(new), new, finished))
+    return answers
 
 
 def rows_of(model: Transformer, n_rows: int, adapters: Sequence[str | None] | None) -> Sequence[str | None] | None:

@@ -117,6 +117,16 @@ def check_token_ids(tokenizer: Tokenizer, config: ModelConfig, *, where: Path | 
             )
 
 
+def check_finite(model: torch.nn.Module, *, where: Path | str = "this base") -> None:
+    """Raise ValueError for a weight that holds NaN or infinity: every answer would be made of it, without a word."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(
+                f"{where}: {name} holds NaN or infinity; the training that wrote it diverged or the file is damaged, so take "
+                "an earlier checkpoint, or fetch it again"
+            )
+
+
 def weight_reader(folder: Path | str) -> Callable[[str], Tensor]:
     """read(name) -> one weight of a model folder in full precision, read when it is asked for."""
     file_of: dict[str, Path] = {}

@@ -1,9 +1,10 @@
 """`graft sft`: a base + records -> a fine-tuned base (full) or an adapter (LoRA, QLoRA). Same loop as pretraining."""
 
 import dataclasses
+import hashlib
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,15 +25,18 @@ from ..base.tokenizer.tokenizer import Tokenizer
 from ..base.train import Result, check_evaluation, check_optimizer, make_optimizer, train
 from ..quant.files import read_quantization_config
 from ..quant.linear import quantize_linears_
-from .adapters.files import GRAFT, save_adapter
+from .adapters.files import CONFIG, GRAFT, WEIGHTS, Adapter, read_adapter, save_adapter
 from .adapters.lora import LoraConfig, attach_lora
+from .adapters.resume import continued_lora, load_weights_
 from .data.chat import ChatTemplate, Encoded
 from .data.dataset import DatasetOptions, encode_dataset
 from .data.packing import SFTBatches, collate_padded, steps_for_epochs
-from .data.records import read_records
+from .data.records import Record, named_files, read_all
+from .data.shape import prompt_shape
 from .data.stop import write_endings
+from .data.templates import template_source
 from .folders import carry_over
-from .loading import load_model, weight_bytes
+from .loading import check_token_ids, load_model, weight_bytes
 from .memory.report import print_prediction
 from .optimizers import OPTIMIZERS, PAGED_OPTIMIZERS
 
@@ -51,6 +55,9 @@ class DataOptions:
     epochs: float = 3.0  # passes over the records, when `steps` is not given
     max_seq_len: int | None = None  # tokens a record may have, longer ones are cut; none: the model's
     packing: bool = False  # records end to end in one row, each seeing only itself, instead of one a row, padded
+    fields: dict | None = None  # other field names of the rows, such as {prompt = "question"}
+    chat_template: str | None = None  # name or file of a template; none: the base's own
+    template_args: dict | None = None  # what the template gets beside the messages, such as {enable_thinking = false}
 
     def __post_init__(self) -> None:
         if not (self.epochs > 0 and math.isfinite(self.epochs)):
@@ -113,13 +120,17 @@ def default_texts() -> dict[str, object]:
     }
 
 
+Specs = Path | str | Sequence[Path | str]  # files, folders and globs of records; each may end in =WEIGHT
+
+
 def sft(
     *,
     base: Path | str,
-    data: Path | str,
+    data: Specs,
     out: Path | str,
     method: str = "full",
-    eval_data: Path | str | None = None,
+    eval_data: Specs | None = None,
+    adapter: Path | str | None = None,
     resume: bool = False,
     force: bool = False,
     device: str = "auto",
@@ -136,6 +147,7 @@ def sft(
         out=out,
         method=method,
         eval_data=eval_data,
+        adapter=adapter,
         resume=resume,
         force=force,
         device=device,
@@ -147,12 +159,13 @@ def sft(
 def run_sft(
     *,
     base: Path | str,
-    data: Path | str,
+    data: Specs,
     out: Path | str,
     method: str = "full",
     lora: LoraConfig | None = None,  # instead of its keys in `settings`; the full method has none
     settings: Mapping[str, Any] | None = None,
-    eval_data: Path | str | None = None,
+    eval_data: Specs | None = None,
+    adapter: Path | str | None = None,  # go on from this one; its rank, alpha and targets stay
     resume: bool = False,
     force: bool = False,
     device: str = "auto",
@@ -166,25 +179,43 @@ def run_sft(
     requested_device, device = device, resolve_device(device)
     if Path(out).resolve() == Path(base).resolve():
         raise ValueError(f"--out {out} is the base itself; choose another folder")
-    records = read_records(data)
-    held_out = read_records(eval_data) if eval_data else []
+    if adapter is not None and method == "full":
+        raise ValueError(f"adapter {adapter} can be trained further with method lora or qlora, got full")
+    if adapter is not None and Path(out).resolve() == Path(adapter).resolve():
+        raise ValueError(f"--out {out} is the adapter itself; choose another folder")
+    data, eval_data = _specs(data), _specs(eval_data) if eval_data else None
+    former = read_adapter(adapter) if adapter is not None else None
     with RunFolder(out, stage=f"sft {method}", resume=resume, force=force) as run:
         requested = check_settings(settings or {}, *PARTS.values())
         if lora is not None and method != "full":
             requested = dataclasses.asdict(lora) | requested
         model_config = load_config(base)
-        inputs = _inputs(Path(base), Path(data), Path(eval_data) if eval_data else None)
+        inputs = _inputs(Path(base), data, eval_data, former)
         if run.previous:
             saved = run.previous["config"]
             check_same_inputs(saved, inputs)
             requested = resumed_settings(requested, saved)
-        draft = resolve(requested, method=method, n_rows=len(records))  # the rows are counted once they are encoded
+        if former is not None:
+            requested = _as_the_adapter(requested, former)
+        draft = resolve(requested, method=method, n_rows=1)  # the rows are counted once they are encoded
+        records = read_all(data, draft.data.fields)
+        held_out = read_all(eval_data, draft.data.fields) if eval_data else []
         limit = _limit(draft.data.max_seq_len, model_config)
         tokenizer = Tokenizer.load(base)
-        template = ChatTemplate.of(tokenizer)
+        check_token_ids(tokenizer, model_config, where=base)
+        template = _template(draft.data, tokenizer, former)
         encoded, report = encode_dataset(records, tokenizer, template, limit, draft.records)
-        encoded_eval = encode_dataset(held_out, tokenizer, template, limit, draft.records)[0] if held_out else []
-        for line in report.lines(limit, draft.records):
+        encoded_eval, eval_figures = [], {}
+        notes = report.lines(limit, draft.records)
+        if held_out:
+            encoded_eval, eval_report = encode_dataset(held_out, tokenizer, template, limit, draft.records)
+            n_seen = len(_contents(held_out) & _contents(records))
+            eval_figures = {f"eval_{name}": count for name, count in eval_report.figures().items() if count}
+            eval_figures |= {"eval_n_in_training": n_seen} if n_seen else {}
+            notes += [f"eval data: {line}" for line in eval_report.lines(limit, draft.records)]
+            if n_seen:
+                notes.append(f"eval data: {n_seen:,} distinct records are among the training records as well")
+        for line in notes:
             print(f"note: {line}", file=sys.stderr)
         config = dataclasses.replace(resolve(requested, method=method, n_rows=len(encoded)), inputs=inputs)
         stored = _stored_in_4_bits(config)
@@ -203,11 +234,15 @@ def run_sft(
         reset_peak(device)
         model = prepare_model(config, device)
         made_for = fingerprint(model)
+        if former is not None:
+            load_weights_(model, former, base_fingerprint=made_for)
         result = _train(model, config, encoded, encoded_eval, run, device, progress, label or f"sft {method}")
         metadata = {
             "prompt_format": "chat" if any(record.messages is not None for record in records) else "text",
             "base_fingerprint": made_for,
             "method": method,
+            **({"template_args": dict(template.args)} if template.args else {}),
+            **({"prompt_shape": shape} if (shape := prompt_shape(records)) else {}),
         }
         with run.results() as folder:
             _save(model, config, folder, tokenizer, template, metadata)
@@ -215,6 +250,7 @@ def run_sft(
             "method": method,
             **result.summary(),
             **report.figures(),
+            **eval_figures,
             "n_trained_params": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "weight_bytes": weight_bytes(model),
             "predicted_peak_bytes": predicted,
@@ -225,15 +261,61 @@ def run_sft(
         return summary
 
 
-def _inputs(base: Path, data: Path, eval_data: Path | None) -> dict[str, Input]:
-    """What the run reads, known by content: the base's config and weights, its tokenizer, the records."""
+def _specs(given: Specs) -> list[str]:
+    return [str(given)] if isinstance(given, Path | str) else [str(one) for one in given]
+
+
+def _inputs(
+    base: Path, data: Sequence[str], eval_data: Sequence[str] | None, adapter: Adapter | None
+) -> dict[str, Input]:
+    """What the run reads, known by content: the base's config and weights, its tokenizer, all files of records."""
     tokenizer = [path for name in TOKENIZER_FILES if (path := base / name).exists()]
     inputs = {
         "base": Input.of(base, [base / "config.json", *weight_files(base)]),
         "tokenizer": Input.of(base, tokenizer),
-        "data": Input.of(data),
+        "data": _data_input(data),
     }
-    return inputs | ({"eval_data": Input.of(eval_data)} if eval_data is not None else {})
+    if eval_data is not None:
+        inputs["eval_data"] = _data_input(eval_data)
+    if adapter is not None:
+        folder = Path(adapter.where)
+        inputs["adapter"] = Input.of(folder, [folder / CONFIG, folder / WEIGHTS])
+    return inputs
+
+
+def _data_input(specs: Sequence[str]) -> Input:
+    """The bytes of every file that the specs name, in their order, and their weights if they have any."""
+    named = named_files(specs)
+    found = Input.of(", ".join(specs), [file for files, _ in named for file in files])
+    weights = [(len(files), weight) for files, weight in named if weight is not None]
+    if not weights:
+        return found
+    return Input(found.path, hashlib.sha256(f"{found.sha256} {weights}".encode()).hexdigest())
+
+
+def _as_the_adapter(requested: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
+    """The settings with the rank, alpha and targets of the adapter to go on from. Raises ValueError for other ones."""
+    settings = dict(requested)
+    for name, value in continued_lora(adapter).items():
+        if name in settings and settings[name] != value:
+            shown = ", ".join(value) if isinstance(value, tuple) else value
+            raise ValueError(
+                f"{name}={settings[name]!r} can't change while going on from {adapter.where}, which has {shown}; "
+                "leave it out, or train a new adapter"
+            )
+        settings[name] = value
+    return settings
+
+
+def _template(options: DataOptions, tokenizer: Tokenizer, former: Adapter | None) -> ChatTemplate:
+    """The template asked for, else that of the adapter to go on from, else the base's."""
+    source = template_source(options.chat_template) if options.chat_template else former and former.chat_template
+    args = options.template_args if options.template_args is not None else former and former.template_args
+    return ChatTemplate.of(tokenizer, source, args=args)
+
+
+def _contents(records: Sequence[Record]) -> set[tuple[object, ...]]:
+    return {(record.text, record.prompt, record.completion, repr(record.messages)) for record in records}
 
 
 def _limit(asked: int | None, model: ModelConfig) -> int:

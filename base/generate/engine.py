@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..model.kv_cache import KVCache
 from ..model.transformer import Transformer
-from .sampling import Sampling, choose_tokens
+from .sampling import Sampling, choose_tokens, penalize
 
 PROMPT_TOKENS_AT_ONCE = 8192  # prompts are read in groups of at most so many tokens, padding included
 
@@ -45,6 +45,7 @@ class Request:
     hold: object  # while it lives, the adapter can't be removed or replaced
     generator: torch.Generator
     n_produced: int = 0
+    seen: Tensor | None = None  # (V,) bool: the tokens that came before, kept for a repetition penalty
 
 
 class Engine:
@@ -112,6 +113,9 @@ class Engine:
             hold = None
         generator = torch.Generator(self._device).manual_seed(sampling.seed)
         request = Request(self._next_id, ids, sampling, adapter, hold, generator)
+        if sampling.repetition_penalty != 1:
+            request.seen = torch.zeros(vocab_size, dtype=torch.bool, device=self._device)
+            request.seen[ids] = True
         self._next_id += 1
         self._waiting.append(request)
         return request.id
@@ -196,10 +200,13 @@ class Engine:
         """Each row's next token, and the rows that end with it."""
         if self._forbidden is not None:
             logits = logits.masked_fill(self._forbidden, -torch.inf)
+        logits = penalize(logits, [r.seen for r in requests], [r.sampling for r in requests])
         tokens = choose_tokens(logits, [r.sampling for r in requests], [r.generator for r in requests])
         events, ended = [], []
         for row, (request, token) in enumerate(zip(requests, tokens, strict=True)):
             request.n_produced += 1
+            if request.seen is not None:
+                request.seen[token] = True
             finished = None
             if token in request.sampling.stop_ids:
                 finished = "stop"
@@ -252,7 +259,7 @@ def generate_ids(
     *,
     adapters: Sequence[str | None] | None = None,  # one for each prompt
     max_batch: int | None = None,  # requests at once; None: all
-    on_token: Callable[[int, int], None] | None = None,  # called with (row, id) as each token comes
+    on_token: Callable[[int, int], object] | None = None,  # called with (row, id) as each comes; True ends the row
     allowed: Tensor | None = None,  # (V,) bool, the ids that may come; None: all
 ) -> list[list[int]]:
     """The new ids of each prompt, without the stop token that ended it.
@@ -276,6 +283,6 @@ def generate_ids(
             if finished == "stop":
                 continue
             produced[row_of[request]].append(token)
-            if on_token is not None:
-                on_token(row_of[request], token)
+            if on_token is not None and on_token(row_of[request], token) is True and finished is None:
+                engine.remove(request)
     return produced

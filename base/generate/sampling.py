@@ -1,4 +1,7 @@
-"""Logits to a token: greedy, temperature, top-k, nucleus, min-p. Each request has its own settings and random numbers."""
+"""Logits to a token: greedy, temperature, top-k, nucleus, min-p, repetition penalty.
+
+Each request has its own settings and random numbers.
+"""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -21,6 +24,7 @@ class Sampling:
     max_new_tokens: int = 64
     stop_ids: Iterable[int] = frozenset()  # a token that ends the request; it is reported, and not part of the text
     seed: int = 0
+    repetition_penalty: float = 1.0  # above 1: tokens of the prompt and of the answer become less likely; see penalize
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop_ids", frozenset(self.stop_ids))
@@ -34,6 +38,8 @@ class Sampling:
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise ValueError(f"{name}={value} must lie in (0, 1]")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be > 0 and finite; 1 is none")
         if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be >= 1, a whole number")
         if type(self.seed) is not int or not -(2**63) <= self.seed < 2**64:
@@ -73,6 +79,25 @@ def filter_logits(
         probabilities = probabilities.masked_fill(probabilities < min_p * probabilities.amax(-1, keepdim=True), 0.0)
         probabilities /= probabilities.sum(-1, keepdim=True)
     return probabilities
+
+
+def penalize(
+    logits: Tensor,  # (B, V)
+    seen: Sequence[Tensor | None],  # for each row the tokens that came before, (V,) bool; None: no penalty
+    settings: Sequence[Sampling],
+) -> Tensor:  # (B, V), a copy where any row has a penalty
+    """Repetition penalty (Keskar et al. 2019, CTRL, arXiv:1909.05858, section 4.1): a seen token's logit is divided by it.
+
+    Negative logits are multiplied instead, as transformers does, so that the token becomes less likely there too.
+    """
+    if all(tokens is None for tokens in seen):
+        return logits
+    logits = logits.float().clone()
+    for row, (tokens, each) in enumerate(zip(seen, settings, strict=True)):
+        if tokens is not None:
+            values, penalty = logits[row], each.repetition_penalty
+            logits[row] = torch.where(tokens, torch.where(values > 0, values / penalty, values * penalty), values)
+    return logits
 
 
 def choose_tokens(

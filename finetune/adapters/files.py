@@ -41,6 +41,31 @@ class Adapter:
     def ranks(self) -> list[int]:
         return sorted({a.shape[0] for a, _, _ in self.layers.values()})
 
+    @property
+    def template_args(self) -> dict[str, Any]:
+        """What the chat template got in training beside the messages. Raises ValueError for a damaged graft.json."""
+        return template_args_of(self.graft, self.where)
+
+    @property
+    def prompt_shape(self) -> dict[str, str] | None:
+        """What stood before and after the part of a prompt that differs, {"before", "after"}; None where it isn't known."""
+        shape = self.graft.get("prompt_shape")
+        if shape is None:
+            return None
+        if not (isinstance(shape, dict) and all(isinstance(shape.get(side), str) for side in ("before", "after"))):
+            raise ValueError(
+                f"{self.where}/{GRAFT}: prompt_shape is {shape!r:.60}; expected an object with before and after"
+            )
+        return shape
+
+
+def template_args_of(metadata: Mapping[str, Any], where: Path | str) -> dict[str, Any]:
+    """graft.json's template_args, {} without them. Raises ValueError for what is no object."""
+    args = metadata.get("template_args") or {}
+    if not isinstance(args, dict):
+        raise ValueError(f"{where}/{GRAFT}: template_args is {args!r:.60}; expected an object")
+    return args
+
 
 def save_adapter(
     model: nn.Module,

@@ -13,7 +13,7 @@ from ...base.tokenizer.tokenizer import Tokenizer
 from ...quant.linear import NF4Linear
 from ...quant.merge import requantize
 from ..folders import carry_over
-from ..loading import load_model, save_any
+from ..loading import check_finite, check_token_ids, load_model, save_any
 from .files import GRAFT, Adapter, check_fits, read_adapter
 
 
@@ -68,6 +68,8 @@ def run_merge(base: Path | str, adapter: Path | str, out: Path | str, *, force: 
         raise FileExistsError(f"{out} is not empty; choose another folder or --force")
     found = read_adapter(adapter)
     model, tokenizer = load_model(base, dtype=None), Tokenizer.load(base)
+    check_token_ids(tokenizer, model.config, where=base)
+    check_finite(model, where=base)
     report = merge(model, found)
     if found.chat_template is not None:
         tokenizer.chat_template = found.chat_template

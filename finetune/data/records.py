@@ -119,19 +119,11 @@ def read_all(specs: Sequence[str | Path], fields: Mapping[str, str] | None = Non
     once and the files' shares are as the weights: the records of a file that is too small for its share are repeated in
     turn. Raises as `read_records`, and ValueError for weights that aren't positive numbers.
     """
-    if not specs:
-        raise ValueError("no data given; name at least one file, folder or glob")
-    parts: list[list[Record]] = []
-    weights: list[float | None] = []
-    for spec in specs:
-        name, weight = _split_weight(str(spec))
-        files = data_files(name)
-        parts.append([record for file in files for record in read_records(file, fields)])
-        weights.append(weight)
+    named = named_files(specs)
+    parts = [[record for file in files for record in read_records(file, fields)] for files, _ in named]
+    weights = [weight for _, weight in named]
     if all(weight is None for weight in weights):
         return [record for part in parts for record in part]
-    if missing := [str(spec) for spec, weight in zip(specs, weights, strict=True) if weight is None]:
-        raise ValueError(f"--data {missing[0]} has no weight while others have; give all of them one, or none")
     shares = [weight for weight in weights if weight is not None]
     unit = max(len(part) / share for part, share in zip(parts, shares, strict=True))
     sizes = [max(len(part), round(unit * share)) for part, share in zip(parts, shares, strict=True)]
@@ -140,6 +132,17 @@ def read_all(specs: Sequence[str | Path], fields: Mapping[str, str] | None = Non
             f"the weights would repeat {sum(map(len, parts)):,} records to {sum(sizes):,}; give the smaller file more weight"
         )
     return [part[i % len(part)] for part, size in zip(parts, sizes, strict=True) for i in range(size)]
+
+
+def named_files(specs: Sequence[str | Path]) -> list[tuple[list[Path], float | None]]:
+    """(files, weight) of each spec. Raises ValueError where some specs have a weight and others don't."""
+    if not specs:
+        raise ValueError("no data given; name at least one file, folder or glob")
+    split = [_split_weight(str(spec)) for spec in specs]
+    missing = [name for name, weight in split if weight is None]
+    if 0 < len(missing) < len(split):
+        raise ValueError(f"--data {missing[0]} has no weight while others have; give all of them one, or none")
+    return [(data_files(name), weight) for name, weight in split]
 
 
 def _split_weight(spec: str) -> tuple[str, float | None]:

@@ -12,9 +12,18 @@ from graft.finetune import demo
 
 REPORT: dict[str, Any] = {
     "base": {"n_params": 1234567, "val_loss": 3.25, "val_bits_per_byte": 1.5, "bigram_loss": 4.125},
-    "tasks": [{"name": "spam", "base_accuracy": 0.125, "accuracy": 0.995, "adapter_bytes": 5000}],
+    "tasks": [
+        {
+            "name": "spam", "n": 200, "majority": 0.5, "bag_of_words": None, "base_accuracy": 0.125, "base_likelihood": 0.52,
+            "accuracy": 0.995, "low": 0.972, "high": 0.999, "adapter_bytes": 5000,
+            "wrong": [{"adapter": "spam", "prompt": "c\nd", "answer": "ham", "expected": "spam"}],
+        }
+    ],
     "base_bytes": 200_000,
-    "swap_ms": 0.0012,
+    "first_token_ms": {"after_swap": 3.25, "no_swap": 3.125},
+    "settings": {"seed": 7, "device": "cpu", "threads": 2, "n_train": 4000},
+    "versions": {"python": "3.12.1"},
+    "stage_seconds": {"base": 200.4, "memory": 99.2},
     "mixed_batch": [{"adapter": "spam", "prompt": "a\nb", "answer": "ham", "expected": "spam"}],
     "memory": [
         {
@@ -80,17 +89,19 @@ def test_there_is_enough_text() -> None:
 def test_the_tables_by_hand() -> None:
     """Worked by hand: 5000 of 200000 bytes are 2.5%; 2^20 bytes are 1 MiB; a prompt's line break is a slash."""
     text = demo._markdown(REPORT)
-    assert "| spam | 12.5% | 99.5% | 5,000 | 2.5% |" in text
+    assert "| spam | 200 | 50.0% |  | 12.5% | 52.0% | 99.5% (97.2% to 99.9%) | 5,000 | 2.5% |" in text
+    assert "| spam | c / d | ham | spam |" in text
     assert "| spam | a / b | ham | spam |" in text
     assert "| LoRA | 1.00 MiB | 0.50 MiB | 2.00 MiB | 5.00 MiB | 4.00 MiB | +25.0% |" in text
     assert "1,234,567 parameters, 200,000 bytes; validation loss 3.250 against 4.125 of a bigram model" in text
-    assert "0.0012 ms" in text
-    assert "300 s" in text
+    assert "first token after an adapter swap: 3.2 ms, without a swap 3.1 ms" in text
+    assert "300 s (base 200 s, memory 99 s) on cpu with 2 threads, seed 7" in text
+    assert "python 3.12.1" in text
     assert "![loss](loss.png)" in text
     assert "![memory](memory.png)" in text
     for line in text.splitlines():  # every table row has its header's number of cells
         if line.startswith("| "):
-            assert line.count("|") in (5, 6, 8)
+            assert line.count("|") in (5, 8, 10)
 
 
 def test_next_steps_are_commands_that_parse() -> None:
@@ -139,6 +150,12 @@ def test_the_whole_demo_small(
     assert [row["adapter"] for row in report["mixed_batch"]] == 2 * ["spam", "sentiment", "translation"]
     assert [row["method"] for row in report["memory"]] == ["full", "LoRA", "QLoRA", "QLoRA, single"]
     assert report["base"]["bigram_loss"] > 0
+    by_name = {task["name"]: task for task in report["tasks"]}
+    assert by_name["translation"]["majority"] is by_name["translation"]["base_likelihood"] is None
+    assert by_name["spam"]["majority"] == 0.5  # two labels in equal parts
+    assert all(task["n"] == 4 and task["low"] <= task["accuracy"] <= task["high"] for task in report["tasks"])
+    assert report["seconds"] == pytest.approx(sum(report["stage_seconds"].values()), abs=0.1)
+    assert min(report["first_token_ms"].values()) > 0
     said = capsys.readouterr().out
     for title in demo._rows(report):
         assert title in said

@@ -11,8 +11,19 @@ import torch
 from graft.base.generate.sampling import Sampling
 from graft.base.tokenizer.tokenizer import Tokenizer
 from graft.finetune import evaluate
+from graft.finetune.adapters.files import save_adapter
+from graft.finetune.adapters.lora import LoraConfig, attach_lora, lora_layers
 from graft.finetune.data.records import Record
-from graft.finetune.evaluate import evaluate_records, f1_scores, run_evaluate, write_answers
+from graft.finetune.evaluate import (
+    EvalOptions,
+    compare,
+    evaluate_records,
+    f1_scores,
+    most_likely,
+    run_evaluate,
+    wilson_interval,
+    write_answers,
+)
 from graft.finetune.loading import load_model
 
 
@@ -129,3 +140,95 @@ def test_a_prompt_without_room_is_named(base_dir: Path) -> None:
     long = Record("eval.jsonl line 7", prompt="the cat " * 500, completion=" 5")
     with pytest.raises(ValueError, match=r"eval\.jsonl line 7: the prompt has \d+ tokens and the answers need \d+"):
         write_answers(model, tokenizer, [*rows(), long], None)
+
+
+def test_wilsons_interval_by_hand() -> None:
+    """Worked by hand, z = 1.96: of 10 right in 10, low = n / (n + z^2) = 10 / 13.8415 and high 1; of 5 in 10 the middle is
+    0.5 and half = z sqrt(0.25 / 10 + z^2 / 400) / (1 + z^2 / 10)."""
+    assert wilson_interval(10, 10) == pytest.approx((10 / 13.8415, 1), abs=1e-4)
+    assert wilson_interval(0, 10) == pytest.approx((0, 1 - 10 / 13.8415), abs=1e-4)
+    half = 1.959964 * math.sqrt(0.025 + 1.959964**2 / 400) / (1 + 1.959964**2 / 10)
+    assert wilson_interval(5, 10) == pytest.approx((0.5 - half, 0.5 + half), abs=1e-9)
+    with pytest.raises(ValueError, match="0 of 0 is no share"):
+        wilson_interval(0, 0)
+
+
+def test_the_most_likely_answer_worked_out_apart(base_dir: Path) -> None:
+    """Worked out apart, token by token: the answer of the largest sum of log-probabilities, whatever the batch."""
+    model, tokenizer = load_model(base_dir), Tokenizer.load(base_dir)
+    labels = [" sat on", " bird", " q"]
+    prompts = ["the cat", "a bird sang in the", "r", "the sea is", "the cat sat on the mat and"]
+    records = [Record(f"r {i}", prompt=p, completion=labels[i % 3]) for i, p in enumerate(prompts)]
+    expected = []
+    for prompt in prompts:
+        sums = {}
+        for label in labels:
+            ids, total = tokenizer.encode(prompt).tolist(), 0.0
+            for token in tokenizer.encode(label).tolist():
+                with torch.no_grad():
+                    total += model(torch.tensor([ids]))[0, -1].log_softmax(-1)[token].item()
+                ids.append(token)
+            sums[label] = total
+        expected.append(max(sums, key=lambda label: sums[label]).strip())
+    for size in (1, 4, 99):
+        options = EvalOptions(score="likelihood", batch_size=size)
+        assert most_likely(model, tokenizer, records, None, options=options) == expected
+    figures = evaluate_records(model, tokenizer, records, None, options=EvalOptions(score="likelihood"))
+    n_right = sum(labels[i % 3].strip() == label for i, label in enumerate(expected))
+    assert (figures["n_correct"], figures["accuracy"], figures["score"]) == (n_right, n_right / 5, "likelihood")
+    assert (figures["accuracy_low"], figures["accuracy_high"]) == wilson_interval(n_right, 5)
+    assert figures["perplexity"] == pytest.approx(math.exp(figures["loss"]))
+    n_labels = sum(len(tokenizer.encode(r.completion or "")) + 1 for r in records)  # and the end
+    n_bytes = sum(len(r.completion or "") for r in records)
+    assert figures["bits_per_byte"] == pytest.approx(figures["loss"] * n_labels / n_bytes / math.log(2))
+    many = [Record(f"r {i}", prompt="x", completion=f" {i}") for i in range(21)]
+    with pytest.raises(ValueError, match="compares few answers, the records have 21 distinct ones"):
+        most_likely(model, tokenizer, many, None)
+    with pytest.raises(ValueError, match="--score 'best' is unknown; choose exact, likelihood"):
+        EvalOptions(score="best")  # pyright: ignore[reportArgumentType]
+
+
+def test_rows_that_cannot_be_scored_are_listed_together_or_dropped(base_dir: Path, tmp_path: Path) -> None:
+    """Law: empty rows, rows without an answer and prompts without room are all in one message, or counted."""
+    path = tmp_path / "rows.jsonl"
+    rows = [
+        {"prompt": "a", "completion": " b"}, {"prompt": "c", "completion": None}, {"prompt": "the cat " * 90, "completion": " b"},
+        {"prompt": "d", "completion": " "}, {"prompt": "the cat " * 91, "completion": " b"},
+    ]  # fmt: skip
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(
+        ValueError,
+        match=r"4 rows can't be used: .*line 2: completion is null.*line 4: completion is empty.*line 3: the prompt has \d+ tok"
+        r".*line 5: the prompt has",
+    ):
+        run_evaluate(base_dir, path, device="cpu")
+    figures = run_evaluate(base_dir, path, device="cpu", on_empty="drop", on_too_long="drop")
+    assert (figures["n_records"], figures["n_empty"], figures["n_too_long"]) == (1, 2, 2)
+    alone = run_evaluate(base_dir, path, device="cpu", limit=1)
+    assert figures == {**alone, "n_empty": 2, "n_too_long": 2}
+    path.write_text(json.dumps(rows[1]))
+    with pytest.raises(ValueError, match=r"none of the 1 records is left to score"):
+        run_evaluate(base_dir, path, device="cpu", on_empty="drop")
+
+
+def test_several_adapters_on_one_base(base_dir: Path, tmp_path: Path) -> None:
+    """Law: each row of the comparison is the adapter's own evaluation, and the base's has none."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": r.prompt, "completion": r.completion}) for r in rows()))
+    folders = {}
+    for seed, name in enumerate("ab"):
+        model, config = load_model(base_dir), LoraConfig(rank=2)
+        attach_lora(model, config, seed=seed)
+        for _, layer in lora_layers(model):
+            layer.updates["default"].lora_b.data.normal_(generator=torch.Generator().manual_seed(seed))
+        save_adapter(model, tmp_path / name, config, base=str(base_dir))
+        folders[name] = tmp_path / name
+    done: list[tuple[int, int]] = []
+    found = compare(base_dir, path, folders, device="cpu", progress=lambda *n: done.append(n))
+    assert list(found) == ["base", "a", "b"]
+    assert done[-1] == (5, 5)
+    for name, figures in found.items():
+        assert figures == run_evaluate(base_dir, path, adapter=folders.get(name), device="cpu")
+    assert len({figures["loss"] for figures in found.values()}) == 3
+    with pytest.raises(ValueError, match="adapter name 'base' is the bare base's here"):
+        compare(base_dir, path, {"base": tmp_path / "a"}, device="cpu")

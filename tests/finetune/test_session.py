@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from graft.base.generate.sampling import Sampling
 from graft.base.tokenizer.tokenizer import Tokenizer
 from graft.finetune.adapters.files import save_adapter
 from graft.finetune.adapters.lora import LoraConfig, attach_lora
+from graft.finetune.adapters.merge import run_merge
 from graft.finetune.data.chat import CHATML, ChatTemplate, encode_prompt
+from graft.finetune.evaluate import run_evaluate
 from graft.finetune.loading import load_model
 from graft.finetune.session import Session, named_folders, talk
 
@@ -137,3 +140,108 @@ def test_the_talk(
     assert "the conversation has 99 tokens" in said
     assert "no adapter 'nobody' is loaded; loaded are: text, chat, peft" in said
     assert said.count("[bold]so[/bold]") == 6
+
+
+def test_a_line_is_put_into_the_tasks_shape(
+    base_dir: Path, adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Law: where an adapter learned prompts of one shape, chat says which, and a typed line takes it; graft.json that is
+    damaged is one line."""
+    shaped = tmp_path / "shaped"
+    shutil.copytree(adapters["text"], shaped)
+    metadata = {"prompt_format": "text", "prompt_shape": {"before": "Message: ", "after": "\nLabel:"}}
+    (shaped / "graft.json").write_text(json.dumps(metadata))
+    heard: list[str] = []
+
+    def answer(self: Session, messages: Sequence[Any], **options: Any) -> str:
+        heard.append(messages[-1]["content"])
+        return "ham"
+
+    monkeypatch.setattr(Session, "answer", answer)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("you won\n/base\nyou won\n/adapter text\nyou won"))
+    speaker = session(base_dir, {"text": adapters["text"], "shaped": shaped})
+    talk(speaker, Sampling(max_new_tokens=1))
+    assert heard == ["Message: you won\nLabel:", "you won", "you won"]
+    said = capsys.readouterr().out
+    assert r"shaped takes prompts 'Message: ...\nLabel:'; type the ... alone" in said.replace("\n", "")
+    assert "text goes on from plain text" in said
+    (shaped / "graft.json").write_text(json.dumps({"prompt_format": "text", "prompt_shape": 3}))
+    with pytest.raises(ValueError, match=r"shaped/graft\.json: prompt_shape is 3; expected an object"):
+        session(base_dir, {"shaped": shaped}).describe("shaped")
+
+
+def test_a_long_talk_forgets_its_oldest_turns(
+    base_dir: Path, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Law: turns are left out from the front, in pairs, until prompt and answer fit, and how many is said; the system's
+    message stays."""
+    speaker = session(base_dir, {"chat": adapters["chat"]})
+    turns = [{"role": role, "content": "the cat sat"} for _ in range(12) for role in ("user", "assistant")]
+    turns = [{"role": "system", "content": "a bird"}, *turns, {"role": "user", "content": "rivers"}]
+    kept = speaker.fitting(turns, 10)
+    assert kept[0] == turns[0]
+    assert kept[1]["role"] == "user"
+    assert kept[1:] == turns[-len(kept) + 1 :]
+    assert len(speaker.prompt_ids(kept)) + 10 <= 96
+    one_more = [turns[0], *turns[-len(kept) - 1 :]]
+    assert len(speaker.prompt_ids(one_more)) + 10 > 96
+    assert speaker.fitting(turns[:3], 10) == turns[:3]
+    monkeypatch.setattr(Session, "answer", lambda self, messages, **options: "the tree stood by the river")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat sat on the mat\n" * 12))
+    talk(speaker, Sampling(max_new_tokens=8))
+    said = capsys.readouterr().out
+    assert "the talk is too long for the model: its 2 oldest messages are forgotten" in said
+
+
+def test_nothing_that_is_printed_steers_the_terminal(
+    base_dir: Path, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Law: ESC, C1 and markup in names, answers and errors come out as text."""
+    name = "[/x] \x1b[2J\x9b"
+
+    def answer(self: Session, messages: Sequence[Any], *, on_text: Any, **options: Any) -> str:
+        on_text("\x1b]0;title\x07 [red]")
+        return "x"
+
+    monkeypatch.setattr(Session, "answer", answer)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n/adapters\n/adapter [/bold] \x1b[1m\n[oops"))
+    speaker = session(base_dir, {name: adapters["chat"]})
+    talk(speaker, Sampling(max_new_tokens=1))
+    said = capsys.readouterr().out
+    assert "\x1b" not in said
+    assert "\x9b" not in said
+    assert r"\x1b]0;title\x07 [red]" in said
+    assert r"[/x] \x1b[2J\x9b> " in said
+    assert r"no adapter '[/bold] \x1b[1m'" in said.replace(r"\\x1b", r"\x1b")
+
+
+def test_what_a_base_must_not_hold(base_dir: Path, tmp_path: Path) -> None:
+    """Law: a NaN in a weight and a token beyond the embedding's rows are one line when the base is loaded."""
+    for change, message in (
+        ("nan", r"base: model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinity"),
+        ("id", "has id 400"),
+    ):
+        base = tmp_path / change / "base"
+        shutil.copytree(base_dir, base)
+        if change == "nan":
+            weights = load_file(base / "model.safetensors")
+            weights["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+            save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+        else:
+            config = json.loads((base / "config.json").read_text())
+            (base / "config.json").write_text(json.dumps(config | {"eos_token_id": 400}))
+        with pytest.raises(ValueError, match=message):
+            session(base)
+        with pytest.raises(ValueError, match=message):
+            run_evaluate(base, tmp_path / "none.jsonl", device="cpu")
+        with pytest.raises(ValueError, match=message):
+            run_merge(base, peft_adapter(base_dir, tmp_path / change), tmp_path / change / "merged")
+        assert not (tmp_path / change / "merged").exists()
+
+
+def peft_adapter(base: Path, folder: Path) -> Path:
+    model, config = load_model(base), LoraConfig(rank=2)
+    attach_lora(model, config)
+    save_adapter(model, folder / "adapter", config, base=str(base))
+    return folder / "adapter"

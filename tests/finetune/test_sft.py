@@ -22,9 +22,11 @@ from graft.finetune.adapters.lora import LoraConfig
 from graft.finetune.data.chat import encode_record
 from graft.finetune.data.packing import SFTBatches
 from graft.finetune.data.records import read_records
+from graft.finetune.evaluate import run_evaluate
 from graft.finetune.generate import generate
 from graft.finetune.loading import load_model
 from graft.finetune.quantize import run_quantize
+from graft.finetune.session import Session
 
 METHODS = ("full", "lora", "qlora")
 ANSWERS = {"the cat": "sleeps", "a bird": "sings", "the tree": "stands", "rivers": "run"}
@@ -413,3 +415,122 @@ def test_the_best_steps_weights_are_kept(base_dir: Path, rows: Path, tmp_path: P
     graft.sft(**common, out=tmp_path / "short", steps=best, eval_every=1)
     one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("long", "short"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+# --- data, templates, going on -------------------------------------------------------------------------------------
+
+
+def go(base: Path, data: Any, out: Path, **options: Any) -> dict[str, Any]:
+    common: dict[str, Any] = {"method": "lora", "device": "cpu", "rank": 2, "alpha": 4.0, "batch_size": 4, "epochs": 1}
+    return graft.sft(base=base, data=data, out=out, **common | options)
+
+
+def test_every_file_of_data_is_read(base_dir: Path, tmp_path: Path) -> None:
+    """Law: two files, a folder and a glob are all read, once; weights repeat the smaller file; a change in any of them is
+    another run."""
+    for name, n in (("a", 3), ("b", 2)):
+        rows = [json.dumps({"prompt": f"{name} {i}", "completion": " x"}) for i in range(n)]
+        (tmp_path / "rows" / f"{name}.jsonl").parent.mkdir(exist_ok=True)
+        (tmp_path / "rows" / f"{name}.jsonl").write_text("\n".join(rows))
+    a, b = tmp_path / "rows/a.jsonl", tmp_path / "rows/b.jsonl"
+    both = go(base_dir, [a, b], tmp_path / "both")
+    assert (both["n_records"], both["n_rows"], both["steps"]) == (5, 5, 2)
+    assert go(base_dir, tmp_path / "rows", tmp_path / "folder")["n_records"] == 5
+    assert go(base_dir, str(tmp_path / "rows/*.jsonl"), tmp_path / "glob")["n_records"] == 5
+    weighted = go(base_dir, [f"{a}=0.5", f"{b}=0.5"], tmp_path / "weighted")
+    assert weighted["n_records"] == 6  # three of each
+    inputs = [
+        json.loads((tmp_path / name / "run.json").read_text())["config"]["inputs"] for name in ("both", "weighted")
+    ]
+    assert inputs[0]["data"]["path"] == f"{a}, {b}"
+    assert inputs[0]["data"]["sha256"] != inputs[1]["data"]["sha256"]
+    for changed in ([a], [b, a], [f"{a}=1", f"{b}=1"]):
+        with pytest.raises(ValueError, match=r"--resume: data .* is not what the run was started with"):
+            go(base_dir, changed, tmp_path / "both", resume=True, epochs=2)
+    b.write_text(b.read_text().replace("b 1", "b 9"))
+    with pytest.raises(ValueError, match=r"--resume: data .* is not what the run was started with"):
+        go(base_dir, [a, b], tmp_path / "both", resume=True)
+
+
+def test_what_becomes_of_bad_rows(base_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Law: empty and too long rows are all named in one message, or dropped, counted in the summary and said."""
+    rows = [
+        {"prompt": "a", "completion": " b"},
+        {"prompt": "c", "completion": None},
+        {"prompt": "the cat " * 60, "completion": " b"},
+        {"prompt": "d", "completion": ""},
+        {"prompt": "e", "completion": " the cat sat" * 40},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(
+        ValueError, match=r"3 rows can't be used: .*line 2: completion is null.*line 3: no label.*line 4: comp"
+    ):
+        go(base_dir, path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    path.write_text("\n".join(json.dumps(row) for row in rows if row is not rows[2]))
+    figures = go(base_dir, path, tmp_path / "cut", on_empty="drop")
+    assert (figures["n_records"], figures["n_empty"], figures["n_cut"], figures["n_rows"]) == (4, 2, 1, 2)
+    assert figures["n_lost_labels"] > 0
+    said = capsys.readouterr().err
+    assert "2 of 4 records are null or empty and were dropped" in said
+    assert "1 of 4 records are longer than 97 tokens and were cut" in said
+    path.write_text("\n".join(map(json.dumps, rows)))
+    figures = go(base_dir, path, tmp_path / "dropped", on_empty="drop", on_too_long="drop", eval_data=path)
+    assert (figures["n_dropped"], figures["n_empty"], figures["n_rows"]) == (2, 2, 1)
+    assert (figures["eval_n_dropped"], figures["eval_n_in_training"]) == (2, 4)  # two empty ones hold the same: nothing
+    assert "eval data: 2 of 5 records are longer" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--on-empty 'skip' is unknown; choose drop, error"):
+        go(base_dir, path, tmp_path / "x", on_empty="skip")
+
+
+def test_fields_template_and_its_arguments(base_dir: Path, tmp_path: Path) -> None:
+    """Law: other field names are read; the named template and its arguments are trained on, and stay with the adapter."""
+    path, template = tmp_path / "rows.jsonl", tmp_path / "own.jinja"
+    path.write_text(json.dumps({"question": "the cat", "answer": " sat"}))
+    assert go(base_dir, path, tmp_path / "a", fields={"prompt": "question", "completion": "answer"})["n_rows"] == 1
+    with pytest.raises(ValueError, match=r"no field 'ask' for prompt; the row has answer, question"):
+        go(base_dir, path, tmp_path / "x", fields={"prompt": "ask"})
+    template.write_text(
+        "{% for m in messages %}{{ mark }}{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ mark }}{% endif %}"
+    )
+    turns = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
+    path.write_text(json.dumps({"messages": turns}))
+    options: dict[str, Any] = {"chat_template": str(template), "template_args": {"mark": "zz"}}
+    figures = go(base_dir, path, tmp_path / "out", **options)
+    tokenizer = Tokenizer.load(base_dir)
+    expected = len(tokenizer.encode("zzthe catzz")) + len(tokenizer.encode("sat")) + 1
+    assert figures["n_tokens"] == expected
+    assert json.loads((tmp_path / "out/graft.json").read_text())["template_args"] == {"mark": "zz"}
+    assert (tmp_path / "out/chat_template.jinja").read_text() == template.read_text()
+    speaker = Session(base_dir, dtype="float32", device="cpu", chat=None)
+    speaker.load("it", tmp_path / "out")
+    assert tokenizer.decode(speaker.prompt_ids(turns[:1])) == "zzthe catzz"
+    # going on from it keeps both
+    more = go(base_dir, path, tmp_path / "more", adapter=tmp_path / "out")
+    assert more["n_tokens"] == expected
+    assert json.loads((tmp_path / "more/graft.json").read_text())["template_args"] == {"mark": "zz"}
+
+
+def test_going_on_from_an_adapter(base_dir: Path, rows: Path, tmp_path: Path) -> None:
+    """Law: the first loss is that of the adapter as it was, its shape stays, the folder is untouched; other ranks, other
+    bases and other content on resume are refused."""
+    go(base_dir, rows, tmp_path / "one", learning_rate=0.02, steps=6, targets=["q_proj", "down_proj"])
+    before = (tmp_path / "one/adapter_model.safetensors").read_bytes()
+    [loss] = [run_evaluate(base_dir, rows, adapter=tmp_path / "one", device="cpu")["loss"]]
+    common = {"method": "lora", "device": "cpu", "batch_size": 4, "adapter": tmp_path / "one"}
+    graft.sft(base=base_dir, data=rows, out=tmp_path / "two", steps=3, checkpoint_every=1, **common)
+    assert losses(tmp_path / "two")[0] == pytest.approx(loss, rel=1e-5)  # float32 sums in another order
+    assert (tmp_path / "one/adapter_model.safetensors").read_bytes() == before
+    config = json.loads((tmp_path / "two/adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], sorted(config["target_modules"])) == (2, 4, ["down_proj", "q_proj"])
+    with pytest.raises(ValueError, match=r"rank=8 can't change while going on from .*one, which has 2"):
+        graft.sft(base=base_dir, data=rows, out=tmp_path / "x", rank=8, **common)
+    with pytest.raises(ValueError, match=r"can be trained further with method lora or qlora, got full"):
+        graft.sft(base=base_dir, data=rows, out=tmp_path / "x", **common | {"method": "full"})
+    with pytest.raises(ValueError, match=r"--out .*one is the adapter itself"):
+        graft.sft(base=base_dir, data=rows, out=tmp_path / "one", **common)
+    (tmp_path / "one/adapter_config.json").write_text((tmp_path / "one/adapter_config.json").read_text() + " ")
+    with pytest.raises(ValueError, match=r"--resume: adapter .* is not what the run was started with"):
+        graft.sft(base=base_dir, data=rows, out=tmp_path / "two", steps=4, resume=True, **common)
