@@ -6,8 +6,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..base.checkpoint import read_json
 from ..base.generate.sampling import Sampling
+from ..base.json_fields import read_json
 from ..base.model.transformer import Transformer
 from ..base.tokenizer.tokenizer import Tokenizer
 from .adapters.bank import AdapterBank

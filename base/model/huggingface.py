@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..checkpoint import iterate_tensors, read_json, save_tensors, write_json
+from ..checkpoint import iterate_tensors, save_tensors, write_json
 from ..dtypes import dtype_named
+from ..json_fields import read_json
 from .config import ModelConfig, RopeScaling
 from .transformer import Transformer
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...base.checkpoint import read_json, write_json
+from ...base.checkpoint import write_json
+from ...base.json_fields import read_json
 from ...base.model.huggingface import fingerprint
 from ...base.model.transformer import Transformer
 from ...base.tokenizer.tokenizer import Tokenizer
