@@ -9,6 +9,7 @@ from rich.console import Console
 from ..base.generate.sampling import Sampling
 from ..base.json_fields import read_json
 from ..base.model.transformer import Transformer
+from ..base.text.printable import markup, printable
 from ..base.tokenizer.tokenizer import Tokenizer
 from .adapters.bank import AdapterBank
 from .adapters.files import GRAFT
@@ -108,7 +109,7 @@ def talk(session: Session, sampling: Sampling) -> None:
     messages: list[Message] = []
     while True:
         try:
-            line = console.input(f"[bold]{session.bank.active or 'base'}>[/bold] ").strip()
+            line = console.input(f"[bold]{markup(session.bank.active or 'base')}>[/bold] ").strip()
         except EOFError:
             return
         if line.startswith("/"):
@@ -122,11 +123,13 @@ def talk(session: Session, sampling: Sampling) -> None:
             reply = session.answer(
                 messages,
                 sampling=sampling,
-                on_text=lambda piece: console.print(piece, end="", markup=False, highlight=False, soft_wrap=True),
+                on_text=lambda piece: console.print(
+                    printable(piece, keep="\n\t"), end="", markup=False, highlight=False, soft_wrap=True
+                ),
             )
         except ValueError as error:
             messages.pop()
-            console.print(f"[red]{error}[/red]", highlight=False)
+            console.print(f"[red]{markup(error)}[/red]", highlight=False)
             continue
         console.print()
         messages.append({"role": "assistant", "content": reply})
@@ -148,7 +151,8 @@ def _command(session: Session, line: str, messages: list[Message], console: Cons
             for name in session.bank.names:
                 adapter = session.bank.adapters[name]
                 console.print(
-                    f"{name}  ranks {adapter.ranks}  {adapter.n_bytes:,} bytes  {adapter.where}", highlight=False
+                    f"{markup(name)}  ranks {adapter.ranks}  {adapter.n_bytes:,} bytes  {markup(adapter.where)}",
+                    highlight=False,
                 )
             if not session.bank.names:
                 console.print("none loaded; start graft chat with --adapter NAME=DIR")
@@ -157,5 +161,5 @@ def _command(session: Session, line: str, messages: list[Message], console: Cons
         else:
             console.print(HELP, highlight=False)
     except ValueError as error:
-        console.print(f"[red]{error}[/red]", highlight=False)
+        console.print(f"[red]{markup(error)}[/red]", highlight=False)
     return True

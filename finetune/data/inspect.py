@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ...base.model.huggingface import load_config
+from ...base.text.printable import printable
 from ...base.tokenizer.tokenizer import Tokenizer
 from .chat import ChatTemplate, Encoded, encode_whole
 from .dataset import DatasetOptions, DatasetReport, encode_dataset
@@ -123,7 +124,7 @@ def row_text(row: Encoded, tokenizer: Tokenizer) -> Text:
         if i == len(kinds) or kinds[i] != kinds[start]:
             on, is_special = kinds[start]
             style = f"{LEARNED if on else READ}{' ' + SPECIAL if is_special else ''}"
-            text.append(_printable(tokenizer.decode(row.ids[start:i])), style)
+            text.append(printable(tokenizer.decode(row.ids[start:i]), keep="\n\t"), style)
             start = i
     return text
 
@@ -161,11 +162,6 @@ def print_inspection(found: Inspection, tokenizer: Tokenizer, console: Console, 
     if found.n_preferences:
         console.print(f"{found.n_preferences:,} rows hold preferences: train on them with graft dpo", markup=False)
     for message in found.bad[:5]:
-        console.print(f"would be refused: {_printable(message)}", highlight=False, markup=False, style="red")
+        console.print(f"would be refused: {printable(message)}", highlight=False, markup=False, style="red")
     if len(found.bad) > 5:
         console.print(f"and {len(found.bad) - 5:,} more would be refused", style="red")
-
-
-def _printable(text: str) -> str:
-    """Control characters other than line breaks and tabs as their escapes, so that data can't steer the terminal."""
-    return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)

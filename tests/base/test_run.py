@@ -54,5 +54,5 @@ def test_a_model_that_cannot_be_built() -> None:
         resolve({"n_layers": 2**63}, preset_name=None, vocab_size=300)
     large = resolve({"d_model": 2**20, "n_heads": 2**10, "n_layers": 9999}, preset_name=None, vocab_size=300).model
     assert large is not None
-    with pytest.raises(ValueError, match="parameters take .* bytes in float32, cpu has .*; lower d_model"):
+    with pytest.raises(ValueError, match=r"parameters take .* bytes in float32, cpu has .*; lower d_model"):
         check_size(large, "cpu")
