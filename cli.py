@@ -500,7 +500,7 @@ def main() -> None:
     """
     with _noted_interrupt() as interrupted:
         try:
-            app()
+            app(prog_name="graft")
         except BrokenPipeError:
             sys.exit(141)
         except Exception as error:
