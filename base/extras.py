@@ -10,4 +10,6 @@ def needs(extra: str, purpose: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise ValueError(f"{purpose} needs {(error.name or extra).partition('.')[0]}; run pip install 'graftlm[{extra}]'") from None
+        raise ValueError(
+            f"{purpose} needs {(error.name or extra).partition('.')[0]}; run pip install 'graftlm[{extra}]'"
+        ) from None
