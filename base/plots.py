@@ -9,6 +9,8 @@ from .extras import needs
 from .json_fields import field
 from .runlog import METRICS_FILE, read_metrics
 
+LARGEST = 1e30  # that an axis shows: matplotlib's ticks overflow above
+
 
 def new_figure(**options: Any) -> Any:
     """A matplotlib Figure that can be saved. Raises ValueError where matplotlib is not installed."""
@@ -19,6 +21,12 @@ def new_figure(**options: Any) -> Any:
     figure = Figure(**options)
     FigureCanvasAgg(figure)
     return figure
+
+
+def _number(line: Mapping[str, Any], key: str, where: Path) -> float:
+    """A line's number; NaN for null, a missing key and what no axis can show. Raises ValueError for another kind."""
+    value = field(line, key, float, where, default=math.nan)
+    return float(value) if abs(value) < LARGEST else math.nan
 
 
 def running_mean(values: Sequence[float], weight: float = 0.9) -> list[float]:
@@ -46,20 +54,15 @@ def plot_run(folder: Path | str, *, lines: Mapping[str, float] | None = None, ti
     metrics = read_metrics(folder / METRICS_FILE)
     if not metrics:
         raise ValueError(f"{folder / METRICS_FILE} is empty; the run has made no step yet")
-    steps = [line["step"] for line in metrics]
     where = folder / METRICS_FILE
-    losses, rates, grad_norms = (
-        [field(line, key, float, where, default=math.nan) for line in metrics] for key in ("loss", "lr", "grad_norm")
+    steps, losses, rates, grad_norms = (
+        [_number(line, key, where) for line in metrics] for key in ("step", "loss", "lr", "grad_norm")
     )
     figure = new_figure(figsize=(8, 6), dpi=120, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     upper.plot(steps, losses, color="#9ecae1", linewidth=0.8, label="training")
     upper.plot(steps, running_mean(losses), color="#08519c", label="training, running mean")
-    evals = [
-        (line["step"], field(line, "val_loss", float, where, default=math.nan))
-        for line in metrics
-        if "val_loss" in line
-    ]
+    evals = [(_number(line, "step", where), _number(line, "val_loss", where)) for line in metrics if "val_loss" in line]
     if evals:
         upper.plot(*zip(*evals, strict=True), color="#d94801", marker="o", markersize=3, label="validation")
     for name, value in (lines or {}).items():

@@ -78,7 +78,10 @@ def merge(
     base: Annotated[Path, typer.Option("--base", help="The model folder that the adapter was made for.")],
     adapter: Annotated[Path, typer.Option("--adapter", help="Adapter folder.")],
     out: Annotated[Path, typer.Option("--out", help="New model folder.")],
-    force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the model that the folder holds.")] = False,
+    allow_drift: Annotated[
+        bool, typer.Option("--allow-drift", help="Write the result even if its predictions differ from base + adapter.")
+    ] = False,
 ) -> None:
     """Fold an adapter into its base's weights and write a model folder that needs no adapter.
 
@@ -86,7 +89,11 @@ def merge(
     """
     from .merge import run_merge
 
-    report = run_merge(base, adapter, out, force=force)
+    report, drift = run_merge(base, adapter, out, force=force, allow_drift=allow_drift)
     if report.relative_error:
         typer.echo(f"the base is in 4 bits: requantizing lost up to {report.relative_error:.1%} of a layer's update")
+    typer.echo(
+        f"against base + adapter on {drift.n_tokens} tokens: KL {drift.kl:.2e} nats a token, "
+        f"{drift.equal_greedy:.1%} of greedy tokens equal"
+    )
     typer.echo(f"merged {report.n_layers} layers, written to {out}")

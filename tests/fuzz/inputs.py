@@ -125,14 +125,41 @@ def damaged_safetensors(whole: bytes, rng: random.Random) -> bytes:
 
 
 SNIPPETS = (
-    "{{ 1 / 0 }}", "{% for i in range(10 ** 10) %}x{% endfor %}", "{{ 'a' * 10 ** 10 }}", "{% break %}", "{{ x.y.z }}",
-    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ messages.__class__ }}", "{% set messages = 3 %}", "{{ [[]] * 10 ** 9 }}",
-    "{% generation %}", "{{ 10 ** 10 ** 10 }}", "{{ messages[99].content }}", "{% if %}", "{{ raise_exception('[/b]') }}",
-    "{{ '%0999999999d' % 1 }}", "{{ range(10 ** 12) | list }}", "{% include 'x' %}", "{% for a in messages recursive %}{{ loop(messages) }}{% endfor %}",
-    "{{ 'x' | center(10 ** 10) }}", "{{ messages | tojson(indent=10 ** 9) }}", "{{", "%}", "{#", "{{ cycler() }}", "{{ lipsum(n=10 ** 8) }}",
-    "{{ ''.join(messages) }}", "{{ messages | sum }}", "{{ messages | map(attribute='x') | first }}", "{{ -messages }}", "\ud800".encode("utf-8", "surrogatepass").decode("utf-8", "replace"),
-    "{{ dict(a=1)[[]] }}", "{{ 'a'.encode() }}", "{{ strftime_now('%Q' * 10 ** 6) }}", "{{ ('(' * 50000) }}", "{{ " + "(" * 5000 + " }}",
-)  # fmt: skip
+    "{{ 1 / 0 }}",
+    "{% for i in range(10 ** 10) %}x{% endfor %}",
+    "{{ 'a' * 10 ** 10 }}",
+    "{% break %}",
+    "{{ x.y.z }}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "{{ messages.__class__ }}",
+    "{% set messages = 3 %}",
+    "{{ [[]] * 10 ** 9 }}",
+    "{% generation %}",
+    "{{ 10 ** 10 ** 10 }}",
+    "{{ messages[99].content }}",
+    "{% if %}",
+    "{{ raise_exception('[/b]') }}",
+    "{{ '%0999999999d' % 1 }}",
+    "{{ range(10 ** 12) | list }}",
+    "{% include 'x' %}",
+    "{% for a in messages recursive %}{{ loop(messages) }}{% endfor %}",
+    "{{ 'x' | center(10 ** 10) }}",
+    "{{ messages | tojson(indent=10 ** 9) }}",
+    "{{",
+    "%}",
+    "{#",
+    "{{ cycler() }}",
+    "{{ lipsum(n=10 ** 8) }}",
+    "{{ ''.join(messages) }}",
+    "{{ messages | sum }}",
+    "{{ messages | map(attribute='x') | first }}",
+    "{{ -messages }}",
+    "{{ dict(a=1)[[]] }}",
+    "{{ 'a'.encode() }}",
+    "{{ strftime_now('%Q' * 10 ** 6) }}",
+    "{{ ('(' * 50000) }}",
+    "{{ " + "(" * 5000 + " }}",
+)
 
 
 def damaged_template(whole: bytes, rng: random.Random) -> bytes:
@@ -144,11 +171,35 @@ def damaged_template(whole: bytes, rng: random.Random) -> bytes:
 
 
 TOML_LINES = (
-    "steps = 10000000000000000000000", "steps = true", "learning_rate = nan", "rank = [1]", "[train]", "[[train]]", "targets = 3",
-    "x = " + DEEP, "betas = [1, 2, 3]", "beta1 = inf", "targets = [[]]", "method = 1", "model = 3", "[model.rope_scaling]",
-    "rope_scaling = {rope_type = 1}", "d_model = 1979-05-27", "n_layers = -1", "n_heads = 0", "max_seq_len = 1e400", "a.b.c = 1", "\x00",
-    "'' = 1", "eos_token_id = ['x']", "sliding_layers = [true]", "dtype = 'int8'", "schedule = ''", "d_head = 3", "n_layers = 9223372036854775808",
-)  # fmt: skip
+    "steps = 10000000000000000000000",
+    "steps = true",
+    "learning_rate = nan",
+    "rank = [1]",
+    "[train]",
+    "[[train]]",
+    "targets = 3",
+    "x = " + DEEP,
+    "betas = [1, 2, 3]",
+    "beta1 = inf",
+    "targets = [[]]",
+    "method = 1",
+    "model = 3",
+    "[model.rope_scaling]",
+    "rope_scaling = {rope_type = 1}",
+    "d_model = 1979-05-27",
+    "n_layers = -1",
+    "n_heads = 0",
+    "max_seq_len = 1e400",
+    "a.b.c = 1",
+    "\x00",
+    "'' = 1",
+    "eos_token_id = ['x']",
+    "sliding_layers = [true]",
+    "dtype = 'int8'",
+    "schedule = ''",
+    "d_head = 3",
+    "n_layers = 9223372036854775808",
+)
 
 
 def damaged_toml(whole: bytes, rng: random.Random) -> bytes:
@@ -274,18 +325,15 @@ class Readers:
             yield "chat_template.jinja", template_source(name).encode(), damaged_template
 
     def read_templates(self, folder: Path) -> None:
-        from graft.base.tokenizer.tokenizer import Tokenizer
         from graft.finetune.data.chat import encode_prompt, encode_record
         from graft.finetune.data.records import to_record
-        from graft.finetune.data.stop import stop_ids
-        from graft.finetune.data.templates import ChatTemplate
+        from graft.finetune.data.render import ChatTemplate
 
         source = (folder / "chat_template.jinja").read_bytes().decode()
         self.tokenizer.chat_template = source
         template = ChatTemplate.of(self.tokenizer)
         encode_prompt(ROWS[0]["messages"][:1], self.tokenizer, template)
         encode_record(to_record(ROWS[1], "row 1"), self.tokenizer, template, 97)
-        del Tokenizer, stop_ids
 
     def toml_files(self) -> Iterator[tuple[str, bytes, Callable[[bytes, random.Random], bytes]]]:
         yield "c.toml", TOML, damaged_toml
@@ -306,7 +354,8 @@ class Readers:
             "files": ["x"],
             "seed": 0,
         }
-        yield "run.json", json.dumps(run).encode(), damaged_json
+        for _ in range(4):
+            yield "run.json", json.dumps(run).encode(), damaged_json
         lines = [json.dumps({"step": i, "loss": 1.0 / i, "lr": 1e-3, "grad_norm": 1.0}) for i in (1, 2, 3)]
         yield (
             "metrics.jsonl",

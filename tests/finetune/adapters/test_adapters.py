@@ -215,7 +215,7 @@ def test_merging_into_four_bits_reports_its_error(
 ) -> None:
     """Law: the 4-bit base stays 4-bit, the loss of requantizing is measured and not zero, the folder loads again."""
     run_quantize(base_dir, tmp_path / "nf4")
-    report = run_merge(tmp_path / "nf4", two_adapters[0], tmp_path / "merged")
+    report, _ = run_merge(tmp_path / "nf4", two_adapters[0], tmp_path / "merged")
     assert 0 < report.relative_error < 10
     merged = load_model(tmp_path / "merged")
     assert logits(merged).isfinite().all()
