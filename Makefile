@@ -25,7 +25,7 @@ bench: $(VENV)/.stamp-bench
 setup: $(VENV)/.stamp-test
 
 $(VENV)/.stamp-demo: pyproject.toml constraints.txt | $(VENV)/.stamp-venv
-	$(PIP) --editable .
+	$(PIP) --editable ".[plot]"
 	touch $@
 
 $(VENV)/.stamp-test: pyproject.toml constraints.txt | $(VENV)/.stamp-venv
@@ -38,7 +38,7 @@ $(VENV)/.stamp-bench: $(VENV)/.stamp-test
 
 # Stamps lie in the environment, so that they go with it.
 $(VENV)/.stamp-venv:
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else f"graft needs Python 3.11 or 3.12, {sys.executable} is {v[0]}.{v[1]}; run make PYTHON=python3.12")'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 14) else f"graft needs Python 3.11 to 3.14, {sys.executable} is {v[0]}.{v[1]}; run make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 

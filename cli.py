@@ -3,14 +3,24 @@
 No module of ours but the commands' own is imported before a command runs, so that `graft --help` never imports torch.
 """
 
+import signal
 import sys
+import tempfile
+import threading
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from types import FrameType
+from typing import Annotated, Any, NoReturn
 
 import typer
 import typer.core
 
+from . import __version__
 from .base.data.commands import app as data_app
+from .base.text.printable import markup, printable
 from .base.tokenizer.tools.commands import app as tokenizer_app
 from .finetune.adapters.commands import app as adapter_app
 from .finetune.data.commands import inspect as inspect_records
@@ -35,11 +45,40 @@ class InOrder(typer.core.TyperGroup):
         return [name for name in PANEL if name in self.commands]
 
 
+class EachOnce(typer.core.TyperCommand):
+    """A command whose single-valued options may be given once: Click keeps the last value and drops the others unseen."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As Click does it. Raises ValueError for an option that is given twice, also under two of its names."""
+        if not ctx.resilient_parsing:  # completion: the line is not finished
+            _, _, given = self.make_parser(ctx).parse_args(list(args))
+            for parameter, times in Counter(p for p in given if p.param_type_name == "option").items():
+                if times > 1 and not getattr(parameter, "multiple", False):
+                    names = "/".join([*parameter.opts, *parameter.secondary_opts])
+                    raise ValueError(f"{names} is given {times} times and takes one value; keep one")
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; what is raised carries the command's name as a note."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise _Interrupted from None  # Click would end without a word
+        except EOFError as error:  # Click takes it for a user who closed a prompt
+            raise ValueError(f"a file ends too early: {error}") from error
+        except Exception as error:
+            error.add_note(f"command: {ctx.command_path}")
+            raise
+
+
+class _Interrupted(Exception):
+    """Ctrl-C outside the training loop, which stops in an orderly way by itself."""
+
+
 app = typer.Typer(
     cls=InOrder,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
     rich_markup_mode="rich",
     help="The whole life of a small language model: tokenizer, pretraining, fine-tuning, LoRA, QLoRA, swapped adapters.",
 )
@@ -85,6 +124,22 @@ Field = Annotated[
 ]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"graft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def graft(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
+    ] = False,
+) -> None:
+    """What all commands share; the text of --help stands above."""
+    del version
+
+
 def _settings(config: Path | None, assignments: list[str] | None, **flags: object) -> dict[str, Any]:
     """TOML, overridden by --set and by the flags that were given."""
     from .base.settings import combine
@@ -123,7 +178,6 @@ def show_config(
     from dataclasses import asdict
 
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     from .base.settings import describe
@@ -151,10 +205,10 @@ def show_config(
     for name, keys in tables.items():
         for part, described in keys.items():
             table = Table(
-                "key", "type", "default", "meaning", title=escape(f"graft {name}: [{part}]"), title_justify="left"
+                "key", "type", "default", "meaning", title=markup(f"graft {name}: [{part}]"), title_justify="left"
             )
             for key in described:
-                table.add_row(*(escape(key[column]) for column in ("name", "type", "default", "meaning")))
+                table.add_row(*(markup(key[column]) for column in ("name", "type", "default", "meaning")))
             Console().print(table)
 
 
@@ -198,7 +252,7 @@ def pretrain(
         device=device,
         predict=print_prediction,
     )
-    _say_summary(out, summary)
+    _print_summary(out, summary)
 
 
 @app.command(rich_help_panel=PANEL["sft"])
@@ -301,7 +355,7 @@ def sft(
         force=force,
         device=device,
     )
-    _say_summary(out, summary)
+    _print_summary(out, summary)
 
 
 @app.command(rich_help_panel=PANEL["quantize"])
@@ -323,7 +377,7 @@ def quantize(
     """
     from .finetune.quantize import run_quantize
 
-    _say_summary(out, run_quantize(base, out, calibrate=calibrate, double_quant=double_quant, force=force))
+    _print_summary(out, run_quantize(base, out, calibrate=calibrate, double_quant=double_quant, force=force))
 
 
 @app.command(rich_help_panel=PANEL["generate"])
@@ -368,7 +422,6 @@ def generate(
 
     from .base.generate.sampling import Sampling
     from .finetune.data.commands import parse_template_args
-    from .finetune.data.printable import printable
     from .finetune.session import Session
 
     prompts = _prompts(prompt or [], prompt_file)
@@ -380,10 +433,9 @@ def generate(
     if adapter is not None:
         session.load(adapter.name or "adapter", adapter)
     talks: list[list[dict[str, object]]] = [[{"role": "user", "content": text}] for text in prompts]
-    shown = printable if sys.stdout.isatty() else str  # a pipe gets what the model wrote
     stops = stop or []
     if len(talks) == 1 and not as_json:
-        session.answer(talks[0], sampling=sampling, stop=stops, on_text=lambda piece: _write(shown(piece)))
+        session.answer(talks[0], sampling=sampling, stop=stops, on_text=lambda piece: _write(piece))
         _write("\n")
         return
     for text, one, answer in zip(prompts, talks, session.answers(talks, sampling=sampling, stop=stops), strict=True):
@@ -392,7 +444,7 @@ def generate(
             log_p = [round(value, 6) for value in session.log_probabilities(one, answer.ids)]
             _write(json.dumps({**figures, "log_probabilities": log_p}, ensure_ascii=False) + "\n")
         else:
-            _write(f"{shown(text)}\n{shown(answer.text)}\n\n")
+            _write(f"{text}\n{answer.text}\n\n")
 
 
 def _prompts(given: list[str], file: Path | None) -> list[str]:
@@ -520,11 +572,11 @@ def evaluate(
         )
     if len(found) == 1:
         [figures] = found.values()
-        _say_figures(figures, as_json)
+        _print_figures(figures, as_json)
     elif as_json:
         typer.echo(json.dumps(found))
     else:
-        _say_comparison(found)
+        _print_comparison(found)
 
 
 def _adapter_folders(given: list[str]) -> dict[str, Path]:
@@ -540,7 +592,7 @@ def _adapter_folders(given: list[str]) -> dict[str, Path]:
     return folders
 
 
-def _say_comparison(found: dict[str, dict[str, Any]]) -> None:
+def _print_comparison(found: dict[str, dict[str, Any]]) -> None:
     """A row for each adapter: counts, share with its interval, F1, loss."""
     from rich.console import Console
     from rich.markup import escape
@@ -594,16 +646,17 @@ def doctor() -> None:
     for column in ("kernel", "runs here", "why"):
         table.add_column(column)
     for row in report():
-        table.add_row(*map(str, row))
+        table.add_row(*map(markup, row))
     Console().print(table)
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    """A model's text, at once: as it is into a file or pipe, without control characters onto a terminal."""
+    sys.stdout.write(printable(text, keep="\n\t") if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
-def _say_figures(figures: dict[str, object], as_json: bool) -> None:
+def _print_figures(figures: dict[str, object], as_json: bool) -> None:
     import json
 
     if as_json:
@@ -613,27 +666,93 @@ def _say_figures(figures: dict[str, object], as_json: bool) -> None:
         typer.echo(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
 
 
-def _say_summary(out: Path, summary: dict[str, object]) -> None:
+def _print_summary(out: Path, summary: dict[str, object]) -> None:
     shown = {name: value for name, value in summary.items() if value is not None}
-    _say_figures(shown, as_json=False)
+    _print_figures(shown, as_json=False)
     typer.echo(f"written to {out}")
 
 
-def main() -> None:
-    """Run the app; a ValueError or OSError becomes one line on standard error and exit code 1."""
+def _use_each_once(group: typer.Typer) -> None:
+    for info in group.registered_commands:
+        info.cls = EachOnce
+    for info in group.registered_groups:
+        if info.typer_instance is not None:
+            _use_each_once(info.typer_instance)
+
+
+_use_each_once(app)
+
+
+@contextmanager
+def _noted_interrupt() -> Iterator[list[int]]:
+    """Within the block Ctrl-C raises KeyboardInterrupt as always, and also leaves its number in the list: foreign code may
+    turn the exception into another one, such as safetensors while it reads a file."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.default_int_handler(number, frame)
+
+    before = signal.signal(signal.SIGINT, note)
     try:
-        app()
-    except BrokenPipeError:
-        sys.exit(141)
-    except (ValueError, OSError) as error:
-        message = str(error).replace("\n", " ") or type(error).__name__
-        typer.echo(f"graft: {message}", err=True)
-        sys.exit(1)
-    except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":
-            typer.echo(f"graft: out of memory: {str(error).splitlines()[0]}; see graft vram estimate --fit", err=True)
-            sys.exit(1)
-        if type(error).__name__ != "Interrupted":  # base.train's; its module would import torch
-            raise
-        typer.echo(f"graft: {error}", err=True)
-        sys.exit(getattr(error, "exit_code", 1))
+        yield received
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def main() -> None:
+    """Run the app; an error becomes one line on standard error and an exit code.
+
+    1: bad input, a file or a device that fails, memory that does not suffice; 2: wrong usage; 70: a bug of graft's, whose
+    traceback is written to a file; 130: Ctrl-C; 141: the reader of standard output has gone.
+    """
+    with _noted_interrupt() as interrupted:
+        try:
+            app(prog_name="graft")
+        except BrokenPipeError:
+            sys.exit(141)
+        except Exception as error:
+            if type(error).__name__ == "Interrupted":  # base.train's; its module would import torch
+                _end(str(error), getattr(error, "exit_code", 1))
+            if interrupted or isinstance(error, _Interrupted):
+                _end("interrupted by Ctrl-C", 130)
+            if _is_out_of_memory(error):
+                first = (str(error) or type(error).__name__).splitlines()[0]
+                _end(f"out of memory: {first}; see graft vram estimate --fit", 1)
+            if isinstance(error, ValueError | OSError):
+                _end(str(error) or type(error).__name__, 1)
+            _end(_report_bug(error), 70)
+
+
+def _end(message: str, code: int) -> NoReturn:
+    """One line on standard error, then the exit code."""
+    typer.echo(f"graft: {printable(message.replace(chr(10), ' '))}", err=True)
+    sys.exit(code)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Python's and NumPy's MemoryError, torch's OutOfMemoryError on a GPU and its RuntimeError on the CPU."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
+
+
+def _report_bug(error: Exception) -> str:
+    """The line for an exception that nobody expected; its traceback goes to a file that the line names."""
+    [*_, command] = [note.removeprefix("command: ") for note in getattr(error, "__notes__", [])] or ["graft"]
+    name, first = type(error).__name__, (str(error).splitlines() or [""])[0][:200]
+    line = f"{command} failed: {name}: {first}. This is a bug in graft {__version__}"
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="graft-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
+        ) as file:
+            file.write(f"graft {__version__}, Python {sys.version}, arguments {sys.argv[1:]}\n")
+            traceback.print_exception(error, file=file)
+    except OSError as failure:
+        return f"{line}; the traceback could not be written ({failure})"
+    return f"{line}; please report it with the traceback in {file.name}"

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # imported where it is used: `graft plot` writes and reads files without torch
     from torch import Tensor
@@ -81,48 +81,6 @@ def write_file(path: Path, data: bytes | str) -> None:
 def write_json(path: Path, value: object) -> None:
     """Write JSON with two spaces of indent and a final newline, whole or not at all."""
     write_file(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-JsonType = type | tuple[type, ...]
-
-
-def read_json(path: Path, expected: Mapping[str, JsonType] | None = None) -> dict[str, Any]:
-    """Read a JSON object, whose keys in `expected` must be there with a value of that type (a bool is no number).
-
-    Raises FileNotFoundError, or ValueError that names the file and the line and column, or the key.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; expected a JSON file")
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    if not path.is_file():
-        raise ValueError(f"{path} is not a regular file; expected a JSON file")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} line {error.lineno}: not JSON ({error.msg} at column {error.colno})") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from None
-    except RecursionError:
-        raise ValueError(f"{path}: nested too deeply") from None
-    except ValueError as error:  # a number of more than 4,300 digits
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}; expected a JSON object")
-    check_types(value, expected or {}, str(path))
-    return value
-
-
-def check_types(value: Mapping[str, Any], expected: Mapping[str, JsonType], where: str) -> None:
-    """Raise ValueError, naming `where` and the key, unless each expected key is there with a value of its type."""
-    for key, kinds in expected.items():
-        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-        if key not in value:
-            raise ValueError(f"{where} is damaged: {key} is missing")
-        if type(value[key]) not in kinds:
-            names = " or ".join(kind.__name__ for kind in kinds)
-            raise ValueError(f"{where} is damaged: {key} is {str(value[key])[:60]!r}; expected {names}")
 
 
 def save_tensors(path: Path, tensors: "Mapping[str, Tensor]", *, metadata: Mapping[str, str] | None = None) -> None:

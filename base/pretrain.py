@@ -24,7 +24,6 @@ from .tokenizer.tokenizer import Tokenizer
 from .train import Result, check_evaluation, check_optimizer, make_optimizer, train
 
 PARTS = {"model": ModelConfig, "train": TrainConfig}  # whose keys `graft pretrain` takes
-MAX_LAYERS = 10_000  # ten times the deepest published Transformer (arXiv:2203.00555); each is a Python object
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -46,8 +45,6 @@ def resolve(settings: Mapping[str, Any], *, preset_name: str | None, vocab_size:
 
 def check_size(config: ModelConfig, device: str) -> None:
     """Raise ValueError for a model that can't be built on this machine, before it is tried."""
-    if config.n_layers > MAX_LAYERS:
-        raise ValueError(f"n_layers={config.n_layers} is more than {MAX_LAYERS:,}; use fewer layers, or wider ones")
     weights, available = 4 * config.n_params, memory_bytes(device)
     if available is not None and weights > available:
         raise ValueError(

@@ -21,7 +21,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-from .checkpoint import flush, naming, read_json, write_file, write_json
+from .checkpoint import flush, naming, write_file, write_json
+from .json_fields import read_json
 from .settings import plain
 
 RUN_FILE, METRICS_FILE, SUMMARY_FILE = "run.json", "metrics.jsonl", "summary.json"

@@ -19,15 +19,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import (
-    folder_beside,
-    load_tensors,
-    random_state,
-    read_json,
-    save_tensors,
-    set_random_state,
-    write_json,
-)
+from .checkpoint import folder_beside, load_tensors, random_state, save_tensors, set_random_state, write_json
+from .json_fields import read_json
 from .loss import n_labels, next_token_loss
 from .model.init import DECAYED, HIDDEN, Role
 from .optim.adamw import AdamW
@@ -402,7 +395,7 @@ def one_step(
 
 # --- checkpoints ---------------------------------------------------------------------------------------------------
 
-STATE = {"step": int, "loss_scale": (int, float), "n_good_steps": int, "extra": dict}
+STATE = {"step": int, "loss_scale": float, "n_good_steps": int, "extra": dict}
 
 
 def save_checkpoint(

@@ -28,10 +28,11 @@ import numpy as np
 import torch
 from real_data_table import hardware, markdown
 
-from graft.base.checkpoint import read_json, write_file, write_json
+from graft.base.checkpoint import write_file, write_json
 from graft.base.data.batches import evaluation_batches
 from graft.base.data.shards import open_tokens, prepare
 from graft.base.evaluate import bigram_loss, bits_per_byte, mean_loss
+from graft.base.json_fields import read_json
 from graft.base.plots import plot_run
 from graft.base.pretrain import run_pretrain
 from graft.base.runlog import versions

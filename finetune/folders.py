@@ -8,7 +8,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from ..base.checkpoint import read_json, write_file, write_json
+from ..base.checkpoint import write_file, write_json
+from ..base.json_fields import read_json
 
 GENERATION = "generation_config.json"
 # Files that some reader loads from a model folder by their names alone. Older ones beside new weights would be read in their

@@ -8,9 +8,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..base.checkpoint import read_json
 from ..base.device import resolve_device
 from ..base.dtypes import dtype_named
+from ..base.json_fields import read_json
 from ..base.model.config import ModelConfig
 from ..base.model.huggingface import (
     empty_model,

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..base.checkpoint import read_json
+from ..base.json_fields import read_json
 from ..base.model.huggingface import load_config
 from ..base.tokenizer.tokenizer import Tokenizer
 from ..quant.blockwise import check_weight

@@ -9,14 +9,14 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from ..base.checkpoint import read_json
 from ..base.generate.sampling import Sampling
+from ..base.json_fields import read_json
 from ..base.model.transformer import Transformer
+from ..base.text.printable import printable
 from ..base.tokenizer.tokenizer import Tokenizer
 from .adapters.bank import AdapterBank
 from .adapters.files import GRAFT, template_args_of
 from .data.chat import ChatTemplate, encode_prompt
-from .data.printable import printable
 from .data.records import Message
 from .data.shape import in_shape
 from .data.templates import template_source
@@ -258,8 +258,8 @@ def _command(session: Session, line: str, messages: list[Message], console: Cons
 
 def _say(console: Console, text: str, style: str = "") -> None:
     """Print text that may come from outside: no markup, no control characters."""
-    console.print(Text(printable(text), style), highlight=False, soft_wrap=True)
+    console.print(Text(printable(text, keep="\n\t"), style), highlight=False, soft_wrap=True)
 
 
 def _write(console: Console, piece: str) -> None:
-    console.print(printable(piece), end="", markup=False, highlight=False, soft_wrap=True)
+    console.print(printable(piece, keep="\n\t"), end="", markup=False, highlight=False, soft_wrap=True)

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..base.checkpoint import read_json, write_json
+from ..base.checkpoint import write_json
 from ..base.device import explain_device, peak_bytes, reset_peak, resolve_device
 from ..base.evaluate import mean_loss
+from ..base.json_fields import read_json
 from ..base.model.config import ModelConfig
 from ..base.model.huggingface import fingerprint, load_config, save_model, weight_files
 from ..base.model.init import parameter_roles

@@ -2,11 +2,14 @@
 
 import io
 import json
+import os
 import resource
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +19,7 @@ import click
 import pytest
 import typer
 
+from graft import __version__ as version
 from graft import cli
 from graft.base.runlog import read_metrics
 
@@ -453,6 +457,108 @@ def test_a_wrong_option_is_a_usage_error(run: Callable[..., Done]) -> None:
     assert done.code == 2
     assert "No such option" in done.err
     assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_an_option_given_twice_is_refused(words: tuple[str, ...], refused: Callable[..., str]) -> None:
+    """Law: every single-valued option of every command, under any two of its names; Click alone keeps the last value."""
+    for option in COMMANDS[words].params:
+        if option.param_type_name != "option" or getattr(option, "multiple", False) or "--help" in option.opts:
+            continue
+        names = [*option.opts, *option.secondary_opts]
+        value = [] if getattr(option, "is_flag", False) else ["1"]
+        for name in names:
+            assert refused(*words, names[0], *value, name, *value) == (
+                f"{'/'.join(names)} is given 2 times and takes one value; keep one"
+            )
+
+
+def test_a_list_option_given_twice_is_a_list(refused: Callable[..., str], base_dir: Path) -> None:
+    assert "no such file" in refused(
+        "sft", "--base", base_dir, "--data", "none", "--out", "o", "--set", "steps=1", "--set", "batch_size=2"
+    )
+    assert "adapter 'b' is not NAME=DIR" in refused("chat", "--base", base_dir, "--adapter", "a=x", "--adapter", "b")
+
+
+@pytest.fixture
+def broken_doctor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[BaseException], None]:
+    """Makes `graft doctor` raise something; tracebacks go to tmp_path."""
+    from graft.kernels import doctor
+
+    monkeypatch.setattr(cli.tempfile, "tempdir", str(tmp_path))
+
+    def broken(error: BaseException) -> None:
+        def raise_it() -> None:
+            raise error
+
+        monkeypatch.setattr(doctor, "report", raise_it)
+
+    return broken
+
+
+def test_an_unexpected_exception_is_a_line_and_a_file(
+    run: Callable[..., Done], broken_doctor: Callable[[BaseException], None], tmp_path: Path
+) -> None:
+    """Law: exit code 70, one line that names the command and the file, the traceback in the file."""
+    for error in (KeyError("k\n[/x]"), TypeError("t\x1b[31m"), RecursionError("deep"), ZeroDivisionError("0")):
+        broken_doctor(error)
+        done = run("doctor")
+        [line] = done.err.splitlines()
+        assert done.code == 70
+        assert line.startswith("graft: graft doctor failed: " + type(error).__name__)
+        assert "This is a bug in graft" in line
+        assert "\x1b" not in line
+        file = Path(line.rpartition(" in ")[2])
+        assert file.parent == tmp_path
+        written = file.read_text()
+        assert "Traceback" in written
+        assert "in raise_it" in written
+        assert "arguments ['doctor']" in written
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted by Ctrl-C"),
+        (MemoryError("no room"), 1, "out of memory: no room; see graft vram estimate --fit"),
+        (RuntimeError("can't allocate memory: you tried"), 1, "out of memory: can't allocate memory: you tried; see"),
+        (EOFError("cut"), 1, "a file ends too early: cut"),
+        (ValueError("a\nb \x1b[31m \x9b [/x]"), 1, r"a b \x1b[31m \x9b [/x]"),
+        (OSError(), 1, "OSError"),
+    ],
+)
+def test_each_end_is_one_line(
+    error: BaseException, code: int, message: str, run: Callable[..., Done], broken_doctor: Callable[..., None]
+) -> None:
+    broken_doctor(error)
+    done = run("doctor")
+    assert done.code == code
+    assert done.err.startswith(f"graft: {message}")
+    assert len(done.err.splitlines()) == 1
+
+
+def test_ctrl_c_that_foreign_code_turns_into_another_error(
+    run: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Law: exit code 130 also when a library answers the interrupt with an exception of its own."""
+    from graft.kernels import doctor
+
+    def interrupted() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            raise ValueError("the file is truncated") from None
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(doctor, "report", interrupted)
+    assert run("doctor") == Done(130, "", "graft: interrupted by Ctrl-C\n")
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_version_and_completion(run: Callable[..., Done]) -> None:
+    assert run("--version") == Done(0, f"graft {version}\n", "")
+    assert "--install-completion" in run("--help").out
 
 
 @contextmanager

@@ -96,3 +96,71 @@ def test_public_names_resolve() -> None:
 def test_the_version_is_said_once() -> None:
     assert settings()["project"]["version"] == graft.__version__
     assert re.fullmatch(r"\d+\.\d+\.\d+", graft.__version__)
+
+
+IMPORT_ALL = """
+import importlib, pathlib, sys
+for name in sys.argv[2].split(","):
+    sys.modules[name] = None
+import graft
+root = pathlib.Path(sys.argv[1])
+for line in sys.stdin.read().split():
+    importlib.import_module("graft." + line if line else "graft")
+print("all")
+"""
+
+
+@pytest.mark.slow
+def test_every_module_imports_without_what_only_unix_has() -> None:
+    """Law: with `resource`, `fcntl` and the optional packages out of reach, as on Windows, every module but the Triton
+    kernels imports."""
+    names = [
+        ".".join(path.with_suffix("").parts)
+        for path in modules()
+        if not path.name.startswith(("triton_", "__")) and len(path.parts) > 1 and "bench" not in path.name
+    ]
+    assert len(names) > 100
+    blocked = "resource,fcntl,pwd,grp,termios,matplotlib,pyarrow,bitsandbytes,peft,transformers"
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALL, str(ROOT), blocked],
+        input="\n".join(names), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.stdout == "all\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("package", "call", "message"),
+    [
+        ("matplotlib", "plots.new_figure()", "a picture needs matplotlib; run pip install 'graftlm[plot]'"),
+        (
+            "pyarrow",
+            "list(documents._parquet_rows(io.BytesIO(b''), pathlib.Path('a.parquet'), 'text', 'strict'))",
+            "a.parquet: reading Parquet needs pyarrow; run pip install 'graftlm[parquet]'",
+        ),
+        (
+            "pyarrow",
+            "list(records._parquet_rows(b'', pathlib.Path('a.parquet')))",
+            "a.parquet: reading Parquet needs pyarrow; run pip install 'graftlm[parquet]'",
+        ),
+    ],
+)
+def test_a_package_that_is_not_installed(package: str, call: str, message: str) -> None:
+    """Law: the message names the extra, and the extra holds the package."""
+    code = f"""
+import io, pathlib, sys
+sys.modules[{package!r}] = None
+from graft.base import plots
+from graft.base.text import documents
+from graft.finetune.data import records
+try:
+    {call}
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == message + "\n", done.stderr
+    extra = re.search(r"\[(\w+)\]", message)
+    assert extra is not None
+    extras = settings()["project"]["optional-dependencies"]
+    assert extras[extra[1]][0].startswith(package)
+    assert extras[extra[1]][0] in extras["test"]

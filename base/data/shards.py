@@ -14,7 +14,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..checkpoint import check_types, flush, naming, write_json
+from ..checkpoint import flush, naming, write_json
+from ..json_fields import check_fields
 from ..runlog import locked
 from ..text.documents import PIECE_BYTES, Errors, Piece, batch_pieces, list_files, read_documents, total_bytes
 
@@ -85,9 +86,9 @@ def open_tokens(folder: str | Path, split: str = "train") -> TokenShards:
         raise ValueError(f"{folder / 'meta.json'} is not a regular file; expected the index of token shards")
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        check_types(meta, META, "it")
+        check_fields(meta, META, "index")
         for name, entry in meta["splits"].items():
-            check_types(entry, SPLIT, f"split {name}")
+            check_fields(entry, SPLIT, f"split {name}")
             if not all(isinstance(file, str) for file in entry["files"]):
                 raise ValueError(f"split {name}'s files are {entry['files']}; expected names")
         if meta["dtype"] not in ("uint16", "uint32"):
@@ -97,7 +98,7 @@ def open_tokens(folder: str | Path, split: str = "train") -> TokenShards:
             return TokenShards(folder, split, meta)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         again = f"make it again with graft data prepare PATH --out {folder} --force"
-        raise ValueError(f"{folder / 'meta.json'} is damaged ({type(error).__name__}: {error}); {again}") from None
+        raise ValueError(f"{folder / 'meta.json'} is damaged ({error}); {again}") from None
     raise ValueError(f"unknown split {split!r}; {folder} has {', '.join(splits)}")
 
 

@@ -25,6 +25,14 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.rope_type not in ROPE_TYPES:
             raise ValueError(f"rope_type {self.rope_type!r} is not supported; known are {', '.join(ROPE_TYPES)}")
+        for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name}={value!r} must be > 0 and finite")
+        if self.rope_type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor={self.low_freq_factor} must be less than high_freq_factor={self.high_freq_factor}"
+            )
 
 
 @dataclass(frozen=True)
@@ -78,8 +86,8 @@ class ModelConfig:
         for name in ("rope_theta", "norm_eps", "init_std"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be > 0 and finite")
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ValueError(f"sliding_window={self.sliding_window} must be >= 1, or none")
+        if self.sliding_window is not None and not 1 <= self.sliding_window <= LARGEST["max_seq_len"]:
+            raise ValueError(f"sliding_window={self.sliding_window} must be a whole number >= 1, or none")
         if self.sliding_layers is not None:
             if self.sliding_window is None:
                 raise ValueError("sliding_layers is given without sliding_window; set the window, or leave both out")
@@ -89,8 +97,9 @@ class ModelConfig:
                 )
         if self.n_heads % self.n_kv_heads:
             fits = [k for k in range(1, self.n_heads + 1) if self.n_heads % k == 0]
+            shown = ", ".join(map(str, fits[:12])) + (", ..." if len(fits) > 12 else "")
             raise ValueError(
-                f"n_heads={self.n_heads} is not divisible by n_kv_heads={self.n_kv_heads}; use one of {fits}"
+                f"n_heads={self.n_heads} is not divisible by n_kv_heads={self.n_kv_heads}; use one of {shown}"
             )
         if self.d_head % 2:
             raise ValueError(f"d_head={self.d_head} is odd; RoPE rotates pairs, use an even d_head")

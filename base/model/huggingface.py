@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..checkpoint import iterate_tensors, read_json, save_tensors, write_json
+from ..checkpoint import iterate_tensors, save_tensors, write_json
 from ..dtypes import dtype_named
-from .config import ModelConfig, RopeScaling
+from ..json_fields import check, field, read_json
+from .config import LARGEST, ModelConfig, RopeScaling
 from .transformer import Transformer
 
 ARCHITECTURES = {
@@ -27,87 +28,112 @@ ARCHITECTURES = {
 SHARD_BYTES = 5_000_000_000  # Hugging Face's own limit per file
 
 
-def config_from_dict(found: dict[str, Any], *, where: str = "config.json") -> ModelConfig:
-    """A config.json's dict -> ModelConfig. Raises ValueError for an architecture or a feature that isn't covered."""
-    names = found.get("architectures") or []
-    architecture = names[0] if names else None
-    model_type = found.get("model_type") or (ARCHITECTURES.get(architecture) if architecture else None)
+def config_from_dict(raw_config: dict[str, Any], *, where: str = "config.json") -> ModelConfig:
+    """A config.json's dict -> ModelConfig. Raises ValueError for an architecture, a feature or a value that isn't covered."""
+
+    def get(key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
+        return field(raw_config, key, kind, where, default=default)
+
+    names = get("architectures", list, [])
+    architecture = check(names[0], str, f"{where}: architectures") if names else None
+    model_type = get("model_type", str) or (ARCHITECTURES.get(architecture) if architecture else None)
     if model_type not in ARCHITECTURES.values() or (architecture and architecture not in ARCHITECTURES):
         raise ValueError(
             f"{where}: architecture {architecture or model_type!r} is not known; graft reads {', '.join(ARCHITECTURES)}"
         )
-    missing = [
-        key
-        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        if key not in found
-    ]
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    missing = [key for key in sizes if key not in raw_config]
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}; is it a whole model's config?")
-    if found.get("hidden_act", "silu") not in ("silu", "swish"):
+    vocab_size, d_model, d_ff, n_layers, n_heads = (field(raw_config, key, int, where) for key in sizes)
+    if get("hidden_act", str, "silu") not in ("silu", "swish"):
         raise ValueError(
-            f"{where}: hidden_act {found['hidden_act']!r} is not covered; graft's feed-forward is silu-gated"
+            f"{where}: hidden_act {raw_config['hidden_act']!r} is not covered; graft's feed-forward is silu-gated"
         )
-    _refuse_uncovered(found, model_type, where)
-    n_heads = found["num_attention_heads"]
-    bias = bool(found.get("attention_bias", model_type == "qwen2"))
-    window, sliding = _windows(found, model_type, where)
-    eos = found.get("eos_token_id")
-    return ModelConfig(
-        vocab_size=found["vocab_size"],
-        d_model=found["hidden_size"],
-        n_layers=found["num_hidden_layers"],
-        n_heads=n_heads,
-        n_kv_heads=found.get("num_key_value_heads") or n_heads,
-        d_head=found.get("head_dim") or found["hidden_size"] // n_heads,
-        d_ff=found["intermediate_size"],
-        max_seq_len=found.get("max_position_embeddings", 2048),
-        rope_theta=_rope_theta(found),
-        rope_scaling=_rope_scaling(found, where),
-        norm_eps=found.get("rms_norm_eps", 1e-6),
-        qk_norm=model_type == "qwen3",
-        tie_embeddings=bool(found.get("tie_word_embeddings", False)),
-        attention_bias=bias,
-        attention_out_bias=bias and model_type != "qwen2",
-        mlp_bias=bool(found.get("mlp_bias", False)),
-        sliding_window=window,
-        sliding_layers=sliding,
-        init_std=found.get("initializer_range", 0.02),
-        bos_token_id=found.get("bos_token_id"),
-        eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
-        pad_token_id=found.get("pad_token_id"),
-    )
+    if n_heads < 1:
+        raise ValueError(f"{where}: num_attention_heads={n_heads} must be >= 1")
+    _refuse_uncovered(raw_config, where)
+    bias = get("attention_bias", bool, model_type == "qwen2")
+    try:
+        window, sliding = _windows(raw_config, model_type, n_layers, where)
+        return ModelConfig(
+            vocab_size=vocab_size,
+            d_model=d_model,
+            n_layers=n_layers,
+            n_heads=n_heads,
+            n_kv_heads=get("num_key_value_heads", int, n_heads),
+            d_head=get("head_dim", int, d_model // n_heads),
+            d_ff=d_ff,
+            max_seq_len=get("max_position_embeddings", int, 2048),
+            rope_theta=_rope_theta(raw_config, where),
+            rope_scaling=_rope_scaling(raw_config, where),
+            norm_eps=_number(raw_config, "rms_norm_eps", where, 1e-6),
+            qk_norm=model_type == "qwen3",
+            tie_embeddings=get("tie_word_embeddings", bool, False),
+            attention_bias=bias,
+            attention_out_bias=bias and model_type != "qwen2",
+            mlp_bias=get("mlp_bias", bool, False),
+            sliding_window=window,
+            sliding_layers=sliding,
+            init_std=_number(raw_config, "initializer_range", where, 0.02),
+            bos_token_id=get("bos_token_id", int),
+            eos_token_id=_end_ids(raw_config, where),
+            pad_token_id=get("pad_token_id", int),
+        )
+    except ValueError as error:
+        raise ValueError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
 
 
-def _refuse_uncovered(found: dict[str, Any], model_type: str | None, where: str) -> None:
+def _end_ids(section: dict[str, Any], where: object) -> int | tuple[int, ...] | None:
+    """eos_token_id, which may be missing, one id or a list."""
+    value = field(section, "eos_token_id", (int, list), where, default=None)
+    if not isinstance(value, list):
+        return value
+    return tuple(check(one, int, f"{where}: an id of eos_token_id") for one in value)
+
+
+def _number(section: dict[str, Any], key: str, where: object, default: float) -> float:
+    """A number as a float. JSON's whole numbers have no bound, floats do."""
+    value = field(section, key, float, where, default=default)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{where}: {key} is too large for a float") from None
+
+
+def _refuse_uncovered(raw_config: dict[str, Any], where: str) -> None:
     """Features that would be computed wrongly in silence."""
-    if found.get("partial_rotary_factor", 1.0) not in (None, 1.0):
-        raise ValueError(f"{where}: partial_rotary_factor {found['partial_rotary_factor']} is not covered, only 1")
+    if raw_config.get("partial_rotary_factor", 1.0) not in (None, 1.0):
+        raise ValueError(f"{where}: partial_rotary_factor {raw_config['partial_rotary_factor']} is not covered, only 1")
 
 
-def _windows(found: dict[str, Any], model_type: str | None, where: str) -> tuple[int | None, tuple[bool, ...] | None]:
+def _windows(
+    raw_config: dict[str, Any], model_type: str | None, n_layers: int, where: str
+) -> tuple[int | None, tuple[bool, ...] | None]:
     """(sliding_window, sliding_layers) as transformers reads them.
 
     Mistral: the window on every layer. Qwen2 and Qwen3: only with use_sliding_window, on the layers from max_window_layers on,
     unless layer_types says for each layer what it is.
     """
-    window, types = found.get("sliding_window"), found.get("layer_types")
-    n_layers = found["num_hidden_layers"]
+    window = field(raw_config, "sliding_window", int, where, default=None)
+    types = field(raw_config, "layer_types", list, where, default=None)
     if types is not None:
-        unknown = set(types) - {"full_attention", "sliding_attention"}
+        unknown = {str(kind) for kind in types} - {"full_attention", "sliding_attention"}
         if unknown or len(types) != n_layers:
+            kinds = sorted({str(kind)[:40] for kind in types})[:8]
             raise ValueError(
-                f"{where}: layer_types names {len(types)} layers of kinds {sorted(set(types))}; graft covers full_attention and "
+                f"{where}: layer_types names {len(types)} layers of kinds {kinds}; graft covers full_attention and "
                 f"sliding_attention, one for each of the {n_layers} layers"
             )
     if model_type in ("qwen2", "qwen3"):
-        if not found.get("use_sliding_window", False) or window is None:
+        if not field(raw_config, "use_sliding_window", bool, where, default=False) or window is None:
             if types is not None and "sliding_attention" in types:
                 raise ValueError(
                     f"{where}: layer_types has sliding_attention, but use_sliding_window is off; say one of them"
                 )
             return None, None
-        if types is None:
-            first = found.get("max_window_layers", 28)
+        if types is None and n_layers <= LARGEST["n_layers"]:  # ModelConfig refuses the others
+            first = field(raw_config, "max_window_layers", int, where, default=28)
             types = ["sliding_attention" if i >= first else "full_attention" for i in range(n_layers)]
     if window is None or types is None:
         return window, None
@@ -117,25 +143,22 @@ def _windows(found: dict[str, Any], model_type: str | None, where: str) -> tuple
     return window, None if all(slides) else slides
 
 
-def _rope_theta(found: dict[str, Any]) -> float:
-    newer = found.get("rope_parameters") or {}
-    return float(newer.get("rope_theta", found.get("rope_theta", 10_000.0)))
+def _rope_theta(raw_config: dict[str, Any], where: str) -> float:
+    newer = field(raw_config, "rope_parameters", dict, where, default={})
+    return _number(newer if newer.get("rope_theta") is not None else raw_config, "rope_theta", where, 10_000.0)
 
 
-def _rope_scaling(found: dict[str, Any], where: str) -> RopeScaling:
+def _rope_scaling(raw_config: dict[str, Any], where: str) -> RopeScaling:
     """Newer files say `rope_parameters`, older ones `rope_scaling` with `rope_type` or `type`."""
-    scaling = found.get("rope_parameters") or found.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    try:
-        return RopeScaling(
-            rope_type=kind,
-            factor=float(scaling.get("factor", 1.0)),
-            low_freq_factor=float(scaling.get("low_freq_factor", 1.0)),
-            high_freq_factor=float(scaling.get("high_freq_factor", 4.0)),
-            original_max_seq_len=int(scaling.get("original_max_position_embeddings", 8192)),
-        )
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+    older = field(raw_config, "rope_scaling", dict, where, default={})
+    scaling = field(raw_config, "rope_parameters", dict, where, default={}) or older
+    return RopeScaling(
+        rope_type=field(scaling, "rope_type" if "rope_type" in scaling else "type", str, where, default="default"),
+        factor=_number(scaling, "factor", where, 1.0),
+        low_freq_factor=_number(scaling, "low_freq_factor", where, 1.0),
+        high_freq_factor=_number(scaling, "high_freq_factor", where, 4.0),
+        original_max_seq_len=field(scaling, "original_max_position_embeddings", int, where, default=8192),
+    )
 
 
 def config_to_dict(config: ModelConfig, *, dtype: torch.dtype) -> dict[str, Any]:
@@ -172,7 +195,7 @@ def config_to_dict(config: ModelConfig, *, dtype: torch.dtype) -> dict[str, Any]
             f"attention_out_bias={config.attention_out_bias}, mlp_bias={config.mlp_bias} together; leave the biases out"
         )
     name = str(dtype).removeprefix("torch.")
-    found: dict[str, Any] = {
+    raw_config: dict[str, Any] = {
         "architectures": [architecture],
         "model_type": ARCHITECTURES[architecture],
         "vocab_size": config.vocab_size,
@@ -201,17 +224,17 @@ def config_to_dict(config: ModelConfig, *, dtype: torch.dtype) -> dict[str, Any]
         "dtype": name,
     }
     if config.sliding_window is not None:
-        found |= {"sliding_window": config.sliding_window}
+        raw_config |= {"sliding_window": config.sliding_window}
         if architecture != "MistralForCausalLM":
-            found |= {"use_sliding_window": True, "max_window_layers": 0}
+            raw_config |= {"use_sliding_window": True, "max_window_layers": 0}
         if config.sliding_layers is not None:
             if architecture == "MistralForCausalLM":
                 raise ValueError(
                     "no known architecture has a window on some layers without QK-norm and biases; use all or none"
                 )
             kinds = ["sliding_attention" if slides else "full_attention" for slides in config.sliding_layers]
-            found |= {"layer_types": kinds, "max_window_layers": config.n_layers}
-    return found
+            raw_config |= {"layer_types": kinds, "max_window_layers": config.n_layers}
+    return raw_config
 
 
 def load_config(folder: Path | str) -> ModelConfig:
@@ -224,10 +247,8 @@ def load_config(folder: Path | str) -> ModelConfig:
     generation = Path(folder) / "generation_config.json"
     if not generation.exists():
         return config
-    ends = [config.eos_token_id, read_json(generation).get("eos_token_id")]
-    ids = [one for end in ends if end is not None for one in (end if isinstance(end, list | tuple) else [end])]
-    if wrong := [one for one in ids if type(one) is not int]:
-        raise ValueError(f"{generation}: eos_token_id {wrong[0]!r} is no id; a whole number or a list of them is due")
+    ends = [config.eos_token_id, _end_ids(read_json(generation), generation)]
+    ids = [one for end in ends if end is not None for one in (end if isinstance(end, tuple) else [end])]
     unique = tuple(dict.fromkeys(ids))
     return replace(config, eos_token_id=unique if len(unique) > 1 else next(iter(unique), None))
 
@@ -237,7 +258,7 @@ def _model_folder(folder: Path | str) -> Path:
     if not folder.exists():
         raise FileNotFoundError(f"model folder {folder} does not exist")
     if not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file; a model folder with config.json and model.safetensors is due")
+        raise NotADirectoryError(f"{folder} is a file; expected a model folder with config.json and model.safetensors")
     if not (folder / "config.json").exists():
         hint = (
             "; the run there is not finished: go on with graft pretrain --resume"
@@ -253,7 +274,11 @@ def weight_files(folder: Path | str) -> list[Path]:
     folder = _model_folder(folder)
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.exists():
-        files = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+        weight_map = field(read_json(index), "weight_map", dict, index)
+        names = {check(name, str, f"{index}: the file of {key}") for key, name in weight_map.items()}
+        if outside := [name for name in names if Path(name).name != name or name in ("", ".", "..")]:
+            raise ValueError(f"{index} names {outside[0]!r}; expected files of the same folder")
+        files = [folder / name for name in sorted(names)]
     elif single.exists():
         files = [single]
     elif list(folder.glob("*.bin")) or list(folder.glob("*.pt")):
@@ -265,6 +290,8 @@ def weight_files(folder: Path | str) -> list[Path]:
     for file in files:
         if not file.exists():
             raise FileNotFoundError(f"{file} is named in {index.name} but missing; copy or download it again")
+        if not file.is_file():
+            raise ValueError(f"{file} is not a regular file; expected a safetensors file")
     return files
 
 
@@ -304,8 +331,10 @@ def place_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
             f"weight {name!r} belongs to no module of this model; does config.json fit the weights?"
         ) from None
     if old is None or old.shape != tensor.shape:
-        due = None if old is None else tuple(old.shape)
-        raise ValueError(f"weight {name} has shape {tuple(tensor.shape)}, config.json asks for {due}")
+        expected = None if old is None else tuple(old.shape)
+        raise ValueError(f"weight {name} has shape {tuple(tensor.shape)}; config.json gives it {expected}")
+    if not tensor.is_floating_point():
+        raise ValueError(f"weight {name} holds {tensor.dtype}; expected floating-point numbers")
     module._parameters[leaf] = nn.Parameter(tensor, requires_grad=old.requires_grad)
 
 
@@ -337,21 +366,6 @@ def load_weights(
         raise ValueError(f"{where} lacks the weights {', '.join(missing[:3])}{rest}; the folder is incomplete")
 
 
-def load_full_precision(
-    folder: Path | str, *, dtype: str | None = None, device: torch.device | str = "cpu"
-) -> Transformer:
-    """Load a folder's weights as they are, in eval mode. Never holds more than one tensor beside the model."""
-    model = empty_model(load_config(folder))
-    load_weights(
-        model,
-        iterate_weights(folder),
-        dtype=dtype_named(dtype) if dtype else None,
-        device=device,
-        where=str(folder),
-    )
-    return model.eval()
-
-
 def save_model(model: Transformer, folder: Path | str, *, dtype: str | None = None) -> None:
     """Write config.json, generation_config.json and model.safetensors (in shards above 5 GB) that transformers opens.
 
@@ -370,9 +384,11 @@ def save_model(model: Transformer, folder: Path | str, *, dtype: str | None = No
 
 def write_config(config: ModelConfig, folder: Path, *, dtype: torch.dtype, extra: dict[str, Any] | None = None) -> None:
     """config.json (with `extra` keys, such as quantization_config) and generation_config.json."""
-    found = config_to_dict(config, dtype=dtype)
-    write_json(folder / "config.json", found | (extra or {}))
-    generation = {key: found[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if found[key] is not None}
+    raw_config = config_to_dict(config, dtype=dtype)
+    write_json(folder / "config.json", raw_config | (extra or {}))
+    generation = {
+        key: raw_config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if raw_config[key] is not None
+    }
     write_json(folder / "generation_config.json", generation)
 
 

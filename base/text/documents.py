@@ -13,6 +13,7 @@ from typing import IO, Literal
 
 import regex
 
+from ..extras import needs
 from .utf8 import to_utf8
 
 PIECE_BYTES = 4 << 20  # a longer document comes in pieces of about this size
@@ -233,8 +234,9 @@ def _json_rows(stream: IO[bytes], file: Path, field: str, errors: Errors) -> Ite
 
 
 def _parquet_rows(stream: IO[bytes], file: Path, field: str, errors: Errors) -> Iterator[str]:
-    import pyarrow as pa
-    import pyarrow.parquet as parquet
+    with needs("parquet", f"{file}: reading Parquet"):
+        import pyarrow as pa
+        import pyarrow.parquet as parquet
 
     source = io.BytesIO(stream.read()) if file.suffix.lower() == ".gz" else stream
     try:

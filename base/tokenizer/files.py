@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...kernels.numba_jit import collector_paused
-from ..json_fields import check, field, read_object
+from ..json_fields import check, field, read_json
 from .definition import ID_BITS, AddedToken, Definition, Pair
 from .patterns import GPT2, covers_all_text, resolve
 
@@ -39,16 +39,16 @@ def read(path: Path) -> Definition:
     """
     path = Path(path)
     if path.is_file():
-        return _complete(read_object(path), {}, None, path)
+        return _complete(read_json(path), {}, None, path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give a folder that holds tokenizer.json")
     if (path / "tokenizer.json").exists():
-        main = read_object(path / "tokenizer.json")
+        main = read_json(path / "tokenizer.json")
         return _complete(main, _read_config(path), _read_template(path), path / "tokenizer.json")
     vocabs, merges = sorted(path.glob("*vocab.json")), sorted(path.glob("*merges.txt"))
     if len(vocabs) != 1 or len(merges) != 1:
         raise FileNotFoundError(f"{path} holds no tokenizer.json (nor one vocab.json with one merges.txt)")
-    main = _from_gpt2_pair(read_object(vocabs[0]), _read_text(merges[0]) or "")
+    main = _from_gpt2_pair(read_json(vocabs[0]), _read_text(merges[0]) or "")
     return _complete(main, _read_config(path), _read_template(path), vocabs[0])
 
 
@@ -57,7 +57,7 @@ def _read_config(folder: Path) -> Json:
     config: Json = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).exists():
-            config |= read_object(folder / name)
+            config |= read_json(folder / name)
     return config
 
 
@@ -156,7 +156,7 @@ def _check_ids(vocab: Json, path: Path) -> None:
 
 def _check_id(text: str, index: Any, path: Path) -> int:
     if type(index) is not int:
-        raise ValueError(f"{path}: the id of {text!r} is {index!r}; a whole number is expected")
+        raise ValueError(f"{path}: the id of {text!r} is {index!r}; expected a whole number")
     if not 0 <= index < 1 << ID_BITS:
         raise ValueError(
             f"{path}: the id of {text!r} is {index:,}; graft's tokenizer has room for 0 to {(1 << ID_BITS) - 1:,}"

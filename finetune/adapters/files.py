@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...base.checkpoint import load_tensors, read_json, save_tensors, write_file, write_json
+from ...base.checkpoint import load_tensors, save_tensors, write_file, write_json
+from ...base.json_fields import read_json
 from .lora import DEFAULT, LoraConfig, linears, lora_layers
 from .peft_config import check_config, is_target, rank_and_alpha
 

@@ -1,20 +1,35 @@
 """Fold an adapter into its base's weights: W' = W + scale * B A, in float32, so that nothing is left to add at run time."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ...base.checkpoint import read_json, write_json
-from ...base.model.huggingface import fingerprint
+from ...base.checkpoint import write_json
+from ...base.json_fields import read_json
+from ...base.model.huggingface import fingerprint, load_config
 from ...base.model.transformer import Transformer
 from ...base.tokenizer.tokenizer import Tokenizer
 from ...quant.linear import NF4Linear
 from ...quant.merge import requantize
-from ..folders import carry_over
+from ..data.chat import encode_prompt
+from ..data.render import ChatTemplate
+from ..folders import carry_over, replaced_folder
+from ..generate import start_ids
 from ..loading import check_finite, check_token_ids, load_model, save_any
+from .bank import AdapterBank
 from .files import GRAFT, Adapter, check_fits, read_adapter
+
+REPORT = "merge.json"
+LARGEST_KL = 0.1  # nats a token: above, the merged model is another one than base and adapter
+PROMPTS = (
+    "The river runs to the sea, and the sea is wide.",
+    "Write a function that returns the sum of a list of numbers.",
+    "Is this message spam? You have won a prize, call now!",
+    "2 + 2 = 4, 3 + 5 =",
+)
 
 
 @dataclass(frozen=True)
@@ -23,6 +38,15 @@ class MergeReport:
 
     n_layers: int
     relative_error: float  # worst layer: rms of (requantized - exact) over rms of the update
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far the merged model's predictions are from those of base and adapter, on a few prompts."""
+
+    kl: float  # mean over positions of KL(merged || unmerged), in nats
+    equal_greedy: float  # share of positions where both give the same token the most probability
+    n_tokens: int  # positions compared
 
 
 def merge(model: Transformer, adapter: Adapter) -> MergeReport:
@@ -56,26 +80,81 @@ def untie(model: Transformer) -> Tensor:
     return model.lm_head.weight
 
 
-def run_merge(base: Path | str, adapter: Path | str, out: Path | str, *, force: bool = False) -> MergeReport:
+@torch.no_grad()
+def next_token_logp(model: Transformer, prompts: Sequence[Tensor]) -> list[Tensor]:  # each (T, V) float32
+    """Log-probabilities of each prompt's next tokens; a prompt is (T,) int64."""
+    device = model.model.embed_tokens.weight.device
+    return [model(ids[None].to(device))[0].float().log_softmax(-1).cpu() for ids in prompts]
+
+
+def drift_of(merged: Sequence[Tensor], unmerged: Sequence[Tensor]) -> Drift:
+    """Two models' log-probabilities of the same prompts, each (T, V) -> how far apart they are.
+
+    KL(p || q) = sum of p (log p - log q): 0 where the two agree.
+    """
+    p, q = torch.cat(list(merged)), torch.cat(list(unmerged))
+    kl = (p.exp() * (p - q)).sum(-1).mean().item()
+    return Drift(kl, (p.argmax(-1) == q.argmax(-1)).double().mean().item(), p.shape[0])
+
+
+def prompts_for(tokenizer: Tokenizer, adapter: Adapter, max_seq_len: int) -> list[Tensor]:
+    """PROMPTS as ids, in the form that the adapter was trained on: as a chat's turn, or as plain text."""
+    template = ChatTemplate.of(tokenizer, adapter.chat_template)
+    is_chat = adapter.graft.get("prompt_format", "text") == "chat"
+    return [
+        torch.as_tensor(
+            encode_prompt([{"role": "user", "content": text}], tokenizer, template).tolist()
+            if is_chat
+            else start_ids(encode_prompt(text, tokenizer).tolist(), tokenizer)
+        )[:max_seq_len]
+        for text in PROMPTS
+    ]
+
+
+def run_merge(
+    base: Path | str, adapter: Path | str, out: Path | str, *, force: bool = False, allow_drift: bool = False
+) -> tuple[MergeReport, Drift]:
     """Merge an adapter folder into its base folder and write a model folder: `graft adapter merge`.
 
-    A base in 4 bits stays in 4 bits. Raises FileExistsError for an `out` that is not empty.
+    A base in 4 bits stays in 4 bits. The merged model's predictions are compared with those of base and adapter, and the
+    figures are written to merge.json. Raises ValueError for weights that are not finite and, unless `allow_drift`, for
+    predictions that are further apart than LARGEST_KL; FileExistsError for an `out` that is not empty. `out` is replaced
+    when the new folder is whole.
     """
-    out = Path(out)
-    if out.resolve() in (Path(base).resolve(), Path(adapter).resolve()):
+    base, out = Path(base), Path(out)
+    if out.resolve() in (base.resolve(), Path(adapter).resolve()):
         raise ValueError(f"--out {out} is the base or the adapter itself; choose another folder")
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out} is a file; give a folder")
     if out.exists() and any(out.iterdir()) and not force:
         raise FileExistsError(f"{out} is not empty; choose another folder or --force")
-    found = read_adapter(adapter)
-    model, tokenizer = load_model(base, dtype=None), Tokenizer.load(base)
-    check_token_ids(tokenizer, model.config, where=base)
+    loaded = read_adapter(adapter)
+    tokenizer = Tokenizer.load(base)
+    check_token_ids(tokenizer, load_config(base), where=base)
+    prompts = prompts_for(tokenizer, loaded, load_config(base).max_seq_len)
+    model = load_model(base, dtype=None)
     check_finite(model, where=base)
-    report = merge(model, found)
-    if found.chat_template is not None:
-        tokenizer.chat_template = found.chat_template
-    tokenizer.save(out)
-    if found.graft:
-        write_json(out / GRAFT, {key: value for key, value in found.graft.items() if key != "base_fingerprint"})
-    save_any(model, out, stored=read_json(Path(base) / "config.json").get("quantization_config"))
-    carry_over(base, out)
-    return report
+    bank = AdapterBank(model)
+    bank.load("merged", adapter)
+    bank.use("merged")
+    unmerged = next_token_logp(model, prompts)
+    bank.unload("merged")  # layers are plain linears again
+    report = merge(model, loaded)
+    check_finite(model, where=f"{base} with {adapter} merged")
+    drift = drift_of(next_token_logp(model, prompts), unmerged)
+    if not drift.kl <= LARGEST_KL and not allow_drift:
+        raise ValueError(
+            f"the merged model's predictions differ from those of base and adapter by {drift.kl:.4f} nats a token (at most "
+            f"{LARGEST_KL} is accepted; {drift.equal_greedy:.1%} of greedy tokens are equal): the base's "
+            "number format has no room for the update; merge into the base in full precision, or pass --allow-drift"
+        )
+    if loaded.chat_template is not None:
+        tokenizer.chat_template = loaded.chat_template
+    with replaced_folder(out) as folder:
+        tokenizer.save(folder)
+        if loaded.graft:
+            write_json(folder / GRAFT, {key: value for key, value in loaded.graft.items() if key != "base_fingerprint"})
+        save_any(model, folder, stored=read_json(base / "config.json").get("quantization_config"))
+        carry_over(base, folder)
+        write_json(folder / REPORT, asdict(report) | asdict(drift))
+    return report, drift

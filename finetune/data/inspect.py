@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.text import Text
 
 from ...base.model.huggingface import load_config
+from ...base.text.printable import printable
 from ...base.tokenizer.tokenizer import Tokenizer
 from .chat import ChatTemplate, Encoded, encode_whole
 from .dataset import DatasetOptions, DatasetReport, encode_dataset
-from .printable import printable
 from .records import Record, read_all
 from .templates import template_source
 
@@ -124,7 +124,7 @@ def row_text(row: Encoded, tokenizer: Tokenizer) -> Text:
         if i == len(kinds) or kinds[i] != kinds[start]:
             on, is_special = kinds[start]
             style = f"{LEARNED if on else READ}{' ' + SPECIAL if is_special else ''}"
-            text.append(printable(tokenizer.decode(row.ids[start:i])), style)
+            text.append(printable(tokenizer.decode(row.ids[start:i]), keep="\n\t"), style)
             start = i
     return text
 

@@ -18,6 +18,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ...base.extras import needs
+
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
@@ -532,8 +534,9 @@ def _zip_cells(header: list[str], cells: list[str], where: str) -> dict[str, str
 
 
 def _parquet_rows(data: bytes, path: Path) -> Iterator[tuple[object, str]]:
-    import pyarrow
-    import pyarrow.parquet
+    with needs("parquet", f"{path}: reading Parquet"):
+        import pyarrow
+        import pyarrow.parquet
 
     limit, size, i = max(FREE_BYTES, MAX_RATIO * len(data)), 0, 0
     try:

@@ -73,24 +73,24 @@ def estimate_command(
 
     config = read_model_config(model)
     seq = min(512, config.max_seq_len) if seq is None else seq
-    asked = _settings(method, batch, micro_batch, seq, dtype, optimizer, checkpointing, rank, targets, double_quant)
+    requested = _settings(method, batch, micro_batch, seq, dtype, optimizer, checkpointing, rank, targets, double_quant)
     if fit is not None:
-        _say_fits(config, asked[0], parse_bytes(fit), [method] if method else None, device, as_json)
+        _print_fits(config, requested[0], parse_bytes(fit), [method] if method else None, device, as_json)
         return
     methods = METHODS[:3] if method is None and seq > config.max_seq_len else METHODS
-    estimates = [estimate(config, one, device=device) for one in asked if one.method in methods]
+    estimates = [estimate(config, one, device=device) for one in requested if one.method in methods]
     if as_json:
-        _say_json(estimates[0].to_dict() if method else {"estimates": [e.to_dict() for e in estimates]})
+        _print_json(estimates[0].to_dict() if method else {"estimates": [e.to_dict() for e in estimates]})
         return
     from rich.console import Console
 
     console = Console()
-    said, table = _estimate_table(model, estimates)
-    console.print(said, highlight=False)
+    heading, table = _estimate_table(model, estimates)
+    console.print(heading, highlight=False, markup=False)
     console.print(table)
-    if len(estimates) < len(asked):
+    if len(estimates) < len(requested):
         longest = f"the model's longest sequence is {config.max_seq_len:,}"
-        console.print(f"generate is left out: {longest}, and training beyond it asks for another config")
+        console.print(f"generate is left out: {longest}, and training beyond it needs another config")
     for one in estimates:
         console.print(f"{one.method}: peak {_bytes(one.peak_bytes)} in {one.peak_at}: {_parts(one)}", highlight=False)
     if method is not None and max(estimates[0].activations):
@@ -140,21 +140,21 @@ def measure_command(
             raise ValueError(f"{one.method}: {warning}, or a smaller --model")
     measures = [measure(config, one, device=device) for one in chosen]
     measured = {
-        label: found.measured_bytes
+        label: measure.measured_bytes
         for label, one in bars.items()
-        for found in measures
-        if found.predicted.settings == one
+        for measure in measures
+        if measure.predicted.settings == one
     }
     memory_picture(estimates, out, measured=measured, title=f"{model}, batch {batch}, sequence {seq}, {device}")
     if as_json:
-        found = [one.to_dict() for one in measures]
-        _say_json({**(found[0] if method else {"measures": found}), "picture": str(out)})
+        figures = [one.to_dict() for one in measures]
+        _print_json({**(figures[0] if method else {"measures": figures}), "picture": str(out)})
         return
     from rich.console import Console
 
     console = Console()
     console.print(_measure_table(model, measures))
-    console.print(f"picture: {out}", highlight=False)
+    console.print(f"picture: {out}", highlight=False, markup=False)
 
 
 def plan(
@@ -179,42 +179,45 @@ def plan(
         n_tokens = None if tokens is None else float(tokens)
     except ValueError:
         raise ValueError(f"--tokens {tokens!r} is no number; write for example 15e12") from None
-    found = make_plan(
+    planned = make_plan(
         read_model_config(model), n_tokens=n_tokens, seq_len=seq, device=device, n_devices=devices, mfu=mfu
     )
     if as_json:
-        _say_json(found.to_dict())
+        _print_json(planned.to_dict())
         return
     from rich.console import Console
     from rich.table import Table
 
+    from ...base.text.printable import markup
+
     table = Table(
-        title=f"{model} on {found.n_devices} x {found.device} at {found.mfu:.0%} of its rate", show_header=False
+        title=f"{markup(model)} on {planned.n_devices} x {planned.device} at {planned.mfu:.0%} of its rate",
+        show_header=False,
     )
     rows = {
-        "parameters": f"{found.n_params:,}",
-        "tokens": f"{found.n_tokens:.3g} (compute-optimal: {found.optimal_tokens:.3g})",
-        "FLOPs a token": f"{found.flops_per_token:.3e} ({found.attention_share:.1%} attention)",
-        "FLOPs": f"{found.flops:.3e}",
-        "time": _say_time(found.seconds),
-        "time without attention (6N a token)": _say_time(found.seconds * (1 - found.attention_share)),
+        "parameters": f"{planned.n_params:,}",
+        "tokens": f"{planned.n_tokens:.3g} (compute-optimal: {planned.optimal_tokens:.3g})",
+        "FLOPs a token": f"{planned.flops_per_token:.3e} ({planned.attention_share:.1%} attention)",
+        "FLOPs": f"{planned.flops:.3e}",
+        "time": _time(planned.seconds),
+        "time without attention (6N a token)": _time(planned.seconds * (1 - planned.attention_share)),
         **{
-            f"bytes, {name}": f"{_bytes(n)} ({n // found.n_params} a parameter)"
-            for name, n in found.state_bytes.items()
+            f"bytes, {name}": f"{_bytes(n)} ({n // planned.n_params} a parameter)"
+            for name, n in planned.state_bytes.items()
         },
-        "FLOPs a byte": f"{found.intensity_training:.0f} training, {found.intensity_decoding:.2f} decoding, "
-        f"{found.intensity_needed:.0f} needed",
+        "FLOPs a byte": f"{planned.intensity_training:.0f} training, {planned.intensity_decoding:.2f} decoding, "
+        f"{planned.intensity_needed:.0f} needed",
     }
     for name, value in rows.items():
         table.add_row(name, value)
     Console().print(table)
 
 
-def _say_time(seconds: float) -> str:
+def _time(seconds: float) -> str:
     return f"{seconds / 86400:.1f} days" if seconds >= 2 * 86400 else f"{seconds / 3600:.2f} hours"
 
 
-# --- saying it -----------------------------------------------------------------------------------------------------
+# --- printing -----------------------------------------------------------------------------------------------------
 
 
 def _settings(
@@ -229,7 +232,7 @@ def _settings(
     targets: str,
     double_quant: bool,
 ) -> "list[MemorySettings]":
-    """The method asked for, or all of them."""
+    """Settings of the requested method, or of every method."""
     from .settings import METHODS, MemorySettings
 
     names = tuple(target.strip() for target in targets.split(",") if target.strip())
@@ -239,7 +242,7 @@ def _settings(
     ]
 
 
-def _say_fits(
+def _print_fits(
     config: Any, settings: "MemorySettings", budget: int, methods: Sequence[str] | None, device: str, as_json: bool
 ) -> None:
     from rich.console import Console
@@ -248,7 +251,7 @@ def _say_fits(
     from .fit import TRAINING, find_fits
 
     with Console(stderr=True).status("predicting") as status:
-        found = find_fits(
+        fits = find_fits(
             config,
             settings,
             budget,
@@ -259,7 +262,7 @@ def _say_fits(
             ),
         )
     if as_json:
-        _say_json({"budget_bytes": budget, "fits": [fit.to_dict() for fit in found]})
+        _print_json({"budget_bytes": budget, "fits": [fit.to_dict() for fit in fits]})
         return
     table = Table(title=f"what fits into {_bytes(budget)}")
     columns = (
@@ -271,7 +274,7 @@ def _say_fits(
     )
     for column in columns:
         table.add_column(column, justify="left" if column == "method" else "right")
-    for fit in found:
+    for fit in fits:
         peak = _bytes(fit.peak_bytes) + ("" if fit.batch_size else " for one")
         table.add_row(
             fit.method,
@@ -281,21 +284,21 @@ def _say_fits(
             f"{fit.longest_seq_len:,}" if fit.longest_seq_len else "none",
         )
     Console().print(table)
-    works = next(fit for fit in found if fit.batch_size or fit.longest_seq_len)
+    works = next(fit for fit in fits if fit.batch_size or fit.longest_seq_len)
     how = f"{works.method} with{'' if works.checkpointing else 'out'} checkpointing"
     size = f"batch {works.batch_size}" if works.batch_size else f"sequences of {works.longest_seq_len}"
     typer.echo(f"the most thorough that fits: {how}, {size}")
 
 
 def _estimate_table(model: str, estimates: "Sequence[MemoryEstimate]") -> "tuple[str, Table]":
-    """What it is of (a title would be folded to the table's width), and the parts by method."""
+    """A heading (a title would be folded to the table's width), and a table of the parts by method."""
     from rich.table import Table
 
     one = estimates[0]
     where = "a GPU" if one.device == "cuda" else "the CPU (--device cuda for a GPU's)"
     s = one.settings
     unit, in_units = (2**30, "GiB") if max(e.peak_bytes for e in estimates) >= 2**30 else (2**20, "MiB")
-    said = (
+    heading = (
         f"{model}, {one.n_params:,} parameters: {in_units} of one step\n"
         f"batch {s.batch_size}, {s.seq_len} tokens, {s.dtype}, kernels of {where}"
     )
@@ -316,24 +319,26 @@ def _estimate_table(model: str, estimates: "Sequence[MemoryEstimate]") -> "tuple
             table.add_row(name, *(f"{part / unit:.2f}" if part else "" for part in parts))
     table.add_section()
     table.add_row("peak", *(f"{e.peak_bytes / unit:.2f}" for e in estimates))
-    return said, table
+    return heading, table
 
 
 def _measure_table(model: str, measures: "Sequence[MemoryMeasure]") -> "Table":
     from rich.table import Table
 
+    from ...base.text.printable import markup
+
     s = measures[0].predicted.settings
     table = Table(
-        title=f"{model} on {measures[0].predicted.device}: batch {s.batch_size}, {s.seq_len} tokens, {s.dtype}"
+        title=f"{markup(model)} on {measures[0].predicted.device}: batch {s.batch_size}, {s.seq_len} tokens, {s.dtype}"
     )
     for column in ("method", "predicted", "measured", "error", "peak at", "step"):
         table.add_column(column, justify="left" if column in ("method", "peak at") else "right")
-    for found in measures:
-        p = found.predicted
+    for measure in measures:
+        p = measure.predicted
         name = p.method + ("" if p.settings.double_quant else ", no DQ")
-        error = f"{found.error:+.2%}"
+        error = f"{measure.error:+.2%}"
         table.add_row(
-            name, _bytes(p.peak_bytes), _bytes(found.measured_bytes), error, p.peak_at, f"{found.seconds:.2f} s"
+            name, _bytes(p.peak_bytes), _bytes(measure.measured_bytes), error, p.peak_at, f"{measure.seconds:.2f} s"
         )
     return table
 
@@ -348,7 +353,7 @@ def _bytes(n: float) -> str:
     return say_bytes(n)
 
 
-def _say_json(found: dict[str, Any]) -> None:
+def _print_json(figures: dict[str, Any]) -> None:
     import json
 
-    typer.echo(json.dumps(found))
+    typer.echo(json.dumps(figures))

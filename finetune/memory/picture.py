@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from ...base.plots import new_figure
 from .predict import MemoryEstimate
 
 # kind -> color, in the order of the stack
@@ -28,15 +29,11 @@ def memory_picture(
     title: str = "",
 ) -> Path:
     """Write stacked bars of the predicted peaks, and the measured ones where there are any, as a PNG; returns its path."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     if not estimates:
         raise ValueError("no estimate to draw; give at least one")
     highest = max([e.peak_bytes for e in estimates.values()] + list((measured or {}).values()))
     unit, name = (2**30, "GiB") if highest >= 2**30 else (2**20, "MiB")
-    figure = Figure(figsize=(1.6 + 1.3 * len(estimates), 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(figsize=(1.6 + 1.3 * len(estimates), 4.2), layout="constrained")
     axes = figure.add_subplot()
     bottom = [0.0] * len(estimates)
     known = {kind for estimate in estimates.values() for kind in estimate.at_peak}

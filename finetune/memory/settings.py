@@ -64,7 +64,7 @@ def read_model_config(source: ModelConfig | Path | str) -> ModelConfig:
         raise ValueError(
             f"{str(source)!r} is no model folder, no config.json and no preset; presets are {', '.join(PRESETS)}"
         )
-    from ...base.checkpoint import read_json
+    from ...base.json_fields import read_json
     from ...base.model.huggingface import config_from_dict, load_config
 
     if path.is_file():

@@ -16,12 +16,12 @@ from graft.base.checkpoint import (
     iterate_tensors,
     load_tensors,
     random_state,
-    read_json,
     save_tensors,
     set_random_state,
     write_file,
     write_json,
 )
+from graft.base.json_fields import read_json
 from graft.base.run import Input
 from graft.base.settings import read_toml
 

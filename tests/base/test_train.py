@@ -444,7 +444,7 @@ def test_the_loss_scale_comes_back(tmp_path: Path) -> None:
     (tmp_path / "step-00000003/state.json").write_text(
         '{"step": "3", "loss_scale": 1.0, "n_good_steps": 0, "extra": {}}'
     )
-    with pytest.raises(ValueError, match=r"state\.json is damaged: step is '3'; expected int"):
+    with pytest.raises(ValueError, match=r"state\.json: step is a string \('3'\); expected a whole number"):
         load_checkpoint(tmp_path, optimizer, fresh)
 
 

@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file
 
 import graft
-from graft.base.model.huggingface import fingerprint, load_full_precision, save_model
+from graft.base.model.huggingface import fingerprint, save_model
 from graft.base.runlog import read_metrics
 from graft.base.tokenizer.tokenizer import Tokenizer
 from graft.finetune import sft
@@ -48,7 +48,7 @@ def loud_base(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The base with ten times the embedding: else its tied head could give no token more than a few percent, however
     an adapter turned the hidden states (norm 8 times norm 0.16)."""
     folder = tmp_path_factory.mktemp("loud")
-    model = load_full_precision(base_dir)
+    model = load_model(base_dir, dtype=None)
     with torch.no_grad():
         model.model.embed_tokens.weight *= 10
     save_model(model, folder)
@@ -230,7 +230,7 @@ def test_an_adapter_folder_opens_in_peft(base_dir: Path, rows: Path, tmp_path: P
     bank = AdapterBank(model)
     bank.load("it", tmp_path / "out")
     bank.use("it")
-    assert bank.adapters["it"].graft["base_fingerprint"] == fingerprint(load_full_precision(base_dir))
+    assert bank.adapters["it"].graft["base_fingerprint"] == fingerprint(load_model(base_dir, dtype=None))
     theirs = peft.PeftModel.from_pretrained(
         transformers.AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32), tmp_path / "out"
     ).eval()

@@ -300,10 +300,13 @@ def test_bos_of_a_document_in_pieces(tmp_path, tok, monkeypatch):
     ("change", "message"),
     [
         ({"dtype": "float64"}, "dtype is 'float64'"),
-        ({"dtype": 3}, "dtype is '3'; expected str"),
+        ({"dtype": 3}, "dtype is a whole number \\(3\\); expected a string"),
         ({"splits": {"train": {"files": [3], "n_tokens": 1, "n_bytes": 1, "n_documents": 1}}}, "expected names"),
-        ({"splits": {"train": {"files": [], "n_tokens": "1", "n_bytes": 1, "n_documents": 1}}}, "n_tokens is '1'"),
-        ({"tokenizer": None}, "tokenizer is 'None'; expected str"),
+        (
+            {"splits": {"train": {"files": [], "n_tokens": "1", "n_bytes": 1, "n_documents": 1}}},
+            "n_tokens is a string \\('1'\\)",
+        ),
+        ({"tokenizer": None}, "tokenizer is null; expected a string"),
     ],
 )
 def test_an_index_of_wrong_types(tmp_path, tok, corpus, change, message):

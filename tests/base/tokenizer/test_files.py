@@ -218,8 +218,8 @@ def test_broken_files(tmp_path):
         graft.Tokenizer.load(tmp_path)
     file = tmp_path / "tokenizer.json"
     for content, message in (
-        (b"{", "is not JSON"),
-        (b"\xff", r"not UTF-8 \(byte offset 0\)"),
+        (b"{", "not JSON"),
+        (b"\xff", r"not UTF-8 at byte 0"),
         (b"[]", "holds a list"),
     ):
         file.write_bytes(content)

@@ -10,7 +10,6 @@ import torch
 import transformers
 from torch import nn
 
-from graft.base.model.huggingface import load_full_precision
 from graft.base.model.transformer import Transformer
 from graft.finetune.adapters.bank import AdapterBank
 from graft.finetune.adapters.files import read_adapter, save_adapter
@@ -31,7 +30,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 def make_adapter(base: Path, folder: Path, *, seed: int, **changes: object) -> Path:
     """An adapter with a B that is not zero, so that it changes the logits."""
-    model = load_full_precision(base)
+    model = load_model(base, dtype=None)
     config = LoraConfig(**{"rank": 4, "alpha": 8.0} | changes)
     attach_lora(model, config, seed=seed)
     generator = torch.Generator().manual_seed(seed)
@@ -50,7 +49,7 @@ def two_adapters(base_dir: Path, tmp_path: Path) -> tuple[Path, Path]:
 
 def test_a_fresh_adapter_is_the_base_and_only_it_trains(base_dir: Path) -> None:
     """Law: B = 0 changes nothing; every gradient but the adapter's is off; detaching gives the base back."""
-    model = load_full_precision(base_dir)
+    model = load_model(base_dir, dtype=None)
     before = logits(model)
     paths = attach_lora(model, LoraConfig(rank=4))
     assert len(paths) == 2 * 7
@@ -78,7 +77,7 @@ def test_gradients_flow_with_checkpointing(base_dir: Path) -> None:
     """Law: with recomputed activations on a frozen base the adapter's gradients are the same, and not missing."""
     gradients = []
     for checkpointing in (False, True):
-        model = load_full_precision(base_dir).train()
+        model = load_model(base_dir, dtype=None).train()
         attach_lora(model, LoraConfig(rank=4), seed=0)
         model.checkpointing = checkpointing
         model(IDS).square().mean().backward()
@@ -96,7 +95,7 @@ def test_gradients_flow_with_checkpointing(base_dir: Path) -> None:
 def test_peft_opens_our_folder(base_dir: Path, tmp_path: Path, changes: dict[str, object]) -> None:
     """Parity: transformers + PEFT give our logits from our two folders."""
     folder = make_adapter(base_dir, tmp_path / "a", seed=5, **changes)
-    model = load_full_precision(base_dir)
+    model = load_model(base_dir, dtype=None)
     bank = AdapterBank(model)
     bank.load("a", folder)
     bank.use("a")
@@ -117,7 +116,7 @@ def test_our_bank_opens_pefts_folder(base_dir: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     theirs = peft.get_peft_model(base, config, adapter_name="mine").eval()
     theirs.save_pretrained(tmp_path)
-    model = load_full_precision(base_dir)
+    model = load_model(base_dir, dtype=None)
     bank = AdapterBank(model)
     bank.load("mine", tmp_path / "mine")
     bank.use("mine")
@@ -130,12 +129,12 @@ def test_swapping_is_exact(base_dir: Path, two_adapters: tuple[Path, Path]) -> N
     """Law: one -> two -> base -> one gives each time what it gave alone; the base's weights never change."""
     alone = []
     for folder in two_adapters:
-        model = load_full_precision(base_dir)
+        model = load_model(base_dir, dtype=None)
         bank = AdapterBank(model)
         bank.load("x", folder)
         bank.use("x")
         alone.append(logits(model))
-    model = load_full_precision(base_dir)
+    model = load_model(base_dir, dtype=None)
     base = logits(model)
     bank = AdapterBank(model)
     bank.load("one", two_adapters[0])
@@ -156,7 +155,7 @@ def test_swapping_is_exact(base_dir: Path, two_adapters: tuple[Path, Path]) -> N
 
 def test_a_mixed_batch_is_each_row_alone(base_dir: Path, two_adapters: tuple[Path, Path]) -> None:
     """Law: row i with adapter i gives what the whole batch with adapter i gives in row i."""
-    model = load_full_precision(base_dir)
+    model = load_model(base_dir, dtype=None)
     bank = AdapterBank(model)
     bank.load("one", two_adapters[0])
     bank.load("two", two_adapters[1])
@@ -175,12 +174,12 @@ def test_a_mixed_batch_is_each_row_alone(base_dir: Path, two_adapters: tuple[Pat
 
 def test_merged_is_unmerged(base_dir: Path, two_adapters: tuple[Path, Path], tmp_path: Path) -> None:
     """Law: merging changes no logit beyond rounding, in memory and by way of the folder, which transformers opens."""
-    model = load_full_precision(base_dir)
+    model = load_model(base_dir, dtype=None)
     bank = AdapterBank(model)
     bank.load("one", two_adapters[0])
     bank.use("one")
     expected = logits(model)
-    merged = load_full_precision(base_dir)
+    merged = load_model(base_dir, dtype=None)
     assert merge(merged, read_adapter(two_adapters[0])).relative_error == 0
     run_merge(base_dir, two_adapters[0], tmp_path / "merged")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
@@ -200,13 +199,13 @@ def test_merged_is_unmerged(base_dir: Path, two_adapters: tuple[Path, Path], tmp
 def test_merging_into_a_tied_head_unties_it(base_dir: Path, tmp_path: Path) -> None:
     """Law (PEFT issues 2018, 2777): an adapter on a tied lm_head must not change the input embedding when merged."""
     folder = make_adapter(base_dir, tmp_path / "head", seed=3, targets=("lm_head",))
-    model = load_full_precision(base_dir)
+    model = load_model(base_dir, dtype=None)
     bank = AdapterBank(model)
     bank.load("head", folder)
     bank.use("head")
     expected = logits(model)
     run_merge(base_dir, folder, tmp_path / "merged")
-    merged = load_full_precision(tmp_path / "merged")
+    merged = load_model(tmp_path / "merged", dtype=None)
     assert not merged.config.tie_embeddings
     torch.testing.assert_close(logits(merged), expected, atol=2e-5 * expected.abs().max().item(), rtol=0)
 
@@ -216,7 +215,7 @@ def test_merging_into_four_bits_reports_its_error(
 ) -> None:
     """Law: the 4-bit base stays 4-bit, the loss of requantizing is measured and not zero, the folder loads again."""
     run_quantize(base_dir, tmp_path / "nf4")
-    report = run_merge(tmp_path / "nf4", two_adapters[0], tmp_path / "merged")
+    report, _ = run_merge(tmp_path / "nf4", two_adapters[0], tmp_path / "merged")
     assert 0 < report.relative_error < 10
     merged = load_model(tmp_path / "merged")
     assert logits(merged).isfinite().all()
@@ -227,7 +226,7 @@ def test_merging_into_four_bits_reports_its_error(
 def test_an_adapter_for_another_base_is_refused(
     base_dir: Path, two_adapters: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    model = load_full_precision(base_dir)
+    model = load_model(base_dir, dtype=None)
     bank = AdapterBank(model)
     for change, message in (
         ({"d_ff": 64}, r"is for another base: model\.layers\.0\.mlp\.\w+_proj is"),
@@ -288,4 +287,4 @@ def test_broken_adapter_folders(two_adapters: tuple[Path, Path], tmp_path: Path)
 )
 def test_bad_configs(base_dir: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        attach_lora(load_full_precision(base_dir), LoraConfig(**changes))
+        attach_lora(load_model(base_dir, dtype=None), LoraConfig(**changes))

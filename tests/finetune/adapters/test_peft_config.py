@@ -13,10 +13,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from graft.base.model.huggingface import load_full_precision
 from graft.finetune.adapters.bank import AdapterBank
 from graft.finetune.adapters.files import read_adapter
 from graft.finetune.adapters.merge import merge
+from graft.finetune.loading import load_model
 
 # PEFT's own warnings: about transformers' names, tied heads, patterns and keys that match nothing.
 pytestmark = [
@@ -86,7 +86,7 @@ def test_fuzz_against_peft(base_dir: Path, tmp_path: Path) -> None:
     sides: 1e-6 is rounding.
     """
     plain = transformers.AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
-    model = load_full_precision(base_dir)
+    model = load_model(base_dir, dtype=None)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     n_taken = n_edited_taken = 0
     for seed in range(200):
@@ -190,7 +190,7 @@ def test_every_key_of_pefts_config_has_a_meaning() -> None:
 
 def test_pefts_copy_of_an_adapted_head(folder: Path, base_dir: Path) -> None:
     """Parity: the copy of the base's head is accepted where it equals the base and refused where it doesn't."""
-    model = load_full_precision(base_dir)
+    model = load_model(base_dir, dtype=None)
     bank = AdapterBank(model)
     bank.load("a", folder)
     bank.use("a")
@@ -214,7 +214,7 @@ def test_pefts_copy_of_an_adapted_head(folder: Path, base_dir: Path) -> None:
 
 def test_weights_and_options_that_disagree(folder: Path, base_dir: Path) -> None:
     """Law: what PEFT would ignore or leave untrained is refused, and so are NaN, wrong shapes, foreign keys, a pickle."""
-    bank = AdapterBank(load_full_precision(base_dir))
+    bank = AdapterBank(load_model(base_dir, dtype=None))
     file, config_file = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     config, weights = json.loads(config_file.read_text()), load_file(file)
     for change, message in (

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 import graft
-from graft.base.model.huggingface import load_full_precision
 from graft.base.model.transformer import Transformer
 from graft.base.tokenizer.tokenizer import Tokenizer
 from graft.finetune.adapters.bank import AdapterBank
 from graft.finetune.adapters.files import save_adapter
 from graft.finetune.adapters.lora import LoraConfig, LowRank, attach_lora, lora_layers, wrapped
 from graft.finetune.adapters.selection import adapters_off, registry_of, use_adapters
+from graft.finetune.loading import load_model
 
 IDS = torch.randint(0, 290, (3, 15), generator=torch.Generator().manual_seed(0))
 
@@ -28,13 +28,13 @@ def bank(base_dir: Path, tmp_path: Path) -> AdapterBank:
         ("a", 1, LoraConfig(rank=4)),
         ("b", 2, LoraConfig(rank=3, targets=("q_proj", "up_proj"))),
     ):
-        model = load_full_precision(base_dir)
+        model = load_model(base_dir, dtype=None)
         attach_lora(model, config, seed=seed)
         generator = torch.Generator().manual_seed(seed)
         for _, layer in lora_layers(model):
             layer.updates["default"].lora_b.data.normal_(0, 0.2, generator=generator)
         save_adapter(model, tmp_path / name, config, base=str(base_dir))
-    bank = AdapterBank(load_full_precision(base_dir).requires_grad_(False))
+    bank = AdapterBank(load_model(base_dir, dtype=None).requires_grad_(False))
     bank.load("a", tmp_path / "a")
     bank.load("b", tmp_path / "b")
     return bank

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from graft.base.model.huggingface import load_full_precision
 from graft.finetune.adapters.lora import LoraConfig, LowRank, attach_lora, lora_layers, wrapped
 from graft.finetune.adapters.selection import registry_of
+from graft.finetune.loading import load_model
 from graft.quant import NF4Linear
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -111,7 +111,7 @@ def test_dropout_acts_on_the_adapters_input_alone_and_in_training() -> None:
 
 def test_losses_are_pefts(base_dir: Path) -> None:
     """Parity: ten AdamW steps of graft and of PEFT on transformers from the same A give the same losses (rounding: 2e-5)."""
-    model = load_full_precision(base_dir).train()
+    model = load_model(base_dir, dtype=None).train()
     attach_lora(model, LoraConfig(rank=4, alpha=8.0))
     hf = transformers.AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -138,7 +138,7 @@ def test_losses_are_pefts(base_dir: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own way with Functions
 def test_compiled_training_is_the_same(base_dir: Path) -> None:
     """Law: one graph, and the same gradients as without torch.compile to rounding."""
-    model = load_full_precision(base_dir).train()
+    model = load_model(base_dir, dtype=None).train()
     attach_lora(model, LoraConfig(rank=4))
     for _, layer in lora_layers(model):
         layer.updates["default"].lora_b.data.normal_(0, 0.1)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from graft.finetune.data.printable import printable
+from graft.base.text.printable import printable
 from graft.finetune.data.records import Record
 from graft.finetune.data.shape import in_shape, prompt_shape
 
@@ -37,7 +37,7 @@ def test_a_line_takes_the_shape_once() -> None:
 
 def test_control_characters_are_escaped() -> None:
     """Worked by hand: ESC, C1, carriage return and bidirectional marks; letters, line breaks, emoji and spaces stay."""
-    assert printable("a\x1b[2J\x9b31m\r\u202eb") == "a\\x1b[2J\\x9b31m\\r\\u202eb"
+    assert printable("a\x1b[2J\x9b31m\r\u202eb", keep="\n\t") == "a\\x1b[2J\\x9b31m\\r\\u202eb"
     kept = "é 漢\n\t\u00a0\u3000👩\u200d💻"
-    assert printable(kept) == kept
+    assert printable(kept, keep="\n\t") == kept
     assert printable("\ud800") == "\\ud800"

@@ -1,0 +1,15 @@
+"""Packages that only some commands need, installed by name: pip install 'graftlm[plot]'."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def needs(extra: str, purpose: str) -> Iterator[None]:
+    """Within the block a package that is not installed is a ValueError that says how to install it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{purpose} needs {(error.name or extra).partition('.')[0]}; run pip install 'graftlm[{extra}]'"
+        ) from None
