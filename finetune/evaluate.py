@@ -163,7 +163,8 @@ def evaluate_records(
     ValueError that lists every empty row, row without an answer and prompt without room, where the options don't drop them.
     """
     options = options or EvalOptions(batch_size=batch_size)
-    if all(record.text is not None for record in records):
+    whole = [record for record in records if record.empty is None]
+    if not records or (whole and all(record.text is not None for record in whole)):
         return _text_figures(model, tokenizer, records, options, device)
     kept, counts = _usable(model, tokenizer, records, template, options)
     special = options.dataset.special_tokens

@@ -28,6 +28,8 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
+    repetition_penalty: float = 1.0,  # above 1: tokens of the prompt and of the answer become less likely
+    stop: Sequence[str] = (),  # strings that end a text, which they are not part of
     seed: int = 0,
     on_text: Callable[[int, str], None] | None = None,  # called with (row, piece) as text comes
 ) -> list[str]:
@@ -40,14 +42,11 @@ def generate(
     if isinstance(prompts, str):
         raise TypeError("prompts is one string; pass a list of strings")
     ids = [start_ids(encode_prompt(prompt, tokenizer).tolist(), tokenizer) for prompt in prompts]
-    return generate_rows(
-        model,
-        tokenizer,
-        ids,
-        Sampling(temperature, top_k, top_p, min_p, max_new_tokens, seed=seed),
-        adapters=adapters,
-        on_text=on_text,
+    sampling = Sampling(
+        temperature, top_k, top_p, min_p, max_new_tokens, seed=seed, repetition_penalty=repetition_penalty
     )
+    answers = generate_answers(model, tokenizer, ids, sampling, adapters=adapters, stop=stop, on_text=on_text)
+    return [answer.text for answer in answers]
 
 
 @dataclass(frozen=True)

@@ -199,12 +199,12 @@ def run_sft(
         if former is not None:
             requested = _as_the_adapter(requested, former)
         draft = resolve(requested, method=method, n_rows=1)  # the rows are counted once they are encoded
-        records = read_all(data, draft.data.fields)
-        held_out = read_all(eval_data, draft.data.fields) if eval_data else []
         limit = _limit(draft.data.max_seq_len, model_config)
         tokenizer = Tokenizer.load(base)
         check_token_ids(tokenizer, model_config, where=base)
         template = _template(draft.data, tokenizer, former)
+        records = read_all(data, draft.data.fields)
+        held_out = read_all(eval_data, draft.data.fields) if eval_data else []
         encoded, report = encode_dataset(records, tokenizer, template, limit, draft.records)
         encoded_eval, eval_figures = [], {}
         notes = report.lines(limit, draft.records)
@@ -316,7 +316,9 @@ def _template(options: DataOptions, tokenizer: Tokenizer, former: Adapter | None
 
 
 def _contents(records: Sequence[Record]) -> set[tuple[object, ...]]:
-    return {(record.text, record.prompt, record.completion, repr(record.messages)) for record in records}
+    """What the records say, those that say something."""
+    full = [record for record in records if record.empty is None]
+    return {(record.text, record.prompt, record.completion, repr(record.messages)) for record in full}
 
 
 def _limit(asked: int | None, model: ModelConfig) -> int:

@@ -73,9 +73,9 @@ def test_the_penalty_counts_prompt_and_answer(base_dir: Path) -> None:
     """Parity with transformers' generate: greedy ids with a penalty are the same."""
     model, tokenizer = load_model(base_dir), Tokenizer.load(base_dir)
     prompt = tokenizer.encode("the cat sat").tolist()
-    [answer] = generate_answers(model, tokenizer, [prompt], Sampling(max_new_tokens=20, repetition_penalty=1.5))
+    [answer] = generate_answers(model, tokenizer, [prompt], Sampling(max_new_tokens=20, repetition_penalty=100.0))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
-    out = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, repetition_penalty=1.5)
+    out = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, repetition_penalty=100.0)
     assert answer.ids == out[0, len(prompt) :].tolist()[: len(answer.ids)]
     [plain] = generate_answers(model, tokenizer, [prompt], Sampling(max_new_tokens=20))
     assert plain.ids != answer.ids

@@ -478,7 +478,7 @@ def test_what_becomes_of_bad_rows(base_dir: Path, tmp_path: Path, capsys: pytest
     path.write_text("\n".join(map(json.dumps, rows)))
     figures = go(base_dir, path, tmp_path / "dropped", on_empty="drop", on_too_long="drop", eval_data=path)
     assert (figures["n_dropped"], figures["n_empty"], figures["n_rows"]) == (2, 2, 1)
-    assert (figures["eval_n_dropped"], figures["eval_n_in_training"]) == (2, 4)  # two empty ones hold the same: nothing
+    assert (figures["eval_n_dropped"], figures["eval_n_in_training"]) == (2, 3)  # the empty ones say nothing
     assert "eval data: 2 of 5 records are longer" in capsys.readouterr().err
     with pytest.raises(ValueError, match="--on-empty 'skip' is unknown; choose drop, error"):
         go(base_dir, path, tmp_path / "x", on_empty="skip")
