@@ -81,10 +81,10 @@ def untie(model: Transformer) -> Tensor:
 
 
 @torch.no_grad()
-def next_token_logp(model: Transformer, prompts: Sequence[Tensor]) -> list[Tensor]:  # each (T, V) float32
+def next_token_logp(model: Transformer, prompts: Sequence[Tensor]) -> list[Tensor]:  # each (T, V) float64
     """Log-probabilities of each prompt's next tokens; a prompt is (T,) int64."""
     device = model.model.embed_tokens.weight.device
-    return [model(ids[None].to(device))[0].float().log_softmax(-1).cpu() for ids in prompts]
+    return [model(ids[None].to(device))[0].cpu().double().log_softmax(-1) for ids in prompts]
 
 
 def drift_of(merged: Sequence[Tensor], unmerged: Sequence[Tensor]) -> Drift:
@@ -94,7 +94,11 @@ def drift_of(merged: Sequence[Tensor], unmerged: Sequence[Tensor]) -> Drift:
     """
     p, q = torch.cat(list(merged)), torch.cat(list(unmerged))
     kl = (p.exp() * (p - q)).sum(-1).mean().item()
-    return Drift(kl, (p.argmax(-1) == q.argmax(-1)).double().mean().item(), p.shape[0])
+    return Drift(
+        kl if not kl < 0 else 0.0,  # rounding may leave -1e-17
+        (p.argmax(-1) == q.argmax(-1)).double().mean().item(),
+        p.shape[0],
+    )
 
 
 def prompts_for(tokenizer: Tokenizer, adapter: Adapter, max_seq_len: int) -> list[Tensor]:

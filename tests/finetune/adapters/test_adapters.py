@@ -1,7 +1,9 @@
 """LoRA and the bank: laws of low-rank updates, PEFT's own files and logits, swapping, rows, merging."""
 
 import json
+import math
 import os
+import shutil
 from pathlib import Path
 
 import peft
@@ -10,11 +12,12 @@ import torch
 import transformers
 from torch import nn
 
+from graft.base.checkpoint import load_tensors, save_tensors
 from graft.base.model.transformer import Transformer
 from graft.finetune.adapters.bank import AdapterBank
 from graft.finetune.adapters.files import read_adapter, save_adapter
 from graft.finetune.adapters.lora import LoraConfig, attach_lora, lora_layers, remove_adapter
-from graft.finetune.adapters.merge import merge, run_merge
+from graft.finetune.adapters.merge import drift_of, merge, run_merge
 from graft.finetune.loading import load_model
 from graft.finetune.quantize import run_quantize
 
@@ -194,6 +197,53 @@ def test_merged_is_unmerged(base_dir: Path, two_adapters: tuple[Path, Path], tmp
         run_quantize(base_dir, base_dir, force=True)
     with pytest.raises(FileExistsError, match="is not empty"):
         run_merge(base_dir, two_adapters[0], tmp_path / "merged")
+
+
+def test_drift_by_hand() -> None:
+    """Two positions, two tokens: p = (3/4, 1/4) against q = (1/2, 1/2), and p = q = (1/2, 1/2).
+
+    KL = 3/4 log(3/2) + 1/4 log(1/2) at the first, 0 at the second; the first token of equal ones is taken, so both agree.
+    """
+    p, q = torch.tensor([[0.75, 0.25], [0.5, 0.5]]).log(), torch.full((2, 2), 0.5).log()
+    drift = drift_of([p[:1], p[1:]], [q[:1], q[1:]])
+    assert drift.kl == pytest.approx((0.75 * math.log(1.5) + 0.25 * math.log(0.5)) / 2, rel=1e-6)
+    assert (drift.equal_greedy, drift.n_tokens) == (1.0, 2)
+    assert drift_of([p.flip(-1)], [p]).equal_greedy == 0.5
+
+
+def test_a_merge_says_how_far_it_is_from_what_was_merged(
+    base_dir: Path, two_adapters: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Law: the figures are in merge.json; too much drift is refused unless allowed, and leaves the old folder as it was."""
+    _, drift = run_merge(base_dir, two_adapters[0], tmp_path / "merged")
+    assert 0 <= drift.kl < 1e-6
+    assert drift.equal_greedy == 1
+    written = json.loads((tmp_path / "merged/merge.json").read_text())
+    assert written["kl"] == drift.kl
+    assert written["n_tokens"] == drift.n_tokens > 20
+    before = {path.name: path.read_bytes() for path in (tmp_path / "merged").iterdir()}
+    monkeypatch.setattr("graft.finetune.adapters.merge.LARGEST_KL", -1.0)
+    with pytest.raises(ValueError, match="the merged model's predictions differ from those of base and adapter by"):
+        run_merge(base_dir, two_adapters[1], tmp_path / "merged", force=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "merged").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+    (tmp_path / "merged/adapter_config.json").write_text("{}")
+    run_merge(base_dir, two_adapters[1], tmp_path / "merged", force=True, allow_drift=True)
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == set(before)
+    assert (tmp_path / "merged/model.safetensors").read_bytes() != before["model.safetensors"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_base_that_is_not_finite_is_not_merged(
+    value: float, base_dir: Path, two_adapters: tuple[Path, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(base_dir, tmp_path / "base")
+    tensors = load_tensors(base_dir / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+    save_tensors(tmp_path / "base/model.safetensors", tensors)
+    with pytest.raises(ValueError, match=r"base: model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinity"):
+        run_merge(tmp_path / "base", two_adapters[0], tmp_path / "merged", allow_drift=True)
+    assert not (tmp_path / "merged").exists()
 
 
 def test_merging_into_a_tied_head_unties_it(base_dir: Path, tmp_path: Path) -> None:
