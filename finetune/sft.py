@@ -172,13 +172,13 @@ def run_sft(
         if lora is not None and method != "full":
             requested = dataclasses.asdict(lora) | requested
         model_config = load_config(base)
-        inputs = _inputs(Path(base), Path(data), Path(eval_data) if eval_data else None)
+        inputs = run_inputs(Path(base), Path(data), Path(eval_data) if eval_data else None)
         if run.previous:
             saved = run.previous["config"]
             check_same_inputs(saved, inputs)
             requested = resumed_settings(requested, saved)
         draft = resolve(requested, method=method, n_rows=len(records))  # the rows are counted once they are encoded
-        limit = _limit(draft.data.max_seq_len, model_config)
+        limit = row_limit(draft.data.max_seq_len, model_config)
         tokenizer = Tokenizer.load(base)
         template = ChatTemplate.of(tokenizer)
         encoded, report = encode_dataset(records, tokenizer, template, limit, draft.records)
@@ -186,7 +186,7 @@ def run_sft(
         for line in report.lines(limit, draft.records):
             print(f"note: {line}", file=sys.stderr)
         config = dataclasses.replace(resolve(requested, method=method, n_rows=len(encoded)), inputs=inputs)
-        stored = _stored_in_4_bits(config)
+        stored = stored_in_4_bits(config)
         check_evaluation(config.train, has_evaluation=bool(encoded_eval))
         if progress:
             print(explain_device(requested_device, device), file=sys.stderr)
@@ -209,7 +209,7 @@ def run_sft(
             "method": method,
         }
         with run.results() as folder:
-            _save(model, config, folder, tokenizer, template, metadata)
+            save_trained(model, config, folder, tokenizer, template, metadata)
         summary = {
             "method": method,
             **result.summary(),
@@ -224,7 +224,7 @@ def run_sft(
         return summary
 
 
-def _inputs(base: Path, data: Path, eval_data: Path | None) -> dict[str, Input]:
+def run_inputs(base: Path, data: Path, eval_data: Path | None) -> dict[str, Input]:
     """What the run reads, known by content: the base's config and weights, its tokenizer, the records."""
     tokenizer = [path for name in TOKENIZER_FILES if (path := base / name).exists()]
     inputs = {
@@ -235,14 +235,14 @@ def _inputs(base: Path, data: Path, eval_data: Path | None) -> dict[str, Input]:
     return inputs | ({"eval_data": Input.of(eval_data)} if eval_data is not None else {})
 
 
-def _limit(asked: int | None, model: ModelConfig) -> int:
+def row_limit(asked: int | None, model: ModelConfig) -> int:
     """The longest record in tokens; one more than the model's positions, since the last token is only a target."""
     if asked is not None and not 2 <= asked <= model.max_seq_len + 1:
         raise ValueError(f"max_seq_len={asked} must lie in [2, {model.max_seq_len + 1}], the base's limit")
     return asked or model.max_seq_len + 1
 
 
-def _stored_in_4_bits(config: Run) -> dict[str, Any] | None:
+def stored_in_4_bits(config: Run) -> dict[str, Any] | None:
     """How the base's linears are quantized on disk, or None; refuses options that don't go together or with such a base."""
     base = config.inputs["base"].path
     stored = read_quantization_config(read_json(base / "config.json"))
@@ -325,7 +325,7 @@ def _train(
         )
 
 
-def _save(
+def save_trained(
     model: Transformer,
     config: Run,
     folder: Path,

@@ -227,7 +227,11 @@ class PreferenceBatches:
 
     def batch_at(self, step: int) -> list[Batch]:
         """The step's micro-batches: `collate_answers` of chosen, rejected, chosen, ..., and index (n_pairs,), ref_logp."""
-        return [self.micro_batch(group) for group in self._groups(self.pairs_at(step))]
+        return self.micro_batches(self.pairs_at(step))
+
+    def micro_batches(self, indices: Sequence[int]) -> list[Batch]:
+        """Micro-batches of the pairs with these indices, each of at most max_tokens positions."""
+        return [self.micro_batch(group) for group in self._groups(list(indices))]
 
     def micro_batch(self, indices: Sequence[int]) -> Batch:
         """One micro-batch of the pairs with these indices."""
