@@ -410,7 +410,7 @@ def _resolve(requested: Mapping[str, Any], method: str, n_pairs: int, inputs: Ma
     defaults: dict[str, Any] = {"batch_size": 16, "weight_decay": 0.0, "learning_rate": LEARNING_RATES.get(method, 0.0)}
     epochs = requested.get("epochs", DPOOptions.epochs)
     defaults["steps"] = steps_for_epochs(n_pairs, requested.get("batch_size", defaults["batch_size"]), epochs)
-    return setup.resolve(requested, objective=DPOOptions, method=method, defaults=defaults, inputs=inputs)
+    return setup.resolve(requested, PARTS, method=method, defaults=defaults, inputs=inputs)
 
 
 def _say_counts(rows: PreferenceData, limit: int) -> None:

@@ -22,41 +22,34 @@ from ..sft import METHODS, QuantOptions, prepare_model, run_inputs
 REFERENCE = "reference"  # the frozen copy of the adapter that training starts from
 
 
-def parts(objective: type) -> dict[str, type]:
-    """The parts of an alignment run's config; `objective` is the method's own dataclass."""
-    return {"objective": objective, "train": TrainConfig, "lora": LoraConfig, "quant": QuantOptions}
+def parts(objective: type, data: type | None = None) -> dict[str, type]:
+    """The parts of an alignment run's config; `objective` and `data` are the method's own dataclasses."""
+    own = {"objective": objective} | ({"data": data} if data is not None else {})
+    return own | {"train": TrainConfig, "lora": LoraConfig, "quant": QuantOptions}
 
 
 def resolve(
     settings: Mapping[str, Any],
+    kinds: Mapping[str, type],  # from `parts`
     *,
-    objective: type,
     method: str,
-    defaults: Mapping[str, Any],
+    defaults: Mapping[str, Any],  # the method's own, for keys of any part
     inputs: Mapping[str, Input],
 ) -> Run:
-    """Settings and the method's own defaults for the loop -> one config. Raises ValueError for an unknown method or key."""
+    """Settings and the method's own defaults -> one config. Raises ValueError for an unknown method or key."""
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; choose {', '.join(METHODS)}")
-    own, loop, lora, quant = split_settings(
-        check_settings(settings, *parts(objective).values()), *parts(objective).values()
-    )
-    if method == "full" and lora:
-        key = next(iter(lora))
-        raise ValueError(f"{key}={lora[key]!r} is about an adapter; use method lora or qlora, or leave it out")
-    loop = dict(defaults) | loop
+    given = check_settings(settings, *kinds.values())
+    split = dict(zip(kinds, split_settings({**defaults, **given}, *kinds.values()), strict=True))
+    if method == "full" and split["lora"]:
+        key = next(iter(split["lora"]))
+        raise ValueError(f"{key}={split['lora'][key]!r} is about an adapter; use method lora or qlora, or leave it out")
+    loop = split["train"]
     loop.setdefault("micro_batch", loop["batch_size"])
     loop.setdefault("warmup_steps", min(20, loop["steps"] // 10))
-    train = TrainConfig(**loop)
-    check_optimizer(train.optimizer, OPTIMIZERS)
-    return Run(
-        train=train,
-        method=method,
-        lora=None if method == "full" else LoraConfig(**lora),
-        quant=QuantOptions(**quant),
-        objective=objective(**own),
-        inputs=inputs,
-    )
+    made = {name: kind(**split[name]) for name, kind in kinds.items() if not (name == "lora" and method == "full")}
+    check_optimizer(made["train"].optimizer, OPTIMIZERS)
+    return Run(method=method, inputs=inputs, **made)
 
 
 def all_inputs(base: Path, data: Path, eval_data: Path | None, adapter: Path | None) -> dict[str, Input]:
