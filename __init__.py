@@ -19,6 +19,7 @@ _HOME = {  # name -> module, or module:attribute where the two names differ
     "pretrain": "base.pretrain",
     "sft": "finetune.sft",
     "dpo": "finetune.align.run_dpo",
+    "grpo": "finetune.align.run_grpo",
     "AdapterBank": "finetune.adapters.bank",
     "adapters_off": "finetune.adapters.selection",
     "quantize": "finetune.quantize",
@@ -37,6 +38,7 @@ __all__ = [
     "estimate_memory",
     "evaluate",
     "generate",
+    "grpo",
     "load_model",
     "pretrain",
     "quantize",
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
     from .finetune.adapters.bank import AdapterBank
     from .finetune.adapters.selection import adapters_off
     from .finetune.align.run_dpo import dpo
+    from .finetune.align.run_grpo import grpo
     from .finetune.evaluate import run_evaluate as evaluate
     from .finetune.generate import generate
     from .finetune.loading import load_model

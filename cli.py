@@ -52,6 +52,7 @@ app.add_typer(adapter_app, name="adapter", rich_help_panel=PANEL["adapter"])
 app.add_typer(vram_app, name="vram", rich_help_panel=PANEL["vram"])
 app.command("plan", rich_help_panel=PANEL["plan"])(plan)
 app.command("dpo", rich_help_panel=PANEL["dpo"])(align.dpo)
+app.command("grpo", rich_help_panel=PANEL["grpo"])(align.grpo)
 
 Out = Annotated[Path, typer.Option("--out", help="Folder for the result; must be new, or use --resume or --force.")]
 Base = Annotated[Path, typer.Option("--base", help="Model folder in Hugging Face's layout.")]

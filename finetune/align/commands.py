@@ -77,6 +77,68 @@ def dpo(
     _say(out, summary)
 
 
+Rewards = Annotated[
+    str,
+    typer.Option(
+        "--rewards",
+        help='exact, number, label, regex:P, format, length:N, module:function; weighted: "exact + 0.2 * format".',
+    ),
+]
+Prompts = Annotated[Path, typer.Option("--data", help="Rows with prompt or messages, and what the rewards read.")]
+HeldOut = Annotated[Path | None, typer.Option("--eval-data", help="Held-out rows, answered greedily for val_reward.")]
+MaxNewTokens = Annotated[int | None, typer.Option("--max-new-tokens", help=r"Of an answer. \[default: 64]")]
+
+
+def grpo(
+    base: Base,
+    data: Prompts,
+    rewards: Rewards,
+    out: Out,
+    config: Config = None,
+    kind: Annotated[
+        str | None, typer.Option("--kind", help=r"grpo, dr_grpo, dapo, gspo or cispo. \[default: grpo]")
+    ] = None,
+    group_size: Annotated[int | None, typer.Option("--group-size", help=r"Answers to a prompt. \[default: 8]")] = None,
+    max_new_tokens: MaxNewTokens = None,
+    adapter: Adapter = None,
+    eval_data: HeldOut = None,
+    full: Full = False,
+    qlora: QLora = False,
+    rank: Rank = None,
+    settings: Settings = None,
+    seed: Seed = None,
+    steps: Steps = None,
+    batch_size: BatchSize = None,
+    learning_rate: LearningRate = None,
+    device: Device = "auto",
+    resume: Resume = False,
+    force: Force = False,
+) -> None:
+    """Learn from rewards by comparing several sampled answers to each prompt (GRPO, DAPO, GSPO, ...).
+
+    Example: graft grpo --base runs/sft --data train.jsonl --rewards exact --out runs/grpo --steps 100
+    """
+    from .run_grpo import grpo as run
+
+    flags = {"kind": kind, "group_size": group_size, "max_new_tokens": max_new_tokens, "rank": rank, "seed": seed}
+    given = _combined(config, settings, **flags, steps=steps, batch_size=batch_size, learning_rate=learning_rate)
+    summary = run(
+        base=base,
+        data=data,
+        rewards=rewards,
+        out=out,
+        method=_method(full, qlora),
+        adapter=adapter,
+        eval_data=eval_data,
+        resume=resume,
+        force=force,
+        device=device,
+        progress=True,
+        **given,
+    )
+    _say(out, summary)
+
+
 def _method(full: bool, qlora: bool) -> str:
     if full and qlora:
         raise ValueError("--full and --qlora exclude each other; QLoRA trains an adapter on a base in 4 bits")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ from .run_rewards import Reference, RolloutOptions, run_rewards
 @dataclass(frozen=True)
 class GRPOOptions:
     """The surrogate, and what else is in the loss. Raises ValueError for values that can't work."""
+
+    MIN_GROUP: ClassVar[int] = 2
 
     kind: Kind = "grpo"  # grpo, dr_grpo, dapo, gspo or cispo
     clip_low: float = 0.2  # a token's probability ratio counts from 1 - clip_low ...
