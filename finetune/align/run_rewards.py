@@ -43,6 +43,7 @@ class RolloutOptions:
     group_size: int = 8  # answers to each prompt (ppo: 1); batch_size / group_size prompts a rollout
     max_new_tokens: int = 64  # of an answer
     temperature: float = 1.0  # of the samples, and of the probabilities in the loss
+    eval_temperature: float = 0.0  # of the held-out answers; 0: greedy. At 1 a 0-or-1 reward's mean is pass@1
     updates_per_rollout: int = 1  # steps on each rollout's answers
     reward_timeout_s: float | None = None  # for each call of a module:function, which then runs in a child process
     stop_without_signal: int = 0  # rollouts in a row with equal rewards in all groups that end the run; 0: never
@@ -201,6 +202,7 @@ def _train(
     )
     stat_names += rollouts.stat_names
     optimizer = setup.policy_optimizer(policy.model, config)
+    val = Sampling(options.eval_temperature, max_new_tokens=options.max_new_tokens)
     # All validation is done: only now may --force touch what a former run left.
     run.start(config.saved(), seed=loop.seed)
     with step_progress(config.method, loop.steps, shown=progress) as observe:
@@ -255,11 +257,11 @@ def _reference(policy: setup.Policy, config: Run, device: str) -> Reference:
 
 
 def evaluate_rewards(
-    sampler: Sampler, prompts: Sequence[Prompt], terms: Sequence[Term], max_new_tokens: int
+    sampler: Sampler, prompts: Sequence[Prompt], terms: Sequence[Term], sampling: Sampling
 ) -> dict[str, float]:
-    """The greedy answers' mean reward and each reward's own mean; val_loss is minus the reward, so that keep=best and
-    patience work as for a loss."""
-    answers = sampler.answers(prompts, Sampling(max_new_tokens=max_new_tokens))
+    """The answers' mean reward and each reward's own mean; val_loss is minus the reward, so that keep=best and patience work
+    as for a loss. The same seeds each time."""
+    answers = sampler.answers(prompts, sampling)
     samples = [Sample(p.text, sampler.text(a), p.row, p.where) for p, a in zip(prompts, answers, strict=True)]
     scores = score(terms, samples)
     reward = sum(scores.totals) / len(samples)
