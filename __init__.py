@@ -18,6 +18,8 @@ _HOME = {  # name -> module, or module:attribute where the two names differ
     "Sampling": "base.generate.sampling",
     "pretrain": "base.pretrain",
     "sft": "finetune.sft",
+    "dpo": "finetune.align.run_dpo",
+    "grpo": "finetune.align.run_grpo",
     "AdapterBank": "finetune.adapters.bank",
     "adapters_off": "finetune.adapters.selection",
     "quantize": "finetune.quantize",
@@ -32,9 +34,11 @@ __all__ = [
     "Tokenizer",
     "__version__",
     "adapters_off",
+    "dpo",
     "estimate_memory",
     "evaluate",
     "generate",
+    "grpo",
     "load_model",
     "pretrain",
     "quantize",
@@ -51,6 +55,8 @@ if TYPE_CHECKING:
     from .base.tokenizer.tokenizer import Tokenizer
     from .finetune.adapters.bank import AdapterBank
     from .finetune.adapters.selection import adapters_off
+    from .finetune.align.run_dpo import dpo
+    from .finetune.align.run_grpo import grpo
     from .finetune.evaluate import run_evaluate as evaluate
     from .finetune.generate import generate
     from .finetune.loading import load_model

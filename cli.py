@@ -23,6 +23,7 @@ from .base.data.commands import app as data_app
 from .base.text.printable import markup, printable
 from .base.tokenizer.tools.commands import app as tokenizer_app
 from .finetune.adapters.commands import app as adapter_app
+from .finetune.align import commands as align
 from .finetune.data.commands import inspect as inspect_records
 from .finetune.memory.commands import plan, vram_app
 
@@ -31,8 +32,9 @@ ORDER = {
     "1. Try it": ("demo",),
     "2. Text to tokens": ("tokenizer", "data"),
     "3. Train": ("plan", "config", "pretrain", "sft", "quantize"),
-    "4. Use": ("generate", "chat", "adapter", "eval"),
-    "5. Look": ("vram", "plot", "doctor"),
+    "4. Align": ("dpo", "reward", "grpo", "ppo"),
+    "5. Use": ("generate", "chat", "adapter", "eval"),
+    "6. Look": ("vram", "plot", "doctor"),
 }
 PANEL = {name: panel for panel, names in ORDER.items() for name in names}
 
@@ -88,6 +90,8 @@ app.add_typer(data_app, name="data", rich_help_panel=PANEL["data"])
 app.add_typer(adapter_app, name="adapter", rich_help_panel=PANEL["adapter"])
 app.add_typer(vram_app, name="vram", rich_help_panel=PANEL["vram"])
 app.command("plan", rich_help_panel=PANEL["plan"])(plan)
+app.command("dpo", rich_help_panel=PANEL["dpo"])(align.dpo)
+app.command("grpo", rich_help_panel=PANEL["grpo"])(align.grpo)
 
 Out = Annotated[Path, typer.Option("--out", help="Folder for the result; must be new, or use --resume or --force.")]
 Base = Annotated[Path, typer.Option("--base", help="Model folder in Hugging Face's layout.")]

@@ -110,8 +110,8 @@ class Input:
 class Run:
     """Everything that decides a training run, saved in run.json.
 
-    A part that a stage doesn't have is None. `data`, `records`, `lora` and `quant` are dataclasses of finetune, of which base knows
-    no more than that they are dataclasses.
+    A part that a stage doesn't have is None. `data`, `records`, `lora`, `quant` and `objective` are dataclasses of finetune, of
+    which base knows no more than that they are dataclasses.
     """
 
     train: TrainConfig
@@ -121,6 +121,7 @@ class Run:
     records: Any = None  # how records become rows
     lora: Any = None  # the adapter
     quant: Any = None  # how a frozen base is stored
+    objective: Any = None  # what alignment minimizes; None: the next token's cross entropy
     inputs: Mapping[str, Input] = field(default_factory=dict)  # what is read: data, tokenizer, base, eval_data
 
     def saved(self) -> dict[str, Any]:
@@ -132,7 +133,7 @@ def settings_of(saved: Mapping[str, Any]) -> dict[str, Any]:
     """The flat settings of a saved config: field name -> value, over all its parts."""
     parts = [
         saved[name]
-        for name in ("model", "train", "data", "records", "lora", "quant")
+        for name in ("model", "train", "data", "records", "lora", "quant", "objective")
         if isinstance(saved.get(name), dict)
     ]
     return {key: value for part in parts for key, value in part.items() if key not in FROM_TOKENIZER}

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-TABLES = ("model", "train", "data", "records", "lora", "quant")  # of a TOML file: they only group keys
+TABLES = ("model", "train", "data", "records", "lora", "quant", "objective")  # of a TOML file: they only group keys
 
 # What other libraries call our fields (transformers, PEFT, TRL, axolotl, Unsloth, nanoGPT), for messages.
 # Where one name can mean several fields, the first that the command has is meant.

@@ -191,7 +191,7 @@ def run_sft(
         if lora is not None and method != "full":
             requested = dataclasses.asdict(lora) | requested
         model_config = load_config(base)
-        inputs = _inputs(Path(base), data, eval_data, former)
+        inputs = run_inputs(base, data, eval_data, former)
         if run.previous:
             saved = run.previous["config"]
             check_same_inputs(saved, inputs)
@@ -199,10 +199,10 @@ def run_sft(
         if former is not None:
             requested = _as_the_adapter(requested, former)
         draft = resolve(requested, method=method, n_rows=1)  # the rows are counted once they are encoded
-        limit = _limit(draft.data.max_seq_len, model_config)
+        limit = row_limit(draft.data.max_seq_len, model_config)
         tokenizer = Tokenizer.load(base)
         check_token_ids(tokenizer, model_config, where=base)
-        template = _template(draft.data, tokenizer, former)
+        template = template_for(draft.data, tokenizer, former)
         records = read_all(data, draft.data.fields)
         held_out = read_all(eval_data, draft.data.fields) if eval_data else []
         encoded, report = encode_dataset(records, tokenizer, template, limit, draft.records)
@@ -219,7 +219,7 @@ def run_sft(
         for line in notes:
             print(f"note: {line}", file=sys.stderr)
         config = dataclasses.replace(resolve(requested, method=method, n_rows=len(encoded)), inputs=inputs)
-        stored = _stored_in_4_bits(config)
+        stored = stored_in_4_bits(config)
         check_evaluation(config.train, has_evaluation=bool(encoded_eval))
         if progress:
             print(explain_device(requested_device, device), file=sys.stderr)
@@ -246,7 +246,7 @@ def run_sft(
             **({"prompt_shape": shape} if (shape := prompt_shape(records)) else {}),
         }
         with run.results() as folder:
-            _save(model, config, folder, tokenizer, template, metadata)
+            save_trained(model, config, folder, tokenizer, template, metadata)
         summary = {
             "method": method,
             **result.summary(),
@@ -266,18 +266,19 @@ def _specs(given: Specs) -> list[str]:
     return [str(given)] if isinstance(given, Path | str) else [str(one) for one in given]
 
 
-def _inputs(
-    base: Path, data: Sequence[str], eval_data: Sequence[str] | None, adapter: Adapter | None
+def run_inputs(
+    base: Path | str, data: Specs, eval_data: Specs | None = None, adapter: Adapter | None = None
 ) -> dict[str, Input]:
-    """What the run reads, known by content: the base's config and weights, its tokenizer, all files of records."""
+    """What a run reads, known by content: the base's config and weights, its tokenizer, all files of records."""
+    base = Path(base)
     tokenizer = [path for name in TOKENIZER_FILES if (path := base / name).exists()]
     inputs = {
         "base": Input.of(base, [base / "config.json", *weight_files(base)]),
         "tokenizer": Input.of(base, tokenizer),
-        "data": _data_input(data),
+        "data": _data_input(_specs(data)),
     }
     if eval_data is not None:
-        inputs["eval_data"] = _data_input(eval_data)
+        inputs["eval_data"] = _data_input(_specs(eval_data))
     if adapter is not None:
         folder = Path(adapter.where)
         inputs["adapter"] = Input.of(folder, [folder / CONFIG, folder / WEIGHTS])
@@ -308,7 +309,7 @@ def _as_the_adapter(requested: Mapping[str, Any], adapter: Adapter) -> dict[str,
     return settings
 
 
-def _template(options: DataOptions, tokenizer: Tokenizer, former: Adapter | None) -> ChatTemplate:
+def template_for(options: DataOptions, tokenizer: Tokenizer, former: Adapter | None) -> ChatTemplate:
     """The template asked for, else that of the adapter to go on from, else the base's."""
     source = template_source(options.chat_template) if options.chat_template else former and former.chat_template
     args = options.template_args if options.template_args is not None else former and former.template_args
@@ -321,14 +322,14 @@ def _contents(records: Sequence[Record]) -> set[tuple[object, ...]]:
     return {(record.text, record.prompt, record.completion, repr(record.messages)) for record in full}
 
 
-def _limit(asked: int | None, model: ModelConfig) -> int:
+def row_limit(asked: int | None, model: ModelConfig) -> int:
     """The longest record in tokens; one more than the model's positions, since the last token is only a target."""
     if asked is not None and not 2 <= asked <= model.max_seq_len + 1:
         raise ValueError(f"max_seq_len={asked} must lie in [2, {model.max_seq_len + 1}], the base's limit")
     return asked or model.max_seq_len + 1
 
 
-def _stored_in_4_bits(config: Run) -> dict[str, Any] | None:
+def stored_in_4_bits(config: Run) -> dict[str, Any] | None:
     """How the base's linears are quantized on disk, or None; refuses options that don't go together or with such a base."""
     base = config.inputs["base"].path
     stored = read_quantization_config(read_json(base / "config.json"))
@@ -412,7 +413,7 @@ def _train(
         )
 
 
-def _save(
+def save_trained(
     model: Transformer,
     config: Run,
     folder: Path,

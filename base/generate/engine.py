@@ -6,8 +6,8 @@
         for event in engine.step():      # one new token for each running request
             ...                          # event.request, event.token, event.finished
 
-A step decodes one token for every running row, then reads the prompts of waiting requests while a place is free. A finished
-or removed request frees its place at once.
+A step decodes one token for every running row, then reads the prompts of waiting requests while a place is free: equal
+prompts that start together are read once. A finished or removed request frees its place at once.
 """
 
 from collections import deque
@@ -61,12 +61,14 @@ class Engine:
         *,
         max_batch: int = 8,
         allowed: Tensor | None = None,  # (V,) bool, the ids that may come; None: all
+        on_choice: Callable[[Sequence[Request], Tensor, Sequence[int]], None] | None = None,  # requests, logits, tokens
     ) -> None:
         if type(max_batch) is not int or max_batch < 1:
             raise ValueError(f"max_batch={max_batch} must be >= 1, a whole number")
         self.model, self.max_batch = model, max_batch
         self._device = model.model.embed_tokens.weight.device
         self._forbidden = None if allowed is None else ~allowed.to(self._device)
+        self._on_choice = on_choice
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []  # in the order of the cache's rows
         self._cache: KVCache | None = None
@@ -163,23 +165,34 @@ class Engine:
             if longest * (len(new) + 1) > PROMPT_TOKENS_AT_ONCE:
                 break
             new.append(self._waiting.popleft())
-        lengths = [len(request.ids) for request in new]
-        ids = torch.zeros(len(new), max(lengths), dtype=torch.int64)  # padded on the right, where causality hides it
-        for row, request in enumerate(new):
+        # Several samples of one prompt: it is read once, and its keys and values are copied to the other rows.
+        first: dict[tuple[str | None, tuple[int, ...]], int] = {}
+        of = [first.setdefault((request.adapter, tuple(request.ids)), len(first)) for request in new]
+        readers = [new[of.index(i)] for i in range(len(first))]
+        lengths = [len(request.ids) for request in readers]
+        ids = torch.zeros(
+            len(readers), max(lengths), dtype=torch.int64
+        )  # padded on the right, where causality hides it
+        for row, request in enumerate(readers):
             ids[row, : len(request.ids)] = torch.tensor(request.ids)
-        cache = self._empty_cache(new) if not self._running else self.model.new_cache(len(new), ids.shape[1])
+        is_plain = not self._running and len(readers) == len(new)
+        cache = self._empty_cache(new) if is_plain else self.model.new_cache(len(readers), ids.shape[1])
         last = torch.tensor([length - 1 for length in lengths], device=self._device)
-        with self._select(new):
+        with self._select(readers):
             logits = self.model(ids.to(self._device), cache=cache, logits_at=last)[:, 0]  # (B, V)
         if not logits.isfinite().all():
             raise ValueError(
                 "the model's logits hold NaN or infinity: its weights or an adapter's do, or float16 overflows; "
                 "try dtype float32, and look at the weights"
             )
-        if self._running and self._cache is not None:
-            self._cache.append_rows(cache, lengths)
-        else:
+        if is_plain:
             cache.align(lengths)
+        else:
+            if not self._running:
+                self._empty_cache(new).clear(0)
+            assert self._cache is not None
+            self._cache.append_rows(cache, [lengths[i] for i in of], rows=of)
+            logits = logits[torch.tensor(of, device=self._device)]
         self._running += new
         events, ended = self._choose(logits, new)
         self._last += [event.token for event in events]
@@ -202,6 +215,8 @@ class Engine:
             logits = logits.masked_fill(self._forbidden, -torch.inf)
         logits = penalize(logits, [r.seen for r in requests], [r.sampling for r in requests])
         tokens = choose_tokens(logits, [r.sampling for r in requests], [r.generator for r in requests])
+        if self._on_choice is not None:
+            self._on_choice(requests, logits, tokens)
         events, ended = [], []
         for row, (request, token) in enumerate(zip(requests, tokens, strict=True)):
             request.n_produced += 1

@@ -182,9 +182,9 @@ class KVCache:
         self.lengths = list(lengths)
         self._lengths_changed()
 
-    def append_rows(self, other: "KVCache", lengths: Sequence[int]) -> None:
-        """Take the rows of a cache that was read from column 0 (prompts padded on the right): the first lengths[i] tokens
-        of its row i. Raises ValueError when there is no place for them."""
+    def append_rows(self, other: "KVCache", lengths: Sequence[int], *, rows: Sequence[int] | None = None) -> None:
+        """Take rows of a cache that was read from column 0 (prompts padded on the right): the first lengths[i] tokens of
+        its row rows[i] (None: of row i). Raises ValueError when there is no place for them."""
         if self.n_rows + len(lengths) > self.max_rows:
             raise ValueError(f"{len(lengths)} more rows than the {self.max_rows} of the cache; remove some first")
         longest = max(lengths)
@@ -205,7 +205,7 @@ class KVCache:
                 self._make_angles(capacity)
         for i, length in enumerate(lengths):
             for mine, source in zip(self.layers, other.layers, strict=True):
-                mine.insert(len(self.lengths), self.end, source, i, length)
+                mine.insert(len(self.lengths), self.end, source, i if rows is None else rows[i], length)
             self.lengths.append(length)
         self._lengths_changed()
 

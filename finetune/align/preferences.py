@@ -223,11 +223,15 @@ class PreferenceBatches:
 
     def _pair_at(self, position: int) -> int:
         epoch, index = divmod(position, len(self.pairs))
-        return int(_permutation(self.seed, epoch, len(self.pairs))[index])
+        return int(permutation(self.seed, epoch, len(self.pairs))[index])
 
     def batch_at(self, step: int) -> list[Batch]:
         """The step's micro-batches: `collate_answers` of chosen, rejected, chosen, ..., and index (n_pairs,), ref_logp."""
-        return [self.micro_batch(group) for group in self._groups(self.pairs_at(step))]
+        return self.micro_batches(self.pairs_at(step))
+
+    def micro_batches(self, indices: Sequence[int]) -> list[Batch]:
+        """Micro-batches of the pairs with these indices, each of at most max_tokens positions."""
+        return [self.micro_batch(group) for group in self._groups(list(indices))]
 
     def micro_batch(self, indices: Sequence[int]) -> Batch:
         """One micro-batch of the pairs with these indices."""
@@ -254,5 +258,5 @@ class PreferenceBatches:
 
 
 @lru_cache(maxsize=4)  # a step touches at most a few epochs, one after the other
-def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(n)

@@ -106,6 +106,15 @@ def read_records(path: str | Path, fields: Mapping[str, str] | None = None) -> l
     return records
 
 
+def read_rows(path: str | Path) -> Iterator[tuple[dict, Record]]:
+    """Each row of a file as it was parsed, with its Record: for rewards, which may read any of its fields. Raises as
+    `read_records`, at the first bad row."""
+    for row, where in _rows(Path(path)):
+        record = to_record(row, where)
+        assert isinstance(row, dict)
+        yield row, record
+
+
 def join_errors(messages: Sequence[str]) -> str:
     """One line of several messages: the first few, and how many more there are."""
     if len(messages) == 1:

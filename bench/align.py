@@ -1,0 +1,151 @@
+"""Alignment, measured: a verifiable reward that teaches (--learn), and DPO beside TRL's on the same model and data (--dpo).
+
+    python bench/align.py --learn [--out runs/align] [--steps 150] [--method grpo|ppo]
+    python bench/align.py --dpo [--rounds 3] [--steps 30]
+
+--learn makes sums of two numbers below 20, fine-tunes a model of about 1.2 million parameters on answers of which 60% are
+wrong by chance (off by up to 9), and trains it with the reward `exact` on four fifths of the sums. pass@1 is of sampled
+answers (temperature 1) to the sums left out, which neither stage has seen. Then the same with the sign flipped.
+--dpo compares losses step by step and processor time a step, in interleaved rounds, both in float32 on one thread.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graft.base.model.config import ModelConfig
+from graft.base.model.huggingface import save_model
+from graft.base.model.transformer import Transformer, initialize_
+from graft.base.pretrain import with_special_ids
+from graft.base.runlog import read_metrics
+from graft.base.tokenizer.tokenizer import Tokenizer
+from graft.finetune.align.run_grpo import grpo
+from graft.finetune.sft import run_sft
+
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+WRONG = 0.6  # share of wrong answers in the SFT data
+LIMIT = 20  # numbers are 0 to LIMIT - 1
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+
+def make_task(folder: Path, seed: int) -> None:
+    """sft.jsonl with noisy answers, train.jsonl and held.jsonl with the right ones, and an untrained base."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(seed)
+    sums = [(a, b) for a in range(LIMIT) for b in range(LIMIT)]
+    rng.shuffle(sums)
+    held, train = sums[: len(sums) // 5], sums[len(sums) // 5 :]
+    noisy = []
+    for _ in range(12_000):
+        a, b = rng.choice(train)
+        wrong = rng.choice([d for d in range(-9, 10) if d and a + b + d >= 0])
+        noisy.append({"prompt": f"{a}+{b}=", "completion": str(a + b + wrong * (rng.random() < WRONG))})
+    write_rows(folder / "sft.jsonl", noisy)
+    for name, chosen in (("train", train), ("held", held)):
+        write_rows(folder / f"{name}.jsonl", [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in chosen])
+    text = folder / "text.txt"
+    text.write_text("\n".join(row["prompt"] + row["completion"] for row in noisy), encoding="utf-8")
+    tokenizer = Tokenizer.train([text], vocab_size=259, pattern="gpt2", special_tokens=SPECIALS)
+    config = ModelConfig(
+        tokenizer.vocab_size, d_model=160, n_layers=4, n_heads=4, n_kv_heads=2, d_head=40, d_ff=480, max_seq_len=32
+    )
+    model = Transformer(with_special_ids(config, tokenizer))
+    initialize_(model, seed=seed)
+    shutil.rmtree(folder / "base", ignore_errors=True)
+    save_model(model, folder / "base")
+    tokenizer.save(folder / "base")
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(train)} sums to train on, {len(held)} left out"
+    )
+
+
+def learn(folder: Path, *, steps: int, sft_steps: int, method: str, seed: int) -> dict[str, list[dict[str, Any]]]:
+    """Both runs' metrics; prints pass@1 before and after."""
+    make_task(folder, seed)
+    began, wall = time.process_time(), time.perf_counter()
+    common: dict[str, Any] = {"device": "cpu", "force": True, "progress": False}
+    rate = {"steps": sft_steps, "batch_size": 64, "learning_rate": 2e-3, "seed": seed}
+    run_sft(base=folder / "base", data=folder / "sft.jsonl", out=folder / "sft", method="full", settings=rate, **common)
+    print(f"SFT: {time.process_time() - began:.0f} s of processor time, {time.perf_counter() - wall:.0f} s wall")
+    curves = {}
+    for name, rewards, n in (("reward", "exact", steps), ("sign flipped", "-1 * exact", min(steps, 40))):
+        began, wall = time.process_time(), time.perf_counter()
+        run: Any = grpo
+        if method == "ppo":
+            from graft.finetune.align.run_ppo import ppo as run
+        out = folder / name.replace(" ", "-")
+        run(
+            base=folder / "sft", data=folder / "train.jsonl", eval_data=folder / "held.jsonl", rewards=rewards, out=out,
+            method="full", steps=n, batch_size=128, max_new_tokens=4, learning_rate=2e-4, eval_every=10,
+            eval_temperature=1.0, warmup_steps=0, seed=seed, **common,
+        )  # fmt: skip
+        lines = read_metrics(out / "metrics.jsonl")
+        curves[name] = lines
+        val = [(line["step"], abs(line["val_reward.exact"])) for line in lines if "val_reward" in line]
+        print(
+            f"{name}: pass@1 on the training sums {lines[0]['reward.exact']:.3f} before; left-out sums after "
+            f"{val[0][0]} steps {val[0][1]:.3f}, after {val[-1][0]} steps {val[-1][1]:.3f}; "
+            f"{time.process_time() - began:.0f} s of processor time, {time.perf_counter() - wall:.0f} s wall"
+        )
+        print("   ", " ".join(f"{step}:{value:.3f}" for step, value in val))
+    return curves
+
+
+def draw(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """pass@1 by step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.6))
+    for name, lines in curves.items():
+        val = [(line["step"], line["val_reward.exact"]) for line in lines if "val_reward" in line]
+        axes.plot(*zip(*val, strict=True), marker="o", label=f"{name}, sums left out")
+        axes.plot([line["step"] for line in lines], [line["reward.exact"] for line in lines], alpha=0.3)
+    axes.set_xlabel("step (128 sampled answers each)")
+    axes.set_ylabel("pass@1")
+    axes.set_ylim(0, 1)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--learn", action="store_true")
+    parser.add_argument("--dpo", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("runs/align"))
+    parser.add_argument("--method", choices=["grpo", "ppo"], default="grpo")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--sft-steps", type=int, default=500)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--picture", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.learn:
+        curves = learn(
+            options.out,
+            steps=options.steps or 150,
+            sft_steps=options.sft_steps,
+            method=options.method,
+            seed=options.seed,
+        )
+        if options.picture:
+            draw(curves, options.picture)
+    if options.dpo:
+        compare_dpo(options.out, steps=options.steps or 30, rounds=options.rounds, seed=options.seed)
+
+
+if __name__ == "__main__":
+    main()
