@@ -15,13 +15,14 @@ from .base.tokenizer.tools.commands import app as tokenizer_app
 from .finetune.adapters.commands import app as adapter_app
 from .finetune.data.commands import inspect as inspect_records
 from .finetune.memory.commands import plan, vram_app
+from .finetune.serve.commands import serve
 
 # The pipeline's order; --help lists the commands so, in panels.
 ORDER = {
     "1. Try it": ("demo",),
     "2. Text to tokens": ("tokenizer", "data"),
     "3. Train": ("plan", "config", "pretrain", "sft", "quantize"),
-    "4. Use": ("generate", "chat", "adapter", "eval"),
+    "4. Use": ("generate", "chat", "serve", "adapter", "eval"),
     "5. Look": ("vram", "plot", "doctor"),
 }
 PANEL = {name: panel for panel, names in ORDER.items() for name in names}
@@ -49,6 +50,7 @@ app.add_typer(data_app, name="data", rich_help_panel=PANEL["data"])
 app.add_typer(adapter_app, name="adapter", rich_help_panel=PANEL["adapter"])
 app.add_typer(vram_app, name="vram", rich_help_panel=PANEL["vram"])
 app.command("plan", rich_help_panel=PANEL["plan"])(plan)
+app.command("serve", rich_help_panel=PANEL["serve"])(serve)
 
 Out = Annotated[Path, typer.Option("--out", help="Folder for the result; must be new, or use --resume or --force.")]
 Base = Annotated[Path, typer.Option("--base", help="Model folder in Hugging Face's layout.")]

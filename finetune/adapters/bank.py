@@ -64,7 +64,7 @@ class AdapterBank:
         for path, (a, b, scale) in as_dtype(adapter, weight.dtype, weight.device).items():
             content.update(f"{path} {tuple(a.shape)} {tuple(b.shape)} {scale}".encode())
             for matrix in (a, b):
-                content.update(matrix.contiguous().cpu().view(torch.uint8).numpy())
+                content.update(matrix.contiguous().cpu().view(torch.uint8).numpy().tobytes())
             wrapped(self.model, path).add(name, LowRank(a, b, scale, trained=False))
         self.adapters[name], self._contents[name] = adapter, content.hexdigest()
         self.registry.default = active

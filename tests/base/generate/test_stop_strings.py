@@ -1,5 +1,7 @@
 """Stop strings, found wherever the tokens' borders lie."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +15,7 @@ LETTERS = st.text("ab", max_size=12)
 def test_the_text_ends_before_the_first_stop(text: str, stops: list[str], cuts: list[int]) -> None:
     """Law: however the text is cut into pieces, what is shown is what stands before the first stop string in the whole."""
     bounds = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    pieces = [text[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    pieces = [text[a:b] for a, b in pairwise(bounds)]
     seen, stopped, finder = "", False, StopStrings(stops)
     for piece in pieces:
         more, stopped = finder.push(piece)
