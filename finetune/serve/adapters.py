@@ -95,6 +95,11 @@ class Models:
         """Adapters in memory, versions that are on their way out included."""
         return len(self.bank.names)
 
+    @property
+    def has_retired(self) -> bool:
+        """Whether a version waits for its last request to end."""
+        return bool(self._retired)
+
     def lease(self, name: str) -> Lease | None:
         """The model of that name for one request; None when it must be loaded first."""
         if name == self.base_name:

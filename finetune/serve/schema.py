@@ -165,9 +165,8 @@ class ChatRequest(Common):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: Annotated[list[dict[str, Any]], BeforeValidator(_tools)] | None = None
     tool_choice: Literal["auto", "none"] | None = None
-    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_template_args)] | None = (
-        None  # vLLM's: arguments of the chat template
-    )
+    # vLLM's: arguments of the chat template
+    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_template_args)] | None = None
 
 
 class CompletionRequest(Common):

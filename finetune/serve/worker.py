@@ -17,6 +17,7 @@ from ...base.tokenizer.tokenizer import StreamDecoder
 from ..generate import ids_with_text
 from .adapters import Models
 
+SWEEP_SECONDS = 0.1
 SPEED_SECONDS = 10.0  # tokens/s are counted over the last so many seconds
 
 
@@ -144,8 +145,10 @@ class Worker:
         """Carry out what waits in the queue; wait for something when there is nothing to decode. False: the end."""
         idle = not (self.engine.n_running or self.engine.n_waiting)
         while True:
+            # A retired adapter's last user may be a response that is just being sent: look again soon.
+            patience = SWEEP_SECONDS if self.models.has_retired else None
             try:
-                command = self._inbox.get(block=idle)
+                command = self._inbox.get(block=idle, timeout=patience)
             except queue.Empty:
                 return True
             if command is None:
