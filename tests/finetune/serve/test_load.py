@@ -23,7 +23,7 @@ WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "looked", "at", "birds", 
 def live_objects() -> int:
     """Adapters' matrices, jobs and requests that something still refers to."""
     gc.collect()
-    return sum(isinstance(one, LowRank | Job | Request) for one in gc.get_objects())
+    return sum(type(one) in (LowRank, Job, Request) for one in gc.get_objects())
 
 
 def conversation(seed: int) -> list[dict[str, Any]]:
