@@ -26,6 +26,7 @@ from .finetune.adapters.commands import app as adapter_app
 from .finetune.align import commands as align
 from .finetune.data.commands import inspect as inspect_records
 from .finetune.memory.commands import plan, vram_app
+from .finetune.serve.commands import serve
 
 # The pipeline's order; --help lists the commands so, in panels.
 ORDER = {
@@ -33,7 +34,7 @@ ORDER = {
     "2. Text to tokens": ("tokenizer", "data"),
     "3. Train": ("plan", "config", "pretrain", "sft", "quantize"),
     "4. Align": ("dpo", "reward", "grpo", "ppo"),
-    "5. Use": ("generate", "chat", "adapter", "eval"),
+    "5. Use": ("generate", "chat", "serve", "adapter", "eval"),
     "6. Look": ("vram", "plot", "doctor"),
 }
 PANEL = {name: panel for panel, names in ORDER.items() for name in names}
@@ -92,6 +93,7 @@ app.add_typer(vram_app, name="vram", rich_help_panel=PANEL["vram"])
 app.command("plan", rich_help_panel=PANEL["plan"])(plan)
 app.command("dpo", rich_help_panel=PANEL["dpo"])(align.dpo)
 app.command("grpo", rich_help_panel=PANEL["grpo"])(align.grpo)
+app.command("serve", rich_help_panel=PANEL["serve"])(serve)
 
 Out = Annotated[Path, typer.Option("--out", help="Folder for the result; must be new, or use --resume or --force.")]
 Base = Annotated[Path, typer.Option("--base", help="Model folder in Hugging Face's layout.")]

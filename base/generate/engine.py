@@ -10,10 +10,11 @@ A step decodes one token for every running row, then reads the prompts of waitin
 prompts that start together are read once. A finished or removed request frees its place at once.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -21,9 +22,17 @@ from torch import Tensor, nn
 
 from ..model.kv_cache import KVCache
 from ..model.transformer import Transformer
+from .prefix_cache import BLOCK, Block, PrefixCache
 from .sampling import Sampling, choose_tokens, penalize
 
 PROMPT_TOKENS_AT_ONCE = 8192  # prompts are read in groups of at most so many tokens, padding included
+
+
+class TokenLogprob(NamedTuple):
+    """How likely the model found a token, before temperature and filters."""
+
+    logprob: float  # in nats
+    top: list[tuple[int, float]]  # the likeliest tokens with theirs, the likeliest first
 
 
 class Event(NamedTuple):
@@ -32,6 +41,7 @@ class Event(NamedTuple):
     request: int
     token: int
     finished: Literal["stop", "length"] | None  # "stop": the token is one of the request's stop ids
+    logprob: TokenLogprob | None = None  # where the request's Sampling asks for it
 
 
 @dataclass
@@ -44,7 +54,9 @@ class Request:
     adapter: str | None  # a name that the model's row selector understands; the engine passes it on
     hold: object  # while it lives, the adapter can't be removed or replaced
     generator: torch.Generator
-    n_produced: int = 0
+    content: str | None  # what the prefix cache knows the weights by; None: keep nothing of this request
+    produced: list[int] = field(default_factory=list)
+    prefix: list[Block] = field(default_factory=list)  # what the prefix cache holds of the prompt, while it is read
     seen: Tensor | None = None  # (V,) bool: the tokens that came before, kept for a repetition penalty
 
 
@@ -62,10 +74,11 @@ class Engine:
         max_batch: int = 8,
         allowed: Tensor | None = None,  # (V,) bool, the ids that may come; None: all
         on_choice: Callable[[Sequence[Request], Tensor, Sequence[int]], None] | None = None,  # requests, logits, tokens
+        prefix_cache: PrefixCache | None = None,  # keeps what was read; the base's weights must then stay as they are
     ) -> None:
         if type(max_batch) is not int or max_batch < 1:
             raise ValueError(f"max_batch={max_batch} must be >= 1, a whole number")
-        self.model, self.max_batch = model, max_batch
+        self.model, self.max_batch, self.prefix_cache = model, max_batch, prefix_cache
         self._device = model.model.embed_tokens.weight.device
         self._forbidden = None if allowed is None else ~allowed.to(self._device)
         self._on_choice = on_choice
@@ -85,6 +98,11 @@ class Engine:
     def n_waiting(self) -> int:
         """Requests that wait for one."""
         return len(self._waiting)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of the running rows' keys and values, free columns included; the prefix cache counts its own."""
+        return self._cache.n_bytes if self._cache is not None else 0
 
     def add(self, ids: Sequence[int], sampling: Sampling | None = None, *, adapter: str | None = None) -> int:
         """Queue a request; returns its id. `adapter`: a name of the model's AdapterBank, None for the bare base.
@@ -114,13 +132,19 @@ class Engine:
         else:
             hold = None
         generator = torch.Generator(self._device).manual_seed(sampling.seed)
-        request = Request(self._next_id, ids, sampling, adapter, hold, generator)
+        request = Request(self._next_id, ids, sampling, adapter, hold, generator, self._content(adapter))
         if sampling.repetition_penalty != 1:
             request.seen = torch.zeros(vocab_size, dtype=torch.bool, device=self._device)
             request.seen[ids] = True
         self._next_id += 1
         self._waiting.append(request)
         return request.id
+
+    def _content(self, adapter: str | None) -> str | None:
+        """The weights' name in the prefix cache: their hash, or "" for the bare base."""
+        if adapter is None or self.prefix_cache is None:
+            return ""
+        return self.model.adapter_content(adapter) if self.model.adapter_content is not None else None
 
     @torch.inference_mode()
     def remove(self, request: int) -> None:
@@ -158,26 +182,25 @@ class Engine:
 
     def _start(self) -> list[Event]:
         """Read the prompts of some waiting requests, as many as there are places, and choose their first tokens."""
-        new = [self._waiting.popleft()]
-        longest = len(new[0].ids)
-        while self._waiting and self.n_running + len(new) < self.max_batch:
-            longest = max(longest, len(self._waiting[0].ids))
-            if longest * (len(new) + 1) > PROMPT_TOKENS_AT_ONCE:
-                break
-            new.append(self._waiting.popleft())
+        new = self._next_group()
         # Several samples of one prompt: it is read once, and its keys and values are copied to the other rows.
         first: dict[tuple[str | None, tuple[int, ...]], int] = {}
         of = [first.setdefault((request.adapter, tuple(request.ids)), len(first)) for request in new]
         readers = [new[of.index(i)] for i in range(len(first))]
         lengths = [len(request.ids) for request in readers]
+        known = [len(request.prefix) * BLOCK for request in readers]  # tokens that the prefix cache holds
+        n_unread = [length - n for length, n in zip(lengths, known, strict=True)]
         ids = torch.zeros(
-            len(readers), max(lengths), dtype=torch.int64
+            len(readers), max(n_unread), dtype=torch.int64
         )  # padded on the right, where causality hides it
-        for row, request in enumerate(readers):
-            ids[row, : len(request.ids)] = torch.tensor(request.ids)
-        is_plain = not self._running and len(readers) == len(new)
-        cache = self._empty_cache(new) if is_plain else self.model.new_cache(len(readers), ids.shape[1])
-        last = torch.tensor([length - 1 for length in lengths], device=self._device)
+        for row, (request, n) in enumerate(zip(readers, known, strict=True)):
+            ids[row, : len(request.ids) - n] = torch.tensor(request.ids[n:])
+        in_place = not self._running and not any(known) and len(readers) == len(new)
+        cache = self._empty_cache(new) if in_place else self.model.new_cache(len(readers), max(known) + ids.shape[1])
+        if any(known):
+            assert self.prefix_cache is not None
+            self.prefix_cache.restore(cache, [request.prefix for request in readers])
+        last = torch.tensor([n - 1 for n in n_unread], device=self._device)
         with self._select(readers):
             logits = self.model(ids.to(self._device), cache=cache, logits_at=last)[:, 0]  # (B, V)
         if not logits.isfinite().all():
@@ -185,20 +208,57 @@ class Engine:
                 "the model's logits hold NaN or infinity: its weights or an adapter's do, or float16 overflows; "
                 "try dtype float32, and look at the weights"
             )
-        if is_plain:
+        if in_place:
             cache.align(lengths)
         else:
             if not self._running:
                 self._empty_cache(new).clear(0)
             assert self._cache is not None
-            self._cache.append_rows(cache, [lengths[i] for i in of], rows=of)
+            starts = [max(known) - n for n in known]
+            self._cache.append_rows(cache, [lengths[i] for i in of], [starts[i] for i in of], rows=of)
             logits = logits[torch.tensor(of, device=self._device)]
         self._running += new
+        for row, request in enumerate(new, self.n_running - len(new)):
+            request.prefix = []
+            self._keep_prefix(row, request.ids)
         events, ended = self._choose(logits, new)
         self._last += [event.token for event in events]
         self._rows_changed()
         self._free([self.n_running - len(new) + row for row in ended])
         return events
+
+    def _next_group(self) -> list[Request]:
+        """Take waiting requests whose prompts are read together: of few tokens in all, padding included.
+
+        With a prefix cache they either all have a beginning in it or none has, and a prompt that begins like another of
+        the group waits for the next one, where it finds that beginning.
+        """
+        group: list[Request] = []
+        longest, beginnings = 0, set()
+        while self._waiting and self.n_running + len(group) < self.max_batch:
+            request, beginning = self._waiting[0], None
+            if self.prefix_cache is not None and request.content is not None:
+                request.prefix = self.prefix_cache.find(request.content, request.ids)
+                beginning = self.prefix_cache.missing(request.content, request.ids, request.prefix)
+            longest = max(longest, len(request.ids) - len(request.prefix) * BLOCK)
+            if group and (
+                longest * (len(group) + 1) > PROMPT_TOKENS_AT_ONCE
+                or bool(request.prefix) != bool(group[0].prefix)
+                or (beginning is not None and beginning in beginnings)
+            ):
+                break
+            if self.prefix_cache is not None:
+                self.prefix_cache.n_prompt_tokens += len(request.ids)
+                self.prefix_cache.n_hit_tokens += len(request.prefix) * BLOCK
+            beginnings.add(beginning)
+            group.append(self._waiting.popleft())
+        return group
+
+    def _keep_prefix(self, row: int, ids: Sequence[int]) -> None:
+        """Give the prefix cache, if there is one, what a row has read."""
+        request = self._running[row]
+        if self.prefix_cache is not None and request.content is not None and self._cache is not None:
+            self.prefix_cache.store(self._cache, row, request.content, ids)
 
     def _empty_cache(self, requests: Sequence[Request]) -> KVCache:
         """The engine's cache with one empty row for each request and room for all their tokens."""
@@ -215,21 +275,22 @@ class Engine:
             logits = logits.masked_fill(self._forbidden, -torch.inf)
         logits = penalize(logits, [r.seen for r in requests], [r.sampling for r in requests])
         tokens = choose_tokens(logits, [r.sampling for r in requests], [r.generator for r in requests])
+        logprobs = token_logprobs(logits, tokens, [r.sampling.logprobs for r in requests])
         if self._on_choice is not None:
             self._on_choice(requests, logits, tokens)
         events, ended = [], []
         for row, (request, token) in enumerate(zip(requests, tokens, strict=True)):
-            request.n_produced += 1
+            request.produced.append(token)
             if request.seen is not None:
                 request.seen[token] = True
             finished = None
             if token in request.sampling.stop_ids:
                 finished = "stop"
-            elif request.n_produced == request.sampling.max_new_tokens:
+            elif len(request.produced) == request.sampling.max_new_tokens:
                 finished = "length"
             if finished:
                 ended.append(row)
-            events.append(Event(request.id, token, finished))
+            events.append(Event(request.id, token, finished, logprobs[row] if logprobs else None))
         return events, ended
 
     def _free(self, rows: Sequence[int]) -> None:
@@ -238,6 +299,8 @@ class Engine:
             return
         assert self._cache is not None
         for row in sorted(rows, reverse=True):
+            ended = self._running[row]
+            self._keep_prefix(row, [*ended.ids, *ended.produced[:-1]])  # the newest token was not read
             self._cache.remove_row(row)
             self._running[row], self._last[row] = self._running[-1], self._last[-1]
             self._running.pop()
@@ -252,6 +315,27 @@ class Engine:
         if self.model.row_selector is None:
             return nullcontext()
         return self.model.row_selector([request.adapter for request in requests])
+
+
+def token_logprobs(
+    logits: Tensor,  # (B, V)
+    tokens: Sequence[int],  # the chosen one of each row
+    n_top: Sequence[int | None],  # how many of the likeliest to report; None: nothing for this row
+) -> list[TokenLogprob | None] | None:
+    """Each row's log-probabilities, in float32; None where no row asks."""
+    rows = [row for row, n in enumerate(n_top) if n is not None]
+    if not rows:
+        return None
+    found: list[TokenLogprob | None] = [None] * len(tokens)
+    most = min(max(n for n in n_top if n is not None), logits.shape[-1])
+    chosen = torch.tensor([tokens[row] for row in rows], device=logits.device)[:, None]
+    logprobs = logits[rows].float().log_softmax(-1)
+    top = logprobs.topk(most)
+    own = logprobs.gather(1, chosen)[:, 0].tolist()
+    for row, logprob, values, indices in zip(rows, own, top.values.tolist(), top.indices.tolist(), strict=True):
+        kept = [(i, value) for i, value in zip(indices, values, strict=True) if value > -math.inf][: n_top[row]]
+        found[row] = TokenLogprob(logprob, kept)
+    return found
 
 
 @contextmanager
@@ -294,10 +378,11 @@ def generate_ids(
             raise ValueError(str(error).replace("the prompt", f"prompt {row}", 1)) from None
     produced: list[list[int]] = [[] for _ in prompts]
     while engine.n_running or engine.n_waiting:
-        for request, token, finished in engine.step():
-            if finished == "stop":
+        for event in engine.step():
+            if event.finished == "stop":
                 continue
-            produced[row_of[request]].append(token)
-            if on_token is not None and on_token(row_of[request], token) is True and finished is None:
-                engine.remove(request)
+            row = row_of[event.request]
+            produced[row].append(event.token)
+            if on_token is not None and on_token(row, event.token) is True and event.finished is None:
+                engine.remove(event.request)
     return produced

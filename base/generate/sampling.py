@@ -25,6 +25,7 @@ class Sampling:
     stop_ids: Iterable[int] = frozenset()  # a token that ends the request; it is reported, and not part of the text
     seed: int = 0
     repetition_penalty: float = 1.0  # above 1: tokens of the prompt and of the answer become less likely; see penalize
+    logprobs: int | None = None  # report each token's log-probability, and those of so many of the likeliest; None: no
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop_ids", frozenset(self.stop_ids))
@@ -44,6 +45,8 @@ class Sampling:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be >= 1, a whole number")
         if type(self.seed) is not int or not -(2**63) <= self.seed < 2**64:
             raise ValueError(f"seed={self.seed} must be a whole number of at most 64 bits")
+        if self.logprobs is not None and (type(self.logprobs) is not int or self.logprobs < 0):
+            raise ValueError(f"logprobs={self.logprobs} must be >= 0, a whole number")
 
     @property
     def filters(self) -> tuple[float, int | None, float | None, float | None]:

@@ -70,10 +70,10 @@ class LayerCache:
             moved.append(new)
         self.keys, self.values = moved
 
-    def insert(self, row: int, end: int, other: "LayerCache", other_row: int, length: int) -> None:
-        """Copy `length` columns of another cache's row, from its column 0, so that they end at column `end` here."""
+    def insert(self, row: int, end: int, other: "LayerCache", other_row: int, start: int, length: int) -> None:
+        """Copy `length` columns of another cache's row, from its column `start`, so that they end at column `end` here."""
         for mine, source in zip(self.tensors(), other.tensors(), strict=True):
-            mine[row, :, end - length : end] = source[other_row, :, :length]
+            mine[row, :, end - length : end] = source[other_row, :, start : start + length]
 
     def align(self, row: int, length: int, end: int) -> None:
         """Move a row's first `length` columns so that they end at column `end`."""
@@ -182,9 +182,21 @@ class KVCache:
         self.lengths = list(lengths)
         self._lengths_changed()
 
-    def append_rows(self, other: "KVCache", lengths: Sequence[int], *, rows: Sequence[int] | None = None) -> None:
-        """Take rows of a cache that was read from column 0 (prompts padded on the right): the first lengths[i] tokens of
-        its row rows[i] (None: of row i). Raises ValueError when there is no place for them."""
+    def hold(self, lengths: Sequence[int], end: int) -> None:
+        """Declare what was written into `layers` directly: row i holds lengths[i] tokens, which end before column `end`."""
+        self.lengths, self.end = list(lengths), end
+        self._lengths_changed()
+
+    def append_rows(
+        self,
+        other: "KVCache",
+        lengths: Sequence[int],
+        starts: Sequence[int] | None = None,
+        *,
+        rows: Sequence[int] | None = None,
+    ) -> None:
+        """Take rows of another cache, whose prompts were padded on the right: lengths[i] tokens of its row rows[i] (None: of
+        row i), from column starts[i] (None: 0). Raises ValueError when there is no place for them."""
         if self.n_rows + len(lengths) > self.max_rows:
             raise ValueError(f"{len(lengths)} more rows than the {self.max_rows} of the cache; remove some first")
         longest = max(lengths)
@@ -205,7 +217,8 @@ class KVCache:
                 self._make_angles(capacity)
         for i, length in enumerate(lengths):
             for mine, source in zip(self.layers, other.layers, strict=True):
-                mine.insert(len(self.lengths), self.end, source, i if rows is None else rows[i], length)
+                row, start = rows[i] if rows else i, starts[i] if starts else 0
+                mine.insert(len(self.lengths), self.end, source, row, start, length)
             self.lengths.append(length)
         self._lengths_changed()
 

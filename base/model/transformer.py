@@ -82,6 +82,8 @@ class Transformer(nn.Module):
         self.fingerprint: str | None = None  # of the files it was loaded from; see huggingface.fingerprint
         # What gives each row of a batch its own adapter, if anything does: names -> a block to run the model in.
         self.row_selector: Callable[[Sequence[str | None]], AbstractContextManager[object]] | None = None
+        # A hash of an adapter's weights by its name; None: they may change, so nothing computed with them may be kept.
+        self.adapter_content: Callable[[str], str | None] | None = None
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:

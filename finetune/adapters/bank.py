@@ -1,8 +1,10 @@
 """One base, many adapters: loaded once, swapped by name, or chosen for each row of a batch."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from ...base.model.huggingface import fingerprint
@@ -24,9 +26,11 @@ class AdapterBank:
             raise ValueError("this model has an adapter bank already; use model.adapter_bank")
         self.model, self.registry = model, registry_of(model)
         self.adapters: dict[str, Adapter] = {}
+        self._contents: dict[str, str] = {}  # the hash of each adapter's weights as they are used
         self._fingerprint = fingerprint(model)
         model.adapter_bank = self  # pyright: ignore[reportArgumentType]
         model.row_selector = self.rows  # the decoding engine gives each request's row its adapter by it
+        model.adapter_content = self.content
 
     @property
     def names(self) -> list[str]:
@@ -45,17 +49,30 @@ class AdapterBank:
         """
         if not name:
             raise ValueError("an adapter needs a name; the empty string is none")
-        adapter = read_adapter(folder)
+        self.add(name, read_adapter(folder))
+
+    def add(self, name: str, adapter: Adapter) -> None:
+        """`load` for an adapter that was read already. Raises ValueError when it was made for another base, or while an
+        older one of that name has users."""
         check_fits(adapter, self.model, fingerprint=self._fingerprint)
         self.registry.refuse_if_used(name, "replaced")
         active = self.active
         if name in self.adapters:
             self.unload(name)
         weight = self.model.model.embed_tokens.weight
+        content = hashlib.sha256()
         for path, (a, b, scale) in as_dtype(adapter, weight.dtype, weight.device).items():
+            content.update(f"{path} {tuple(a.shape)} {tuple(b.shape)} {scale}".encode())
+            for matrix in (a, b):
+                content.update(matrix.contiguous().cpu().view(torch.uint8).numpy().tobytes())
             wrapped(self.model, path).add(name, LowRank(a, b, scale, trained=False))
-        self.adapters[name] = adapter
+        self.adapters[name], self._contents[name] = adapter, content.hexdigest()
         self.registry.default = active
+
+    def content(self, name: str) -> str:
+        """A hash of the adapter's weights: equal for equal weights, whatever the name. Raises ValueError for an unknown one."""
+        self._check(name)
+        return self._contents[name]
 
     def unload(self, name: str) -> None:
         """Forget an adapter; layers that no adapter touches any more become plain linears again.
@@ -64,7 +81,7 @@ class AdapterBank:
         """
         self._check(name)
         remove_adapter(self.model, name)
-        del self.adapters[name]
+        del self.adapters[name], self._contents[name]
 
     def use(self, name: str | None) -> None:
         """Every call of every thread uses this adapter from now on, unless a block chooses another; None is the bare base."""

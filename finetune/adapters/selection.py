@@ -128,8 +128,7 @@ class RowSelection:
         self._held = sorted({name for name in self.names if name is not None})
         for name in self._held:
             registry.hold(name)
-        one = self.names[0] if self.names else None
-        self._choice: Choice = one if all(name == one for name in self.names) else self
+        self._mixed = len(set(self.names)) > 1  # a reference to itself would keep it alive until the next collection
         self.layers: dict[int, LayerRows] = {}
         self._trained: list[Tensor] = []
         self._made_for: tuple[int, int] | None = None
@@ -142,7 +141,7 @@ class RowSelection:
 
     def _refresh(self) -> None:
         """Stack the rows' matrices, again where they may have changed: after a load, a move, or an optimizer's step."""
-        if self._choice is not self or self._made_for == self._state():
+        if not self._mixed or self._made_for == self._state():
             return
         layers: dict[int, LayerRows] = {}
         trained: dict[Tensor, None] = {}
@@ -182,7 +181,8 @@ class RowSelection:
 
     def __enter__(self) -> "RowSelection":
         self._refresh()
-        _THREAD.link = Link(self.registry, self._choice, _THREAD.link)
+        choice: Choice = self if self._mixed else self.names[0] if self.names else None
+        _THREAD.link = Link(self.registry, choice, _THREAD.link)
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -84,10 +84,10 @@ class Sampler:
         ids: dict[int, list[int]] = {request: [] for request in order}
         ended: dict[int, str] = {}
         while engine.n_running or engine.n_waiting:
-            for request, token, finished in engine.step():
-                ids[request].append(token)
-                if finished:
-                    ended[request] = finished
+            for event in engine.step():
+                ids[event.request].append(event.token)
+                if event.finished:
+                    ended[event.request] = event.finished
         return [Answer(ids[r], logp.get(r, []), ended[r] == "length") for r in order]
 
     def text(self, answer: Answer) -> str:

@@ -169,3 +169,33 @@ def test_the_short_decoding_path_is_the_layers_own_forward(qk_norm: bool, bias: 
     scale = logits[1].abs().max().item()
     torch.testing.assert_close(logits[0], logits[1], atol=1e-5 * scale, rtol=0)
     assert not torch.equal(logits[0], logits[1]), "both took one path, so nothing was compared"
+
+
+def test_log_probabilities_are_the_full_models(model: Transformer) -> None:
+    """Parity with log_softmax of the uncached forward pass: the chosen token's and the likeliest ones', before temperature.
+
+    A neighbour that asks for none gets none, and filters change nothing.
+    """
+    prompt = [5, 6, 7]
+    engine = Engine(model)
+    plain = engine.add(prompt, Sampling(max_new_tokens=4))
+    asked = engine.add(prompt, Sampling(0.7, top_k=3, max_new_tokens=4, seed=3, logprobs=5))
+    bare = engine.add(prompt, Sampling(max_new_tokens=4, logprobs=0))
+    events: dict[int, list[Event]] = {plain: [], asked: [], bare: []}
+    while engine.n_running or engine.n_waiting:
+        for event in engine.step():
+            events[event.request].append(event)
+    assert [event.logprob for event in events[plain]] == [None] * 4
+    assert all(event.logprob is not None and event.logprob.top == [] for event in events[bare])
+    ids = list(prompt)
+    for event in events[asked]:
+        with torch.no_grad():
+            expected = model(torch.tensor([ids]))[0, -1].log_softmax(-1)
+        assert event.logprob is not None
+        # 1e-4 nats: float32 logits of about 10 summed in another order
+        assert event.logprob.logprob == pytest.approx(float(expected[event.token]), abs=1e-4)
+        assert [index for index, _ in event.logprob.top] == expected.topk(5).indices.tolist()
+        assert [value for _, value in event.logprob.top] == pytest.approx(expected.topk(5).values.tolist(), abs=1e-4)
+        ids.append(event.token)
+    with pytest.raises(ValueError, match="logprobs=-1 must be >= 0"):
+        Sampling(logprobs=-1)

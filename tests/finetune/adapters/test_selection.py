@@ -224,3 +224,17 @@ def test_one_graph_whatever_is_selected(bank: AdapterBank) -> None:
         with torch.no_grad(), use_adapters(model, choice):
             torch.testing.assert_close(compiled(IDS), model(IDS), atol=2e-5, rtol=1e-5)
     assert n_graphs == 4
+
+
+def test_a_dropped_selection_of_several_adapters_is_no_user(bank: AdapterBank) -> None:
+    """Law: a selection of mixed rows ends with its last reference, not at the next garbage collection."""
+    gc.disable()
+    try:
+        selection = bank.rows(["a", "b", None])
+        with selection:
+            bank.model(IDS)
+        assert bank.registry.users == {"a": 1, "b": 1}
+        del selection
+        assert bank.registry.users == {}
+    finally:
+        gc.enable()

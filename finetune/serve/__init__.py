@@ -1,0 +1,1 @@
+"""An HTTP server in OpenAI's terms: one base, many adapters, one decoding engine."""
