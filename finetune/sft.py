@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
+
 from ..base.checkpoint import read_json, write_json
 from ..base.device import explain_device, peak_bytes, reset_peak, resolve_device
 from ..base.evaluate import mean_loss
@@ -28,7 +30,7 @@ from .adapters.lora import LoraConfig, attach_lora
 from .data.chat import ChatTemplate, Encoded
 from .data.dataset import DatasetOptions, encode_dataset
 from .data.packing import SFTBatches, collate_padded, steps_for_epochs
-from .data.records import read_records
+from .data.records import Record, read_records
 from .data.stop import write_endings
 from .folders import carry_over
 from .loading import load_model, weight_bytes
@@ -172,13 +174,13 @@ def run_sft(
         if lora is not None and method != "full":
             requested = dataclasses.asdict(lora) | requested
         model_config = load_config(base)
-        inputs = _inputs(Path(base), Path(data), Path(eval_data) if eval_data else None)
+        inputs = run_inputs(Path(base), Path(data), Path(eval_data) if eval_data else None)
         if run.previous:
             saved = run.previous["config"]
             check_same_inputs(saved, inputs)
             requested = resumed_settings(requested, saved)
         draft = resolve(requested, method=method, n_rows=len(records))  # the rows are counted once they are encoded
-        limit = _limit(draft.data.max_seq_len, model_config)
+        limit = length_limit(draft.data.max_seq_len, model_config)
         tokenizer = Tokenizer.load(base)
         template = ChatTemplate.of(tokenizer)
         encoded, report = encode_dataset(records, tokenizer, template, limit, draft.records)
@@ -186,7 +188,7 @@ def run_sft(
         for line in report.lines(limit, draft.records):
             print(f"note: {line}", file=sys.stderr)
         config = dataclasses.replace(resolve(requested, method=method, n_rows=len(encoded)), inputs=inputs)
-        stored = _stored_in_4_bits(config)
+        stored = stored_in_4_bits(config)
         check_evaluation(config.train, has_evaluation=bool(encoded_eval))
         if progress:
             print(explain_device(requested_device, device), file=sys.stderr)
@@ -203,11 +205,7 @@ def run_sft(
         model = prepare_model(config, device)
         made_for = fingerprint(model)
         result = _train(model, config, encoded, encoded_eval, run, device, progress, label or f"sft {method}")
-        metadata = {
-            "prompt_format": "chat" if any(record.messages is not None for record in records) else "text",
-            "base_fingerprint": made_for,
-            "method": method,
-        }
+        metadata = made_with(records, made_for, method)
         with run.results() as folder:
             _save(model, config, folder, tokenizer, template, metadata)
         summary = {
@@ -224,7 +222,7 @@ def run_sft(
         return summary
 
 
-def _inputs(base: Path, data: Path, eval_data: Path | None) -> dict[str, Input]:
+def run_inputs(base: Path, data: Path, eval_data: Path | None) -> dict[str, Input]:
     """What the run reads, known by content: the base's config and weights, its tokenizer, the records."""
     tokenizer = [path for name in TOKENIZER_FILES if (path := base / name).exists()]
     inputs = {
@@ -235,14 +233,14 @@ def _inputs(base: Path, data: Path, eval_data: Path | None) -> dict[str, Input]:
     return inputs | ({"eval_data": Input.of(eval_data)} if eval_data is not None else {})
 
 
-def _limit(asked: int | None, model: ModelConfig) -> int:
+def length_limit(asked: int | None, model: ModelConfig) -> int:
     """The longest record in tokens; one more than the model's positions, since the last token is only a target."""
     if asked is not None and not 2 <= asked <= model.max_seq_len + 1:
         raise ValueError(f"max_seq_len={asked} must lie in [2, {model.max_seq_len + 1}], the base's limit")
     return asked or model.max_seq_len + 1
 
 
-def _stored_in_4_bits(config: Run) -> dict[str, Any] | None:
+def stored_in_4_bits(config: Run) -> dict[str, Any] | None:
     """How the base's linears are quantized on disk, or None; refuses options that don't go together or with such a base."""
     base = config.inputs["base"].path
     stored = read_quantization_config(read_json(base / "config.json"))
@@ -263,10 +261,20 @@ def _stored_in_4_bits(config: Run) -> dict[str, Any] | None:
 
 def prepare_model(config: Run, device: str) -> Transformer:
     """Load the base as the method wants it: full in float32, LoRA's base frozen in the run's dtype, QLoRA's in NF4."""
+    model = load_base(config, device)
+    if config.method == "full":
+        model.requires_grad_(True)
+    else:
+        assert config.lora is not None
+        attach_lora(model, config.lora, seed=config.train.seed)
+    return model
+
+
+def load_base(config: Run, device: str) -> Transformer:
+    """The base as the method holds it, before anything is attached or trained."""
     base = config.inputs["base"].path
     if config.method == "full":
         model = load_model(base, dtype="float32", device=device)
-        model.requires_grad_(True)
     else:
         is_peer = config.method == "qlora" and config.quant.quant_backend != "graft"
         quantize = "nf4" if config.method == "qlora" and not is_peer else None
@@ -280,8 +288,6 @@ def prepare_model(config: Run, device: str) -> Transformer:
         if is_peer:  # bitsandbytes quantizes whole layers, so the base is held in full precision first
             double_quant, backend = config.quant.double_quant, config.quant.quant_backend
             quantize_linears_(model, double_quant=double_quant, backend=backend)
-        assert config.lora is not None
-        attach_lora(model, config.lora, seed=config.train.seed)
     model.checkpointing = config.train.checkpointing
     return model
 
@@ -297,14 +303,7 @@ def _train(
     label: str,
 ) -> Result:
     loop = config.train
-    batches = SFTBatches(
-        encoded,
-        batch_size=loop.batch_size,
-        max_tokens=loop.micro_batch * max(len(record.ids) for record in encoded),
-        packed=config.data.packing,
-        seed=loop.seed,
-    )
-    val = [collate_padded(held_out[i : i + loop.micro_batch]) for i in range(0, len(held_out), loop.micro_batch)]
+    batches, val = make_batches(config, encoded, held_out)
     optimizer = make_optimizer(
         [(name, p) for name, p in model.named_parameters() if p.requires_grad],
         loop,
@@ -323,6 +322,31 @@ def _train(
             on_step=observe,
             device=device,
         )
+
+
+def make_batches(
+    config: Run, encoded: list[Encoded], held_out: list[Encoded]
+) -> tuple[SFTBatches, list[dict[str, Tensor]]]:
+    """The batches to train on, and those to validate on."""
+    loop = config.train
+    batches = SFTBatches(
+        encoded,
+        batch_size=loop.batch_size,
+        max_tokens=loop.micro_batch * max(len(record.ids) for record in encoded),
+        packed=config.data.packing,
+        seed=loop.seed,
+    )
+    val = [collate_padded(held_out[i : i + loop.micro_batch]) for i in range(0, len(held_out), loop.micro_batch)]
+    return batches, val
+
+
+def made_with(records: list[Record], fingerprint: str, method: str) -> dict[str, Any]:
+    """graft.json: how the records spoke to the model, and which base it was."""
+    return {
+        "prompt_format": "chat" if any(record.messages is not None for record in records) else "text",
+        "base_fingerprint": fingerprint,
+        "method": method,
+    }
 
 
 def _save(
