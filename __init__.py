@@ -18,6 +18,8 @@ _HOME = {  # name -> module, or module:attribute where the two names differ
     "Sampling": "base.generate.sampling",
     "pretrain": "base.pretrain",
     "sft": "finetune.sft",
+    "sft_many": "finetune.many",
+    "merge": "finetune.adapters.combine:run_combine",
     "AdapterBank": "finetune.adapters.bank",
     "adapters_off": "finetune.adapters.selection",
     "quantize": "finetune.quantize",
@@ -36,10 +38,12 @@ __all__ = [
     "evaluate",
     "generate",
     "load_model",
+    "merge",
     "pretrain",
     "quantize",
     "save_model",
     "sft",
+    "sft_many",
 ]
 
 if TYPE_CHECKING:
@@ -50,10 +54,12 @@ if TYPE_CHECKING:
     from .base.pretrain import pretrain
     from .base.tokenizer.tokenizer import Tokenizer
     from .finetune.adapters.bank import AdapterBank
+    from .finetune.adapters.combine import run_combine as merge
     from .finetune.adapters.selection import adapters_off
     from .finetune.evaluate import run_evaluate as evaluate
     from .finetune.generate import generate
     from .finetune.loading import load_model
+    from .finetune.many import sft_many
     from .finetune.memory.predict import estimate_memory
     from .finetune.quantize import quantize
     from .finetune.sft import sft
