@@ -8,7 +8,6 @@ import dataclasses
 import math
 import sys
 import time
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -43,7 +42,7 @@ from ..base.train import (
 )
 from ..kernels.cross_entropy import weighted_linear_cross_entropy
 from .adapters.files import save_adapter
-from .adapters.lora import DEFAULT, LoraConfig, attach_lora, linears, matching, remove_adapter
+from .adapters.lora import DEFAULT, attach_lora, linears, matching, remove_adapter, width
 from .adapters.selection import registry_of, use_adapters
 from .adapters.stacked import AdapterStack, StackRow
 from .data.chat import ChatTemplate, Encoded
@@ -232,7 +231,9 @@ def run_many(
     summaries: list[dict[str, Any]] = [{"out": str(job["out"])} for job in checked]
     with ExitStack() as stack:
         ready: list[Job] = []
-        prepare = _Preparer(Path(base), model_config, tokenizer, method, resume=resume, force=force, stack=stack, device=device)
+        prepare = _Preparer(
+            Path(base), model_config, tokenizer, method, resume=resume, force=force, stack=stack, device=device
+        )
         for asked, summary in zip(checked, summaries, strict=True):
             job = prepare.job(asked, summary)
             if job is not None:
@@ -286,7 +287,10 @@ class _Preparer:
         self.resume, self.force, self.stack = resume, force, stack
         self.template = ChatTemplate.of(tokenizer)
         self.base_inputs: dict[str, Input] | None = None
-        self.paths = [path for path, _ in linears(empty_model(model))]
+        self.sides = {
+            path: min(width(linear, "in_features"), width(linear, "out_features"))
+            for path, linear in linears(empty_model(model))
+        }
         self._records: dict[Path, list[Record]] = {}
         self._encoded: dict[Any, tuple[list[Encoded], DatasetReport]] = {}
 
@@ -316,7 +320,11 @@ class _Preparer:
         requested: Mapping[str, Any] = asked["settings"]
         draft = resolve(requested, method=self.method, n_rows=1)
         _check_config(draft)
-        matching(self.paths, draft.lora.targets)
+        smallest = min(self.sides[path] for path in matching(list(self.sides), draft.lora.targets))
+        if draft.lora.rank > smallest:
+            raise ValueError(
+                f"rank={draft.lora.rank} is more than a layer's smaller side {smallest}; use rank <= {smallest}"
+            )
         try:
             records = self._read(data)
             held_out = self._read(eval_data) if eval_data else []
@@ -402,7 +410,9 @@ class Trainer:
 
     def run(self, at_once: int) -> None:
         """Train all jobs to their ends, at most `at_once` at a time. Raises Interrupted after a signal."""
-        with many_progress([(job.name, job.config.train.steps) for job in self.waiting], shown=self.progress) as observe:
+        with many_progress(
+            [(job.name, job.config.train.steps) for job in self.waiting], shown=self.progress
+        ) as observe:
             with stop_on_signal() as stop:
                 while self.waiting or self.active:
                     self._join(at_once)
@@ -440,7 +450,9 @@ class Trainer:
             self._begin(job)
         for job in [job for job in joined if job in self.active]:
             result = job.history.result if job.history else None
-            if result and (job.step >= job.config.train.steps or is_out_of_patience(result.evals, job.config.train.patience)):
+            if result and (
+                job.step >= job.config.train.steps or is_out_of_patience(result.evals, job.config.train.patience)
+            ):
                 self._finish(job)
 
     def _begin(self, job: Job) -> None:
@@ -543,7 +555,9 @@ class Trainer:
             batches[job.name] = job.batches.batch_at(job.step)
             totals[job.name] = sum(n_labels(batch) for batch in batches[job.name])
             if totals[job.name] == 0:
-                error = ValueError(f"step {job.step + 1}: no token of the batch carries loss; check the data's completions")
+                error = ValueError(
+                    f"step {job.step + 1}: no token of the batch carries loss; check the data's completions"
+                )
                 self._fail(job, error)
         jobs = list(self.active)
         if not jobs:
@@ -568,7 +582,10 @@ class Trainer:
                 figures = job.history.evaluate() if job.history.is_due(job.step) else None
                 with own_random_state(job):
                     last = job.history.record(
-                        line, figures, stop=stop, on_step=(lambda line, job=job: observe(job.name, line)) if observe else None
+                        line,
+                        figures,
+                        stop=stop,
+                        on_step=(lambda line, job=job: observe(job.name, line)) if observe else None,
                     )
                 if last:
                     ended.append((job, None))

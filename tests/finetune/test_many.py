@@ -2,7 +2,6 @@
 
 import json
 import random
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,25 @@ from graft.finetune.adapters.stacked import Segment, segments_of
 from graft.finetune.many import read_jobs, together
 from graft.finetune.quantize import run_quantize
 
-WORDS = "the cat sat on a mat and looked at bird in tree while river runs to sea".split()
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "looked",
+    "at",
+    "bird",
+    "in",
+    "tree",
+    "while",
+    "river",
+    "runs",
+    "to",
+    "sea",
+]
 
 
 def write_rows(path: Path, n: int, longest: int, seed: int) -> Path:
@@ -113,3 +130,194 @@ def test_each_job_is_its_solo_run(
             for f in (tmp_path / "many/b", tmp_path / "alone/b")]  # fmt: skip
     assert len(vals[0]) == 4
     assert vals[0] == pytest.approx(vals[1], abs=1e-4)
+
+
+def test_dropout_is_drawn_as_in_a_solo_run(base_dir: Path, data: list[Path], tmp_path: Path) -> None:
+    """Law: each job draws from a generator of its own, so that masks are those of its solo run where rows have one length."""
+    alike = tmp_path / "alike.jsonl"  # rows of one length: only then are the batches laid out as in a solo run
+    rows = [{"prompt": f"the cat {i} sat", "completion": " mat"} for i in range(8)]
+    alike.write_text("\n".join(map(json.dumps, rows)))
+    jobs = [
+        job(alike, tmp_path / "a", dropout=0.3, seed=1, steps=6),
+        job(alike, tmp_path / "b", dropout=0.1, seed=2, steps=6, rank=2, batch_size=3),
+        job(alike, tmp_path / "c", steps=6),
+    ]
+    graft.sft_many(base=base_dir, jobs=jobs)
+    for one in jobs:
+        solo(base_dir, one, tmp_path / "alone" / one["out"].name, "lora")
+        assert losses(one["out"]) == pytest.approx(losses(tmp_path / "alone" / one["out"].name), abs=1e-4)
+    plain = graft.sft(base=base_dir, method="lora", **(jobs[0] | {"out": tmp_path / "plain", "dropout": 0.0}))
+    assert abs(plain["train_loss"] - losses(tmp_path / "a")[-1]) > 1e-3  # dropout does something
+
+
+@pytest.mark.parametrize(
+    "settings", [{"checkpointing": True}, {"dtype": "bfloat16"}, {"targets": ["q_proj", "lm_head"]}]
+)
+def test_shared_settings_and_an_adapted_head(
+    settings: dict[str, Any], base_dir: Path, data: list[Path], tmp_path: Path
+) -> None:
+    """Law: recomputed activations, bfloat16 arithmetic and an adapted head give a solo run's losses."""
+    jobs = [job(data[i], tmp_path / str(i), rank=2 + i, seed=i, **settings) for i in range(2)]
+    graft.sft_many(base=base_dir, jobs=jobs)
+    for one in jobs:
+        solo(base_dir, one, tmp_path / "alone" / one["out"].name, "lora")
+        # bfloat16 rounds to 3 digits, and sums are in another order
+        tolerance = 2e-2 if "dtype" in settings else 1e-4
+        assert losses(one["out"]) == pytest.approx(losses(tmp_path / "alone" / one["out"].name), abs=tolerance)
+
+
+# --- coming and going ----------------------------------------------------------------------------------------------
+
+
+def test_jobs_that_wait_join_when_others_end(base_dir: Path, data: list[Path], tmp_path: Path) -> None:
+    """Law: two at a time give each job what all at once give it."""
+    for at_once, name in ((None, "all"), (2, "two")):
+        graft.sft_many(base=base_dir, jobs=different_jobs(data, tmp_path / name), at_once=at_once)
+    for one in "abcd":
+        assert losses(tmp_path / "two" / one) == pytest.approx(losses(tmp_path / "all" / one), abs=1e-4)
+
+
+def test_a_job_that_diverges_leaves_and_the_others_go_on(base_dir: Path, data: list[Path], tmp_path: Path) -> None:
+    """Law: a NaN in one job's rows, and a batch without a label, touch nobody else. The folder says why it ended."""
+    jobs = [
+        job(data[0], tmp_path / "a", steps=8),
+        job(data[0], tmp_path / "bad", steps=8, learning_rate=1e38, alpha=8.0),
+        job(data[1], tmp_path / "c", steps=8),
+        job(tmp_path / "missing.jsonl", tmp_path / "d"),
+    ]
+    summaries = graft.sft_many(base=base_dir, jobs=jobs)
+    assert "loss nan" in summaries[1]["error"]
+    assert "missing.jsonl" in summaries[3]["error"]
+    state = json.loads((tmp_path / "bad/run.json").read_text())
+    assert state["status"] == "stopped"
+    assert "loss nan" in state["reason"]
+    assert not (tmp_path / "d").exists()
+    for one in (jobs[0], jobs[2]):
+        solo(base_dir, one, tmp_path / "alone" / one["out"].name, "lora")
+        assert losses(one["out"]) == pytest.approx(losses(tmp_path / "alone" / one["out"].name), abs=1e-4)
+    with pytest.raises(ValueError, match=r"every job failed; the first: .*missing\.jsonl"):
+        graft.sft_many(base=base_dir, jobs=[jobs[3]])
+
+
+def test_resume_is_exact_for_all(base_dir: Path, data: list[Path], tmp_path: Path) -> None:
+    """Law: stopped after some steps and resumed, together or alone, each job's losses and weights are bit-identical."""
+
+    def short(one: dict[str, Any], out: Path) -> dict[str, Any]:
+        return one | {"out": out / one["out"].name, "dropout": 0.2, "checkpoint_every": 7}
+
+    jobs = [short(one, tmp_path / "whole") for one in different_jobs(data, tmp_path)]
+    graft.sft_many(base=base_dir, jobs=jobs)
+    stopped = [one | {"out": tmp_path / "stopped" / one["out"].name} for one in jobs]
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        from graft.finetune import many
+
+        step, n = many.Trainer.step, 0
+
+        def stopping(self: Any, *args: Any) -> None:
+            nonlocal n
+            n += 1
+            if n == 17:
+                raise KeyboardInterrupt
+            step(self, *args)
+
+        patch.setattr(many.Trainer, "step", stopping)
+        graft.sft_many(base=base_dir, jobs=stopped)
+    assert [len(losses(one["out"])) for one in stopped] == [16] * 4
+    graft.sft_many(base=base_dir, jobs=stopped, resume=True)
+    for one, other in zip(jobs, stopped, strict=True):
+        assert losses(one["out"]) == losses(other["out"])
+        theirs = weights(other["out"])
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in weights(one["out"]).items())
+
+
+def test_a_solo_run_goes_on_from_a_job(base_dir: Path, data: list[Path], tmp_path: Path) -> None:
+    """Law: what a job leaves is a solo run's: `graft.sft` resumes it to more steps, as its own run would go on."""
+    jobs = [job(data[i], tmp_path / str(i), seed=i, schedule="constant", learning_rate=1e-3) for i in range(2)]
+    graft.sft_many(base=base_dir, jobs=jobs)
+    alone = jobs[1] | {"out": tmp_path / "alone", "steps": 8}
+    graft.sft(base=base_dir, method="lora", **alone)
+    graft.sft(base=base_dir, method="lora", **(alone | {"out": jobs[1]["out"]}), resume=True)
+    assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "alone"), abs=1e-4)
+
+
+# --- the batch -----------------------------------------------------------------------------------------------------
+
+
+def test_segments() -> None:
+    """Worked by hand: neighbors with equally many tokens are one segment; a job without tokens is in none."""
+    assert segments_of([4, 4, 2]) == [Segment(slice(0, 2), slice(0, 8)), Segment(slice(2, 3), slice(8, 10))]
+    assert segments_of([0, 3, 0, 3]) == [Segment(slice(1, 2), slice(0, 3)), Segment(slice(3, 4), slice(3, 6))]
+
+
+def test_rows_of_different_lengths_are_packed() -> None:
+    """Worked by hand: 2 rows of 3 and 1 and a row of 2 are 6 positions end to end, not 3 rows of 3."""
+    none = -100
+    first = {"ids": torch.tensor([[1, 2, 3], [4, 0, 0]]), "targets": torch.tensor([[2, 3, 9], [5, none, none]])}
+    second = {"ids": torch.tensor([[6, 7]]), "targets": torch.tensor([[7, 8]])}
+    batch, counts = together([first, second], packed=True)
+    assert batch["ids"].tolist() == [[1, 2, 3, 4, 6, 7]]
+    assert batch["targets"].tolist() == [[2, 3, 9, 5, 7, 8]]
+    assert batch["positions"].tolist() == [[0, 1, 2, 0, 0, 1]]
+    assert batch["cu_seqlens"].tolist() == [0, 3, 4, 6]
+    assert counts == [4, 2]
+    batch, counts = together([first, None, second], packed=False)
+    assert batch["ids"].tolist() == [[1, 2, 3], [4, 0, 0], [6, 7, 0]]
+    assert batch["targets"].tolist()[2] == [7, 8, none]
+    assert counts == [6, 0, 3]
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------
+
+
+def test_bad_jobs_are_named(base_dir: Path, data: list[Path], tmp_path: Path) -> None:
+    """What is wrong with the jobs as a whole is said before anything is read or written."""
+    a, b = job(data[0], tmp_path / "a"), job(data[1], tmp_path / "b")
+    cases = [
+        ([], r"no job to train"),
+        ([a, b | {"out": tmp_path / "x/../a"}], r"jobs 1 and 2 have one output, .*a; give each its own"),
+        ([a, {"out": "b"}], r"job 2 \(b\) has no data"),
+        ([a, b | {"base": tmp_path}], r"job 2 \(.*b\) is for base .*; jobs that train together share one base"),
+        ([a, b | {"method": "qlora"}], r"job 2 .* has method='qlora', the run's is 'lora'"),
+        ([a, b | {"dtype": "bfloat16"}], r"dtype differs between jobs .*a \(None\) and .*b \(bfloat16\)"),
+        ([a, b | {"lr": 1}], r"job 2 \(.*b\): unknown config key 'lr'; did you mean learning_rate\?"),
+        (
+            [a, b | {"targets": ["q_proj2"]}],
+            r"job .*b: lora targets \{'q_proj2'\} match no linear; this model has q_proj",
+        ),
+        ([a | {"optimizer": "adamw8bit"}], r"job .*a: optimizer=adamw8bit does not train many adapters at once"),
+        ([a | {"dropout": 0.1, "checkpointing": True}], r"job .*a: dropout=0\.1 with checkpointing=true"),
+        ([a | {"out": base_dir}], r"out is the base itself"),
+    ]
+    for jobs, message in cases:
+        with pytest.raises(ValueError, match=message):
+            graft.sft_many(base=base_dir, jobs=jobs)
+        assert not any((tmp_path / name).exists() for name in "ab")
+    with pytest.raises(ValueError, match="at_once=0"):
+        graft.sft_many(base=base_dir, jobs=[a], at_once=0)
+    with pytest.raises(ValueError, match="method='full'"):
+        graft.sft_many(base=base_dir, jobs=[a], method="full")
+    with pytest.raises(ValueError, match=r"job .*a: rank=10000 is more than a layer's smaller side 32"):
+        graft.sft_many(base=base_dir, jobs=[a | {"rank": 10_000}, b])
+    graft.sft_many(base=base_dir, jobs=[b])
+    with pytest.raises(FileExistsError, match=r"job .*b: .* holds a finished run"):
+        graft.sft_many(base=base_dir, jobs=[a, b])
+
+
+def test_a_jobs_file(tmp_path: Path) -> None:
+    path = tmp_path / "jobs.toml"
+    path.write_text(
+        '[defaults]\nrank = 8\nsteps = 3\n[[jobs]]\ndata = "a"\nout = "x"\n[[jobs]]\ndata = "b"\nout = "y"\nrank = 2\n'
+    )
+    assert read_jobs(path) == [
+        {"rank": 8, "steps": 3, "data": "a", "out": "x"},
+        {"rank": 2, "steps": 3, "data": "b", "out": "y"},
+    ]
+    for text, message in (
+        ("rank = 1", "unknown key 'rank'; a jobs file has"),
+        ("[defaults]\nrank = 1", "has no \\[\\[jobs\\]\\]"),
+        ("jobs = 3", "has no \\[\\[jobs\\]\\]"),
+        ("defaults = 3", "defaults is 3; expected a table"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_jobs(path)
