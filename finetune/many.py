@@ -410,23 +410,21 @@ class Trainer:
 
     def run(self, at_once: int) -> None:
         """Train all jobs to their ends, at most `at_once` at a time. Raises Interrupted after a signal."""
-        with many_progress(
-            [(job.name, job.config.train.steps) for job in self.waiting], shown=self.progress
-        ) as observe:
-            with stop_on_signal() as stop:
-                while self.waiting or self.active:
-                    self._join(at_once)
-                    if not self.active:
-                        continue
-                    self.step(stop, observe)
-                    if stop.signal and self.active:
-                        for job in self.active:
-                            job.run.close_metrics()
-                        raise Interrupted(
-                            f"stopped with {len(self.active) + len(self.waiting)} of {self.n_jobs} jobs unfinished; to go on, "
-                            "run the same command with --resume",
-                            stop.exit_code,
-                        )
+        bars = [(job.name, job.config.train.steps) for job in self.waiting]
+        with many_progress(bars, shown=self.progress) as observe, stop_on_signal() as stop:
+            while self.waiting or self.active:
+                self._join(at_once)
+                if not self.active:
+                    continue
+                self.step(stop, observe)
+                if stop.signal and self.active:
+                    for job in self.active:
+                        job.run.close_metrics()
+                    n_left = len(self.active) + len(self.waiting)
+                    raise Interrupted(
+                        f"stopped with {n_left} of {self.n_jobs} jobs unfinished; to go on, run the same command with --resume",
+                        stop.exit_code,
+                    )
 
     # --- who takes part ---
 
@@ -674,7 +672,8 @@ def _end_to_end(parts: Sequence[Mapping[str, Tensor] | None]) -> tuple[dict[str,
         if part is None:
             continue
         if "cu_seqlens" in part:
-            rows = list(zip(part["ids"][0].split(sizes := part["cu_seqlens"].diff().tolist()), part["targets"][0].split(sizes), strict=True))  # fmt: skip
+            sizes = part["cu_seqlens"].diff().tolist()
+            rows = list(zip(part["ids"][0].split(sizes), part["targets"][0].split(sizes), strict=True))
         else:
             rows = [_without_padding(*row) for row in zip(part["ids"], part["targets"], strict=True)]
         for row_ids, row_targets in rows:

@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ from safetensors.torch import load_file
 import graft
 from graft.base.runlog import read_metrics
 from graft.finetune.adapters.stacked import Segment, segments_of
-from graft.finetune.many import read_jobs, together
+from graft.finetune.many import Trainer, read_jobs, together
 from graft.finetune.quantize import run_quantize
+from graft.finetune.sweep import parse_grid, run_sweep
 
 WORDS = [
     "the",
@@ -199,7 +202,9 @@ def test_a_job_that_diverges_leaves_and_the_others_go_on(base_dir: Path, data: l
         graft.sft_many(base=base_dir, jobs=[jobs[3]])
 
 
-def test_resume_is_exact_for_all(base_dir: Path, data: list[Path], tmp_path: Path) -> None:
+def test_resume_is_exact_for_all(
+    base_dir: Path, data: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Law: stopped after some steps and resumed, together or alone, each job's losses and weights are bit-identical."""
 
     def short(one: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -208,20 +213,19 @@ def test_resume_is_exact_for_all(base_dir: Path, data: list[Path], tmp_path: Pat
     jobs = [short(one, tmp_path / "whole") for one in different_jobs(data, tmp_path)]
     graft.sft_many(base=base_dir, jobs=jobs)
     stopped = [one | {"out": tmp_path / "stopped" / one["out"].name} for one in jobs]
-    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
-        from graft.finetune import many
+    step, n = Trainer.step, 0
 
-        step, n = many.Trainer.step, 0
+    def stopping(self: Trainer, *args: Any) -> None:
+        nonlocal n
+        n += 1
+        if n == 17:
+            raise KeyboardInterrupt
+        step(self, *args)
 
-        def stopping(self: Any, *args: Any) -> None:
-            nonlocal n
-            n += 1
-            if n == 17:
-                raise KeyboardInterrupt
-            step(self, *args)
-
-        patch.setattr(many.Trainer, "step", stopping)
+    monkeypatch.setattr(Trainer, "step", stopping)
+    with pytest.raises(KeyboardInterrupt):
         graft.sft_many(base=base_dir, jobs=stopped)
+    monkeypatch.undo()
     assert [len(losses(one["out"])) for one in stopped] == [16] * 4
     graft.sft_many(base=base_dir, jobs=stopped, resume=True)
     for one, other in zip(jobs, stopped, strict=True):
@@ -321,3 +325,86 @@ def test_a_jobs_file(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             read_jobs(path)
+
+
+# --- sweeps --------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_exports_its_best(base_dir: Path, data: list[Path], tmp_path: Path) -> None:
+    """Law: each trial is a run of its own; the folder's adapter is that of the lowest validation loss."""
+    out = tmp_path / "sweep"
+    grid = parse_grid(["learning_rate=1e-5,1e-2", "rank=2,4"])
+    report = run_sweep(
+        base=base_dir, data=data[0], eval_data=data[1], out=out, grid=grid, settings={"steps": 6, "batch_size": 4}
+    )
+    assert [line["trial"] for line in report["trials"]] == [
+        f"learning_rate={rate},rank={rank}" for rate in ("1e-05", "0.01") for rank in (2, 4)
+    ]
+    lowest = min(report["trials"], key=lambda line: line["val_loss"])
+    assert report["best"] == lowest["trial"]
+    best = weights(out / "trials" / lowest["trial"])
+    assert all(torch.equal(tensor, best[name]) for name, tensor in weights(out).items())
+    assert json.loads((out / "sweep.json").read_text()) == report
+    assert (out / "sweep.png").stat().st_size > 1000
+    alone = graft.sft(
+        base=base_dir, data=data[0], eval_data=data[1], out=tmp_path / "alone", method="lora",
+        **{key: lowest[key] for key in grid}, steps=6, batch_size=4,
+    )  # fmt: skip
+    assert alone["val_loss"] == pytest.approx(lowest["val_loss"], abs=1e-4)
+
+
+def test_halving_drops_the_worse_half(base_dir: Path, data: list[Path], tmp_path: Path) -> None:
+    """Worked by hand: of 8 trials of 16 steps 4 are left after 4 steps and 2 after 8: 4 x 4 + 2 x 8 + 2 x 16 = 64 of 128."""
+    grid = parse_grid(["learning_rate=1e-6,1e-5,1e-4,1e-3", "rank=2,4"])
+    report = run_sweep(
+        base=base_dir, data=data[0], eval_data=data[1], out=tmp_path, grid=grid, halving=True, force=True,
+        settings={"steps": 16, "batch_size": 2, "warmup_steps": 0},
+    )  # fmt: skip
+    steps = sorted(line["steps"] for line in report["trials"])
+    assert steps == [4, 4, 4, 4, 8, 8, 16, 16]
+    assert all(line["learning_rate"] == 1e-3 for line in report["trials"] if line["steps"] == 16)
+    assert sum(steps) == 64
+
+
+def test_bad_sweeps() -> None:
+    for words, message in (
+        (["dtype=float32,bfloat16"], "--sweep dtype: the adapters of a sweep train on one base"),
+        (["rank"], "'rank' is not key=value,value"),
+        (["rank=4,4"], "--sweep rank has 4 twice"),
+        (["rank=4", "rank=8"], "--sweep rank is given twice"),
+        (["lr=1"], "unknown config key 'lr'"),
+        (["rank=x"], "config key rank = 'x' is str; expected int"),
+        ([], "a sweep needs at least one"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_grid(words)
+
+
+def test_the_command_line(base_dir: Path, data: list[Path], tmp_path: Path) -> None:
+    """`graft sft --jobs` and `--sweep` end to end, and flags that don't go together."""
+
+    def run_graft(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-m", "graft", *words], capture_output=True, text=True, timeout=240)
+
+    jobs = tmp_path / "jobs.toml"
+    jobs.write_text(
+        f'[defaults]\nbase = "{base_dir}"\nsteps = 2\nrank = 2\nbatch_size = 2\n'
+        + "".join(f'[[jobs]]\ndata = "{data[i]}"\nout = "{tmp_path / str(i)}"\n' for i in range(2))
+    )
+    done = run_graft("sft", "--jobs", str(jobs))
+    assert done.returncode == 0, done.stderr
+    assert len(losses(tmp_path / "1")) == 2
+    flags = ["--base", base_dir, "--data", data[0], "--eval-data", data[1], "--out", tmp_path / "s", "--set", "steps=2"]
+    done = run_graft("sft", *map(str, flags), "--sweep", "rank=2,4")
+    assert done.returncode == 0, done.stderr
+    assert "the best is rank=" in done.stderr
+    for words, message in (
+        (["--jobs", str(jobs), "--sweep", "rank=2"], "--jobs and --sweep exclude each other"),
+        (["--jobs", str(jobs), "--halving"], "--halving chooses among the trials of a sweep"),
+        (["--halving"], "--halving and --at-once are about many adapters"),
+        (["--base", "x"], "--data is missing"),
+        (["--sweep", "rank=2", *map(str, flags[:4]), "--out", "x"], "a sweep chooses by validation loss"),
+    ):
+        done = run_graft("sft", *words)
+        assert done.returncode == 1
+        assert message in done.stderr
