@@ -45,7 +45,10 @@ class AdapterBank:
         """
         if not name:
             raise ValueError("an adapter needs a name; the empty string is none")
-        adapter = read_adapter(folder)
+        self.add(name, read_adapter(folder))
+
+    def add(self, name: str, adapter: Adapter) -> None:
+        """Keep an adapter that is in memory already, as `load` does."""
         check_fits(adapter, self.model, fingerprint=self._fingerprint)
         self.registry.refuse_if_used(name, "replaced")
         active = self.active
