@@ -20,6 +20,8 @@ _HOME = {  # name -> module, or module:attribute where the two names differ
     "sft": "finetune.sft",
     "dpo": "finetune.align.run_dpo",
     "grpo": "finetune.align.run_grpo",
+    "sft_many": "finetune.many",
+    "merge": "finetune.adapters.combine:run_combine",
     "AdapterBank": "finetune.adapters.bank",
     "adapters_off": "finetune.adapters.selection",
     "quantize": "finetune.quantize",
@@ -40,10 +42,12 @@ __all__ = [
     "generate",
     "grpo",
     "load_model",
+    "merge",
     "pretrain",
     "quantize",
     "save_model",
     "sft",
+    "sft_many",
 ]
 
 if TYPE_CHECKING:
@@ -54,12 +58,14 @@ if TYPE_CHECKING:
     from .base.pretrain import pretrain
     from .base.tokenizer.tokenizer import Tokenizer
     from .finetune.adapters.bank import AdapterBank
+    from .finetune.adapters.combine import run_combine as merge
     from .finetune.adapters.selection import adapters_off
     from .finetune.align.run_dpo import dpo
     from .finetune.align.run_grpo import grpo
     from .finetune.evaluate import run_evaluate as evaluate
     from .finetune.generate import generate
     from .finetune.loading import load_model
+    from .finetune.many import sft_many
     from .finetune.memory.predict import estimate_memory
     from .finetune.quantize import quantize
     from .finetune.sft import sft

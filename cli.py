@@ -263,15 +263,31 @@ def pretrain(
 
 @app.command(rich_help_panel=PANEL["sft"])
 def sft(
-    base: Base,
+    base: Annotated[Path | None, typer.Option("--base", help="Model folder in Hugging Face's layout.")] = None,
     data: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             "--data", help="Records (JSON, JSONL, CSV, Parquet): file, folder or glob, =WEIGHT; can be repeated."
         ),
-    ],
-    out: Out,
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for the result; must be new, or use --resume or --force.")
+    ] = None,
     config: Config = None,
+    jobs: Annotated[
+        Path | None,
+        typer.Option("--jobs", help="TOML of [defaults] and [[jobs]]: many adapters at once on one base."),
+    ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option("--sweep", help="key=value,value,...: train the grid at once, keep the best; can be repeated."),
+    ] = None,
+    halving: Annotated[
+        bool, typer.Option("--halving", help="With --sweep: drop the worse half again and again on the way.")
+    ] = False,
+    at_once: Annotated[
+        int | None, typer.Option("--at-once", help="Adapters in training at a time, with --jobs or --sweep.")
+    ] = None,
     lora: Annotated[bool, typer.Option("--lora", help="Train an adapter on the frozen base.")] = False,
     qlora: Annotated[bool, typer.Option("--qlora", help="Train an adapter on the base in 4 bits.")] = False,
     rank: Annotated[int | None, typer.Option("--rank", help=r"Rank of the adapter. \[default: 16]")] = None,
@@ -344,6 +360,32 @@ def sft(
     method = given.pop("method", None)
     if flag is not None and method not in (None, flag):
         raise ValueError(f"--{flag} and method={method!r} contradict each other; give one")
+    if jobs is not None or sweep:
+        from .finetune.sweep import many_from_flags
+
+        if len(data or []) > 1 or len(eval_data or []) > 1:
+            raise ValueError("--sweep and --jobs take one file of records each; join them into one, or name them by job")
+        many_from_flags(
+            jobs=jobs,
+            sweep=sweep or [],
+            halving=halving,
+            at_once=at_once,
+            base=base,
+            data=Path(data[0]) if data else None,
+            out=out,
+            eval_data=Path(eval_data[0]) if eval_data else None,
+            method=None if flag is None and method is None else str(flag or method),
+            settings=given,
+            resume=resume,
+            force=force,
+            device=device,
+        )
+        return
+    if halving or at_once is not None:
+        raise ValueError("--halving and --at-once are about many adapters; add --sweep or --jobs, or leave them out")
+    if base is None or not data or out is None:
+        missing = next(flag for flag, value in (("--base", base), ("--data", data), ("--out", out)) if value is None)
+        raise ValueError(f"{missing} is missing; graft sft needs --base, --data and --out, or --jobs FILE")
     method = str(flag or method or "full")
     if method == "full":
         for name, value in {**lora_keys, "adapter": adapter}.items():

@@ -99,8 +99,9 @@ class RunFolder:
         """Close; a run that an exception ended says so in run.json, and why."""
         if error is not None and self._state is not None and self._state["status"] == "running":
             reason = f"{type(error).__name__}: {error}".replace("\n", " ")
+            self._state |= {"status": "stopped", "reason": reason}
             with suppress(OSError):  # the disk may be full: then the status stays `running`, as after a kill
-                write_json(self.folder / RUN_FILE, self._state | {"status": "stopped", "reason": reason})
+                write_json(self.folder / RUN_FILE, self._state)
         self.close()
 
     def _sweep(self) -> None:

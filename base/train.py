@@ -196,18 +196,15 @@ def train(
     Raises Interrupted after SIGINT or SIGTERM, ValueError when the loss is no longer finite or too many updates in a row
     had gradients that were not, OSError when the disk refuses; each names the way to go on.
     """
-    check_evaluation(config, has_evaluation=evaluate is not None)
     scaler = LossScaler(config.dtype)
     torch.manual_seed(config.seed)  # dropout; a checkpoint's own state takes its place on resume
-    start = load_checkpoint(run.checkpoints, optimizer, scaler, extra)
-    lines = run.open_metrics(after_step=start)
-    result = resumed_result(start, lines)
-    skipped_in_a_row = next((i for i, line in enumerate(reversed(lines)) if not line.get("skipped")), len(lines))
+    history = History(optimizer, config, run, scaler, evaluate=evaluate, extra=extra, resume_hint=resume_hint)
+    result = history.result
     model.train()
     began = time.perf_counter()
     try:
         with stop_on_signal() as stop:
-            for step in range(start, config.steps):
+            for step in range(history.start, config.steps):
                 if is_out_of_patience(result.evals, config.patience):
                     break
                 step_began = time.perf_counter()
@@ -219,48 +216,114 @@ def train(
                         began=step_began,
                     )
                 except NotFiniteError as error:
-                    raise ValueError(f"{error}; {_way_back(run.checkpoints, resume_hint)}") from None
-                result.steps, result.loss = step + 1, line["loss"]
-                result.n_tokens += line["n_tokens"]
-                skipped_in_a_row = skipped_in_a_row + 1 if line.get("skipped") else 0
-                result.n_skipped += bool(line.get("skipped"))
-                last = step + 1 == config.steps
-                is_best = False
-                if evaluate is not None and (last or _is_due(step, config.eval_every)):
+                    raise ValueError(f"{error}; {history.way_back()}") from None
+                figures = None
+                if history.is_due(step):
                     model.eval()
-                    figures = evaluate()
+                    figures = history.evaluate()
                     model.train()
-                    line |= figures
-                    result.val_loss = figures.get("val_loss")
-                    result.evals.append({"step": step + 1, **figures})
-                    is_best = best_step(result.evals) == step + 1
-                    last = last or is_out_of_patience(result.evals, config.patience)
-                run.log(line)
-                if on_step is not None:
-                    on_step(line)
-                is_kept = _is_due(step, config.kept_every) or (config.keeps_best and is_best)
-                if last or stop.signal or is_kept or _is_due(step, config.checkpoint_every):
-                    save_checkpoint(run.checkpoints, step + 1, optimizer, scaler, extra)
-                    remove_checkpoints(run.checkpoints, config, best_step(result.evals))
-                if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-                    raise ValueError(
-                        f"step {step + 1}: the gradients of {skipped_in_a_row} updates in a row were not finite; lower "
-                        f"learning_rate, or use dtype float32 or bfloat16; {_way_back(run.checkpoints, resume_hint)}"
-                    )
+                last = history.record(line, figures, stop=stop, on_step=on_step)
                 if stop.signal and not last:
                     raise Interrupted(
                         f"stopped after step {step + 1} of {config.steps}; to go on, {resume_hint}", stop.exit_code
                     )
     except OSError as error:
-        raise type(error)(f"{error}; {_way_back(run.checkpoints, resume_hint)}") from error
+        raise type(error)(f"{error}; {history.way_back()}") from error
     finally:
         run.close_metrics()
-    if config.keeps_best and (best := best_step(result.evals)) is not None:
-        load_weights(run.checkpoints / f"step-{best:08d}", optimizer)
-        result.best_step = best
+    history.take_best()
     result.seconds = time.perf_counter() - began
     model.eval()
     return result
+
+
+class History:
+    """What becomes of a run's steps: its log, evaluations, checkpoints and result. Made at the run's start or resumption.
+
+    Raises ValueError when the config needs a validation loss and there is no `evaluate`.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        config: TrainConfig,
+        run: RunFolder,
+        scaler: LossScaler,
+        *,
+        evaluate: Callable[[], dict[str, float]] | None = None,  # named figures, `val_loss` among them
+        extra: ExtraState | None = None,
+        resume_hint: str = "run the same command with --resume",
+    ) -> None:
+        check_evaluation(config, has_evaluation=evaluate is not None)
+        self.optimizer, self.config, self.run, self.scaler, self.extra = optimizer, config, run, scaler, extra
+        self._evaluate, self.resume_hint = evaluate, resume_hint
+        self.start = load_checkpoint(run.checkpoints, optimizer, scaler, extra)
+        lines = run.open_metrics(after_step=self.start)
+        self.result = resumed_result(self.start, lines)
+        self._skipped_in_a_row = next(
+            (i for i, line in enumerate(reversed(lines)) if not line.get("skipped")), len(lines)
+        )
+
+    def is_due(self, step: int) -> bool:
+        """Whether this step, counted from 0, is followed by an evaluation."""
+        last = step + 1 == self.config.steps
+        return self._evaluate is not None and (last or _is_due(step, self.config.eval_every))
+
+    def evaluate(self) -> dict[str, float]:
+        """The figures of an evaluation now, for the step's line."""
+        assert self._evaluate is not None
+        return self._evaluate()
+
+    def record(
+        self,
+        line: Mapping[str, Any],  # of metrics.jsonl
+        figures: Mapping[str, float] | None,  # of the evaluation after this step, if there was one
+        *,
+        stop: "Stop",  # a run that is asked to stop writes a checkpoint first
+        on_step: Callable[[dict[str, Any]], None] | None = None,
+    ) -> bool:
+        """Log a finished step and checkpoint where one is due.
+
+        Returns whether it was the last one. Raises ValueError when too many updates in a row were skipped.
+        """
+        result, config, checkpoints = self.result, self.config, self.run.checkpoints
+        step = line["step"] - 1
+        result.steps, result.loss = step + 1, line["loss"]
+        result.n_tokens += line["n_tokens"]
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if line.get("skipped") else 0
+        result.n_skipped += bool(line.get("skipped"))
+        last = step + 1 == config.steps
+        is_best = False
+        if figures is not None:
+            result.val_loss = figures.get("val_loss")
+            result.evals.append({"step": step + 1, **figures})
+            is_best = best_step(result.evals) == step + 1
+            last = last or is_out_of_patience(result.evals, config.patience)
+        line = {**line, **(figures or {})}
+        self.run.log(line)
+        if on_step is not None:
+            on_step(line)
+        is_kept = _is_due(step, config.kept_every) or (config.keeps_best and is_best)
+        if last or stop.signal or is_kept or _is_due(step, config.checkpoint_every):
+            save_checkpoint(checkpoints, step + 1, self.optimizer, self.scaler, self.extra)
+            remove_checkpoints(checkpoints, config, best_step(result.evals))
+        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise ValueError(
+                f"step {step + 1}: the gradients of {self._skipped_in_a_row} updates in a row were not finite; lower "
+                f"learning_rate, or use dtype float32 or bfloat16; {self.way_back()}"
+            )
+        return last
+
+    def take_best(self) -> None:
+        """With keep=best, put the best step's weights in place of the last ones."""
+        best = best_step(self.result.evals)
+        if self.config.keeps_best and best is not None:
+            load_weights(self.run.checkpoints / f"step-{best:08d}", self.optimizer)
+            self.result.best_step = best
+
+    def way_back(self) -> str:
+        """What a run that can't go on leaves, and how to use it."""
+        return _way_back(self.run.checkpoints, self.resume_hint)
 
 
 def check_evaluation(config: TrainConfig, *, has_evaluation: bool) -> None:
@@ -355,10 +418,30 @@ def one_step(
             if parameter.grad is not None:
                 parameter.grad /= scaler.scale
     norm = float(clip_gradients_(parameters, config.grad_clip))
-    if not math.isfinite(float(summed)):
+    line = update(optimizer, config, scaler, step, loss=float(summed), norm=norm)
+    seconds = time.perf_counter() - began
+    line |= {
+        "n_labels": total,
+        "n_tokens": read,
+        "tokens_per_s": round(read / seconds, 1),
+        "step_s": round(seconds, 5),
+    }
+    if taken := line.keys() & figures.keys():
+        raise ValueError(f"the objective's figures {sorted(taken)} have names of the loop's own; rename them")
+    return line | {name: float(figure) for name, figure in figures.items()}
+
+
+def update(
+    optimizer: Optimizer, config: TrainConfig, scaler: LossScaler, step: int, *, loss: float, norm: float
+) -> dict[str, Any]:
+    """The optimizer's update from clipped gradients, which are dropped then; returns the first figures of the step's line.
+
+    Gradients that are not finite are left out: `skipped`. Raises NotFiniteError when the loss itself is not finite.
+    """
+    if not math.isfinite(loss):
         optimizer.zero_grad()
         raise NotFiniteError(
-            f"step {step + 1}: loss {float(summed)} with gradient norm {norm}; "
+            f"step {step + 1}: loss {loss} with gradient norm {norm}; "
             "lower learning_rate, raise warmup_steps, or use dtype float32"
         )
     rate = learning_rate_at(
@@ -375,22 +458,14 @@ def one_step(
     if finite:
         optimizer.step(rate)
     optimizer.zero_grad()
-    seconds = time.perf_counter() - began
-    line = {
+    return {
         "step": step + 1,
-        "loss": float(summed),
+        "loss": loss,
         "lr": rate,
         "grad_norm": norm,
         **({} if finite else {"skipped": True}),
         **({"loss_scale": scaler.scale} if scaler.active else {}),
-        "n_labels": total,
-        "n_tokens": read,
-        "tokens_per_s": round(read / seconds, 1),
-        "step_s": round(seconds, 5),
     }
-    if taken := line.keys() & figures.keys():
-        raise ValueError(f"the objective's figures {sorted(taken)} have names of the loop's own; rename them")
-    return line | {name: float(figure) for name, figure in figures.items()}
 
 
 # --- checkpoints ---------------------------------------------------------------------------------------------------

@@ -156,7 +156,8 @@ def rows_of(model: Transformer, n_rows: int, adapters: Sequence[str | None] | No
     if adapters is None:
         bank = bank_of(model)
         choice = None if bank is None else bank.registry.choice()
-        adapters = choice.names if isinstance(choice, RowSelection) else [choice] * n_rows
+        name = choice if isinstance(choice, str) else None
+        adapters = choice.names if isinstance(choice, RowSelection) else [name] * n_rows
     if len(adapters) != n_rows:
         raise ValueError(f"{len(adapters)} adapters for {n_rows} prompts; give one for each, None for the base")
     return adapters

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
+
 from ..base.checkpoint import write_json
 from ..base.device import explain_device, peak_bytes, reset_peak, resolve_device
 from ..base.evaluate import mean_loss
@@ -238,13 +240,7 @@ def run_sft(
         if former is not None:
             load_weights_(model, former, base_fingerprint=made_for)
         result = _train(model, config, encoded, encoded_eval, run, device, progress, label or f"sft {method}")
-        metadata = {
-            "prompt_format": "chat" if any(record.messages is not None for record in records) else "text",
-            "base_fingerprint": made_for,
-            "method": method,
-            **({"template_args": dict(template.args)} if template.args else {}),
-            **({"prompt_shape": shape} if (shape := prompt_shape(records)) else {}),
-        }
+        metadata = made_with(records, made_for, method, template)
         with run.results() as folder:
             save_trained(model, config, folder, tokenizer, template, metadata)
         summary = {
@@ -350,10 +346,20 @@ def stored_in_4_bits(config: Run) -> dict[str, Any] | None:
 
 def prepare_model(config: Run, device: str) -> Transformer:
     """Load the base as the method wants it: full in float32, LoRA's base frozen in the run's dtype, QLoRA's in NF4."""
+    model = load_base(config, device)
+    if config.method == "full":
+        model.requires_grad_(True)
+    else:
+        assert config.lora is not None
+        attach_lora(model, config.lora, seed=config.train.seed)
+    return model
+
+
+def load_base(config: Run, device: str) -> Transformer:
+    """The base as the method holds it, before anything is attached or trained."""
     base = config.inputs["base"].path
     if config.method == "full":
         model = load_model(base, dtype="float32", device=device)
-        model.requires_grad_(True)
     else:
         is_peer = config.method == "qlora" and config.quant.quant_backend != "graft"
         quantize = "nf4" if config.method == "qlora" and not is_peer else None
@@ -367,8 +373,6 @@ def prepare_model(config: Run, device: str) -> Transformer:
         if is_peer:  # bitsandbytes quantizes whole layers, so the base is held in full precision first
             double_quant, backend = config.quant.double_quant, config.quant.quant_backend
             quantize_linears_(model, double_quant=double_quant, backend=backend)
-        assert config.lora is not None
-        attach_lora(model, config.lora, seed=config.train.seed)
     model.checkpointing = config.train.checkpointing
     return model
 
@@ -384,14 +388,7 @@ def _train(
     label: str,
 ) -> Result:
     loop = config.train
-    batches = SFTBatches(
-        encoded,
-        batch_size=loop.batch_size,
-        max_tokens=loop.micro_batch * max(len(record.ids) for record in encoded),
-        packed=config.data.packing,
-        seed=loop.seed,
-    )
-    val = [collate_padded(held_out[i : i + loop.micro_batch]) for i in range(0, len(held_out), loop.micro_batch)]
+    batches, val = make_batches(config, encoded, held_out)
     optimizer = make_optimizer(
         [(name, p) for name, p in model.named_parameters() if p.requires_grad],
         loop,
@@ -411,6 +408,35 @@ def _train(
             on_step=observe,
             device=device,
         )
+
+
+def make_batches(
+    config: Run, encoded: list[Encoded], held_out: list[Encoded]
+) -> tuple[SFTBatches, list[dict[str, Tensor]]]:
+    """The batches to train on, and those to validate on."""
+    loop = config.train
+    batches = SFTBatches(
+        encoded,
+        batch_size=loop.batch_size,
+        max_tokens=loop.micro_batch * max(len(record.ids) for record in encoded),
+        packed=config.data.packing,
+        seed=loop.seed,
+    )
+    val = [collate_padded(held_out[i : i + loop.micro_batch]) for i in range(0, len(held_out), loop.micro_batch)]
+    return batches, val
+
+
+def made_with(
+    records: Sequence[Record], fingerprint: str, method: str, template: ChatTemplate | None = None
+) -> dict[str, Any]:
+    """graft.json: how the records spoke to the model, and which base it was."""
+    return {
+        "prompt_format": "chat" if any(record.messages is not None for record in records) else "text",
+        "base_fingerprint": fingerprint,
+        "method": method,
+        **({"template_args": dict(template.args)} if template is not None and template.args else {}),
+        **({"prompt_shape": shape} if (shape := prompt_shape(records)) else {}),
+    }
 
 
 def save_trained(

@@ -96,6 +96,8 @@ class LoRALinear(nn.Module):
         if isinstance(choice, RowSelection):
             layer = choice.layers.get(self.slot)
             return self.base(x) if layer is None else self._by_row(x, choice, layer)
+        if not isinstance(choice, str):
+            return choice.forward(self, x)
         update = self.updates.get(choice)
         if update is None:
             return self.base(x)
@@ -193,7 +195,7 @@ class BaseAndUpdate(torch.autograd.Function):
         base: nn.Module,
     ) -> Tensor:  # (..., out)
         ctx.scale, ctx.edge, ctx.weight = scale, None, None
-        out = _run_base(ctx, base, x)
+        out = run_base(ctx, base, x)
         rows = (x if dropped is None else dropped).reshape(-1, x.shape[-1]).to(out.dtype)  # (N, in)
         low_a, low_b = a.to(out.dtype), b.to(out.dtype)
         inner = rows @ low_a.T  # (N, R)
@@ -216,7 +218,7 @@ class BaseAndUpdate(torch.autograd.Function):
         if need_a and u is not None:
             da = u.T @ rows
         if need_x:
-            dx = _base_gradient(ctx, grad, dy)  # (N, in), not shared with anything
+            dx = base_gradient(ctx, grad, dy)  # (N, in), not shared with anything
         if needs_input and u is not None:
             if dx is not None and not ctx.has_dropout:
                 dx.addmm_(u.to(dx.dtype), a.to(dx.dtype))
@@ -225,7 +227,7 @@ class BaseAndUpdate(torch.autograd.Function):
         return (None if dx is None else dx.view(ctx.x_shape).to(ctx.x_dtype)), d_dropped, da, db, None, None
 
 
-def _run_base(ctx: Any, base: nn.Module, x: Tensor) -> Tensor:
+def run_base(ctx: Any, base: nn.Module, x: Tensor) -> Tensor:
     """base(x) without a graph; keeps in ctx what the input's gradient needs."""
     if type(base) is nn.Linear and not base._forward_hooks and not base._forward_pre_hooks:
         dtype = torch.get_autocast_dtype(x.device.type) if autocast_is_on(x) else x.dtype
@@ -241,7 +243,7 @@ def _run_base(ctx: Any, base: nn.Module, x: Tensor) -> Tensor:
     return out.detach()
 
 
-def _base_gradient(ctx: Any, grad: Tensor, dy: Tensor) -> Tensor:
+def base_gradient(ctx: Any, grad: Tensor, dy: Tensor) -> Tensor:
     """dy W (N, in), in a buffer of its own."""
     if ctx.weight is not None:
         return dy @ ctx.weight

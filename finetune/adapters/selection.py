@@ -9,7 +9,7 @@ pass inside the block, or train the default adapter.
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple, Union
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Union
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,15 @@ MOST_TOGETHER = (
     64  # sum of ranks up to which a batch's adapters are applied by plain products (8 rows, in bench/lora.py's sizes)
 )
 
-Choice = Union[str, "RowSelection", None]
+Choice = Union[str, "RowSelection", "LayerForward", None]
+
+
+class LayerForward(Protocol):
+    """A choice that computes the adapted linears' outputs itself, such as many adapters in training (stacked.py)."""
+
+    def forward(self, layer: "LoRALinear", x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        ...
 
 
 class Link(NamedTuple):
@@ -262,10 +270,17 @@ def use_adapters(model: nn.Module, choice: str | Sequence[str | None] | None) ->
 
 
 @contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Within the block, and in this thread only, the model is its bare base. May be nested, also in `use_adapters`."""
-    _THREAD.link = Link(registry_of(model), None, _THREAD.link)
+def choosing(registry: AdapterRegistry, choice: Choice) -> Iterator[None]:
+    """Within the block, and in this thread only, this choice acts; it is neither checked nor counted as a use."""
+    _THREAD.link = Link(registry, choice, _THREAD.link)
     try:
         yield
     finally:
         _leave()
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Within the block, and in this thread only, the model is its bare base. May be nested, also in `use_adapters`."""
+    with choosing(registry_of(model), None):
+        yield

@@ -1,7 +1,8 @@
 """The language-model head and its loss in one function, without the (tokens x vocabulary) logits."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -50,14 +51,52 @@ def linear_cross_entropy(
                 f"use ids below it, or ignore_index={ignore_index} for no loss"
             )
     options = {"ignore_index": ignore_index, "z_loss": z_loss, "reduction": reduction}
+    chunks = _chunks_of(backend, hidden, weight)
+    if chunks is None:
+        return linear_cross_entropy_reference(hidden, weight, targets, **options)
+    return linear_cross_entropy_chunked(hidden, weight, targets, **options, chunks=chunks)
+
+
+def weighted_linear_cross_entropy(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D), the head's
+    targets: Tensor,  # (N,) int64 in [0, V), or ignore_index
+    token_weights: Tensor,  # (N,) float32: what each token's loss counts in the sum
+    *,
+    ignore_index: int = -100,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The sum of token_weights * loss, (), to be differentiated, and each token's own loss (N,), which carries no gradient.
+
+    One pass as `linear_cross_entropy` with reduction "sum" makes it, for several losses with divisors of their own. Targets
+    are not checked.
+    """
+    chunks = _chunks_of(backend, hidden, weight)
+    if chunks is None:
+        losses = linear_cross_entropy_reference(hidden, weight, targets, ignore_index=ignore_index, reduction="none")
+        return (losses * token_weights).sum(), losses.detach()
+    seen: list[Tensor] = []
+
+    def weighted(h: Tensor, w: Tensor, labels: Tensor, scale: Tensor, **options: Any) -> Any:
+        losses, *gradients = chunks(h, w, labels, scale * token_weights, **options)
+        seen.append(losses)
+        return losses * token_weights, *gradients
+
+    total = linear_cross_entropy_chunked(
+        hidden, weight, targets, ignore_index=ignore_index, reduction="sum", chunks=weighted
+    )
+    return total, seen[0]
+
+
+def _chunks_of(backend: Backend, hidden: Tensor, weight: Tensor) -> Callable[..., Any] | None:
+    """The chosen backend's pass over chunks of tokens; None for the reference, which has no chunks."""
     if takes_loops("linear_cross_entropy", backend, [hidden, weight]):
-        chunks = partial(chunked_pass, loops=True)
-        return linear_cross_entropy_chunked(hidden, weight, targets, **options, chunks=chunks)
+        return partial(chunked_pass, loops=True)
     chosen = choose_backend("linear_cross_entropy", backend, [hidden, weight])
     if chosen == "reference":
-        return linear_cross_entropy_reference(hidden, weight, targets, **options)
+        return None
     if chosen == "torch":
-        return linear_cross_entropy_chunked(hidden, weight, targets, **options)
+        return chunked_pass
     from .triton_cross_entropy import chunked_pass_triton
 
-    return linear_cross_entropy_chunked(hidden, weight, targets, **options, chunks=chunked_pass_triton)
+    return chunked_pass_triton
