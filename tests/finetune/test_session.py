@@ -179,13 +179,14 @@ def test_a_long_talk_forgets_its_oldest_turns(
     speaker = session(base_dir, {"chat": adapters["chat"]})
     turns = [{"role": role, "content": "the cat sat"} for _ in range(12) for role in ("user", "assistant")]
     turns = [{"role": "system", "content": "a bird"}, *turns, {"role": "user", "content": "rivers"}]
-    kept = speaker.fitting(turns, 10)
-    assert kept[0] == turns[0]
-    assert kept[1]["role"] == "user"
-    assert kept[1:] == turns[-len(kept) + 1 :]
-    assert len(speaker.prompt_ids(kept)) + 10 <= 96
-    one_more = [turns[0], *turns[-len(kept) - 1 :]]
-    assert len(speaker.prompt_ids(one_more)) + 10 > 96
+    for room in range(1, 60):
+        kept = speaker.fitting(turns, room)
+        assert kept[0] == turns[0]
+        assert kept[1]["role"] == "user"
+        assert kept[1:] == turns[-len(kept) + 1 :]
+        assert len(speaker.prompt_ids(kept)) + room <= 96
+        one_turn_more = [turns[0], *turns[-len(kept) - 1 :]]  # a question and its answer
+        assert len(speaker.prompt_ids(one_turn_more)) + room > 96
     assert speaker.fitting(turns[:3], 10) == turns[:3]
     monkeypatch.setattr(Session, "answer", lambda self, messages, **options: "the tree stood by the river")
     monkeypatch.setattr(sys, "stdin", io.StringIO("the cat sat on the mat\n" * 12))
