@@ -9,12 +9,13 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+import regex
 
 from ....kernels.numba_jit import collector_paused, compiled, inlined
 from ....kernels.numba_memory import address, byte_at, eight_at, four_at, put_eight
-from .. import reference
 from ..definition import ID_BITS, Definition, check_ids
 from ..patterns import WHOLE, kind_of
+from ..split import cut
 from .memory import PADDING, aligned_zeros, check_bounds, padded, utf8_address
 from .scan import cut_words, new_buffers, unicode_classes
 from .words import SLOT, VALUE, N, count_words, first_look, move_words, put_key, search
@@ -348,8 +349,10 @@ class Encoder:
 
     def __init__(self, definition: Definition):
         self._definition = definition
-        self._kind = kind_of(definition.splits[0]) if len(definition.splits) == 1 else WHOLE
-        self._by_pattern = self._kind == WHOLE and len(definition.splits) > 0
+        splits = definition.splits
+        self._kind = kind_of(splits[-1]) if splits else WHOLE
+        general = splits if self._kind == WHOLE else splits[:-1]  # scan.py cuts by a named pattern that comes last
+        self._patterns = [regex.compile(pattern) for pattern in general]
         self._cache: Cache | None = None
 
     @cached_property
@@ -405,12 +408,12 @@ class Encoder:
 
     @property
     def by_kind(self) -> bool:
-        """Whether scan.py cuts the words, not the regex package."""
-        return self._kind != WHOLE
+        """Whether scan.py alone cuts the text, without the regex package."""
+        return self._kind != WHOLE and not self._patterns
 
     def encode(self, texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """The ids of UTF-8 texts in a row (int32), and where each text's ids end (int64)."""
-        if self._by_pattern:
+        if self._patterns:
             return self._encode_by_pattern(texts)
         ends = np.cumsum(np.fromiter(map(len, texts), np.int64, len(texts)))
         return self.encode_bytes(texts[0] if len(texts) == 1 else b"".join(texts), ends, self._kind)
@@ -423,7 +426,7 @@ class Encoder:
 
     def encode_text(self, text: str) -> np.ndarray:
         """The ids of one text without lone surrogates, int32, read from where CPython keeps its UTF-8."""
-        if self._by_pattern:
+        if self._patterns:
             return self._encode_by_pattern([text.encode()])[0]
         start, n_bytes, _alive = utf8_address(text)
         return self._encode_at(start, n_bytes, np.array([n_bytes]), self._kind)[0]
@@ -439,15 +442,14 @@ class Encoder:
         return out, out_ends
 
     def _encode_by_pattern(self, texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """The general path: the regex package cuts, the kernel gets the words one by one."""
-        words: list[bytes] = []
-        n_words: list[int] = []
-        for text in texts:
-            pieces = [text.decode()]
-            for pattern in self._definition.splits:
-                pieces = [word for piece in pieces for word in reference.split_words(piece, pattern)]
-            words += [piece.encode() for piece in pieces]
-            n_words.append(len(words))
-        ends = np.cumsum(np.fromiter(map(len, words), np.int64, len(words)))
-        ids, word_ends = self.encode_bytes(b"".join(words), ends, WHOLE)
-        return ids, np.concatenate([[0], word_ends])[n_words]
+        """For split patterns that scan.py doesn't know: the regex package cuts each text, then the pieces are encoded."""
+        ends: list[np.ndarray] = [np.zeros(0, np.int64)]
+        n_pieces: list[int] = []  # up to and with each text
+        n_bytes = 0
+        for data in texts:
+            ends.append(cut(data.decode(), data, self._patterns) + n_bytes)
+            n_bytes += len(data)
+            n_pieces.append(len(ends[-1]) + (n_pieces[-1] if n_pieces else 0))
+        data = texts[0] if len(texts) == 1 else b"".join(texts)
+        ids, piece_ends = self.encode_bytes(data, np.concatenate(ends), self._kind)
+        return ids, np.concatenate([[0], piece_ends])[n_pieces]
