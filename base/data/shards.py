@@ -133,6 +133,8 @@ def prepare(
     readable, until the new ones are on disk; other files in `out` are left alone. Raises ValueError for a tokenizer
     without EOS and for an `out` that is finished already, OSError when the disk refuses.
     """
+    from ..tokenizer.definition import unicode_versions
+
     out = Path(out)
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction} is out of range; give at least 0 and less than 1")
@@ -163,6 +165,7 @@ def prepare(
                 "bos_token_id": tokenizer.bos_token_id if tokenizer.add_bos else None,  # at the start of each document
                 "eos_token_id": tokenizer.eos_token_id,
                 "tokenizer": tokenizer.fingerprint(),
+                "unicode": unicode_versions(),  # a note; readers do not compare it
                 "val_fraction": val_fraction,
                 "seed": seed,
                 "sources": [str(file) for file in files],
