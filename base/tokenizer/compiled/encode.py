@@ -1,7 +1,7 @@
 """Words to ids by merge rank, with a cache of words.
 
 Encoding is exact: in each word the pair of lowest rank is merged first, the leftmost of equals, until no pair is left.
-A word that was met before costs one look into the cache, a hash table (words.py) whose slots hold up to three ids.
+A word encoded before costs one lookup in the cache, a hash table (words.py) whose slots hold up to three ids.
 """
 
 from collections.abc import Sequence
@@ -58,11 +58,11 @@ class Tables(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Words met before."""
+    """Words encoded before."""
 
     slots: np.ndarray  # uint64, words.py: value = the first two ids, n = the third id and above it how many there are
     long_bytes: np.ndarray  # uint8
-    ids: np.ndarray  # int32, of words of more than three ids; the value says where
+    ids: np.ndarray  # int32, of words of more than three ids; the slot's value is the index of the first
     used: np.ndarray  # int64: slots, bytes, ids
 
 
@@ -111,7 +111,9 @@ def merge_short(tables, word, size, ids, rank):
     while n > 1:
         least = _NONE << 8
         for place in range(n - 1):
-            least = min(least, np.int64(rank[place]) << 8 | place)  # no branch to guess wrong
+            least = min(
+                least, np.int64(rank[place]) << 8 | place
+            )  # without a branch, which would often be mispredicted
         best, least_rank = least & 0xFF, least >> 8
         if least_rank == _NONE:
             break
@@ -131,7 +133,7 @@ def merge_short(tables, word, size, ids, rank):
 
 @inlined
 def sink(heap, n, at):
-    """Let the entry at a place of a heap of n, least first, sink to where it belongs."""
+    """Restore the order of a min-heap of n entries: move the entry at index `at` down."""
     value = heap[at]
     while 2 * at + 1 < n:
         child = 2 * at + 1
@@ -146,7 +148,7 @@ def sink(heap, n, at):
 
 @inlined
 def rise(heap, at):
-    """Let the entry at a place of the heap rise to where it belongs."""
+    """Restore the order of the min-heap: move the entry at index `at` up."""
     value = heap[at]
     while at > 0 and heap[(at - 1) >> 1] > value:
         heap[at] = heap[(at - 1) >> 1]
@@ -158,8 +160,8 @@ def rise(heap, at):
 def merge_long(tables, word, size, out):
     """Encode a word of any length in n log n steps; returns how many ids were written to `out`.
 
-    Tokens are known by their first place. The heap holds rank and place of each pair as one number; an entry that no
-    longer tells the truth is passed over.
+    A token is identified by the index of its first byte. A heap entry is the pair's rank << 32 | index; an entry whose pair has
+    changed since is skipped.
     """
     ids = np.empty(size, np.int32)
     before = np.empty(size, np.int32)
@@ -305,7 +307,9 @@ def encode_text(text_at, ends, kind, classes, ranks, cache, out, out_ends, state
                 n = np.int64(last >> _32)
                 if found and n <= 3:
                     put_eight(here, eight_at(slot + 16))
-                    put_eight(here + 8, last)  # the third id, and what the next word's overwrite
+                    put_eight(
+                        here + 8, last
+                    )  # the third id; the other four bytes are overwritten by the next word's ids
                 else:
                     n = copy_known(slots_at, mask, long_at, more_at, word, size, here)
                 if n == 0:
@@ -345,7 +349,7 @@ def by_address(ranks):
 
 
 class Encoder:
-    """Plain text to ids. Not for two threads at once, but that Python's global lock holds them apart."""
+    """Plain text to ids. Not thread-safe by itself; safe today only because the compiled loops hold the GIL."""
 
     def __init__(self, definition: Definition):
         self._definition = definition
