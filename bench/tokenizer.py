@@ -42,6 +42,12 @@ SETTINGS = {
 SHARED = Path(__file__).resolve().parents[1] / "../shared/data"
 Round = tuple[float, float, int]  # seconds, seconds of CPU, peak bytes
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+DEEPSEEK = (  # DeepSeek-V3's three splits, one after the other: no named pattern, so the regex package cuts
+    r"\p{N}{1,3}",
+    r"[一-龥぀-ゟ゠-ヿ]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+",
+)
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"  # tiktoken's own for GPT-2
 
 
@@ -104,6 +110,14 @@ def write_vocabulary(folder: Path) -> None:
     }
     (folder / "llama3").mkdir()
     (folder / "llama3/tokenizer.json").write_text(json.dumps(main))
+    byte_level = main["pre_tokenizer"]["pretokenizers"][-1]
+    splits = [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        for pattern in DEEPSEEK
+    ]
+    main["pre_tokenizer"]["pretokenizers"] = [*splits, byte_level]
+    (folder / "deepseek").mkdir()
+    (folder / "deepseek/tokenizer.json").write_text(json.dumps(main))
 
 
 def trainer(peer: str, file: str, vocab_size: int):
@@ -136,30 +150,33 @@ def trainer(peer: str, file: str, vocab_size: int):
     return lambda: gigatoken.train_bpe(Path(file), vocab_size, [])
 
 
-def coder(peer: str, vocabulary: Path, llama3: bool):
-    """Functions text -> array of ids and ids -> text, with GPT-2's vocabulary and its pattern or Llama 3's; and how decode
-    takes its ids."""
+def coder(peer: str, vocabulary: Path, split: str = "gpt2"):
+    """Functions text -> array of ids and ids -> text, and how decode takes its ids.
+
+    The vocabulary is GPT-2's; split: gpt2, llama3 or deepseek (which tiktoken, having one pattern, can't do).
+    """
+    one_file = str(vocabulary / ("one_file" if split == "gpt2" else split) / "tokenizer.json")
     if peer == "graft":
         import graft
 
-        tok = graft.Tokenizer.load(vocabulary / "llama3" if llama3 else vocabulary)
+        tok = graft.Tokenizer.load(vocabulary if split == "gpt2" else vocabulary / split)
         return tok.encode, tok.decode, lambda ids: ids
     if peer == "tiktoken":
         import tiktoken
         from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
         ranks = data_gym_to_mergeable_bpe_ranks(str(vocabulary / "merges.txt"), str(vocabulary / "vocab.json"))
-        pattern = LLAMA3 if llama3 else PATTERN
+        pattern = LLAMA3 if split == "llama3" else PATTERN
         enc = tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
         return enc.encode_to_numpy, enc.decode, lambda ids: ids.tolist()
     if peer == "tokenizers":
         import tokenizers
 
-        tok = tokenizers.Tokenizer.from_file(str(vocabulary / ("llama3" if llama3 else "one_file") / "tokenizer.json"))
+        tok = tokenizers.Tokenizer.from_file(one_file)
         return lambda text: tok.encode(text, add_special_tokens=False).ids, tok.decode, lambda ids: ids
     import gigatoken
 
-    tok = gigatoken.Tokenizer(str(vocabulary / ("llama3" if llama3 else "one_file") / "tokenizer.json"))
+    tok = gigatoken.Tokenizer(one_file)
     return tok.encode, tok.decode, lambda ids: ids
 
 
@@ -217,7 +234,9 @@ def serve(peer: str, job: str, file: str, vocab_size: int, vocabulary: Path) -> 
         action = trainer(peer, file, vocab_size)
     else:
         text = Path(file).read_bytes().decode()
-        encode, decode, form = coder(peer, vocabulary, llama3=job == "encode-llama3")
+        encode, decode, form = coder(
+            peer, vocabulary, job.removeprefix("encode-") if job.startswith("encode-") else "gpt2"
+        )
         if job == "decode":
             ids = form(encode(text))
             action = lambda: decode(ids)  # noqa: E731
@@ -321,6 +340,9 @@ JOBS = {  # row -> what is done, with which text, by whom
     "encode-scripts": ("encode", many_scripts, CODERS),
     "encode-code": ("encode", code, CODERS),
     "encode-llama3": ("encode-llama3", english, CODERS),  # the other patterns are cut word by word
+    "deepseek-english": ("encode-deepseek", english, ("graft", "tokenizers")),
+    "deepseek-scripts": ("encode-deepseek", many_scripts, ("graft", "tokenizers")),
+    "deepseek-code": ("encode-deepseek", lambda: code(2_000_000), ("graft", "tokenizers")),
     "first-call": ("first", english, CODERS),
     "fresh-start": ("fresh", english, CODERS),
     "decode": ("decode", english, CODERS),

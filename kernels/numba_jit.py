@@ -1,4 +1,4 @@
-"""How the hot loops on the CPU are compiled: Numba, on first use, kept on disk, said aloud once."""
+"""How the CPU loops are compiled: by Numba on first use, cached on disk, with one log line when compilation starts."""
 
 import gc
 import logging
@@ -18,7 +18,7 @@ _PACKAGE = __name__.partition(".")[0] + "."
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """No garbage collection meanwhile: it would go over Numba's 300 modules each time that many objects are made."""
+    """Pauses garbage collection: each time many objects are made it would traverse Numba's 300 modules."""
     if not gc.isenabled():
         yield
         return
@@ -45,9 +45,9 @@ def compiled(
     try:
         loop: Any = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # numba found no folder that it may write
-        _Announcer.how_often = "in each process, for want of a cache folder (NUMBA_CACHE_DIR can name one)"
+        _CompilationLogger.how_often = "in each process, for want of a cache folder (NUMBA_CACHE_DIR can name one)"
         return numba.njit(**options)(function)
-    # Numba asks only whether the function's own file changed, but each loop holds parts of the files beside it.
+    # Numba recompiles only when the function's own file changed, but a loop also contains inlined code from the files beside it.
     loop._cache._cache_file._source_stamp = _stamp(Path(function.__code__.co_filename).parent)
     loop._cache.load_overload = partial(_load, loop._cache)
     loop._compilation_chain_init_hook = lambda: None
@@ -58,7 +58,7 @@ def _load(cache: Any, signature: Any, context: Any) -> Any:
     """Take a compiled loop from disk without what only compiling needs, in a quarter of the time.
 
     Numba first imports its whole library of functions, and every installed package that extends it. The loops here call
-    Numba's memory manager and nothing else; when a loop has to be compiled, Numba makes up for the imports.
+    Numba's memory manager and nothing else; when a loop has to be compiled, Numba does these imports then.
     """
     with collector_paused(), cache._guard_against_spurious_io_errors():
         rtsys.initialize(context)
@@ -77,10 +77,10 @@ def inlined(function: Callable[..., Any]) -> Any:
     return numba.njit(forceinline=True)(function)
 
 
-class _Announcer(event.Listener):
-    """Says once for each kind of loops that compilation has begun. Numba sends no event when it finds the code on disk."""
+class _CompilationLogger(event.Listener):
+    """Logs one line for each kind of loop when its compilation starts. Numba sends no event for a loop loaded from disk."""
 
-    said: ClassVar[set[str]] = set()
+    logged: ClassVar[set[str]] = set()
     how_often = "once per machine"
     names: ClassVar = {
         "compiled": "the tokenizer's loops",
@@ -94,12 +94,12 @@ class _Announcer(event.Listener):
         package, _, module = details["dispatcher"].py_func.__module__.rpartition(".")
         folder = package.rpartition(".")[2]
         name: str = self.names.get(folder) or folder
-        if name not in self.said and module and package.startswith(_PACKAGE):
-            self.said.add(name)
+        if name not in self.logged and module and package.startswith(_PACKAGE):
+            self.logged.add(name)
             _log.warning("graft: compiling %s, %s, about ten seconds ...", name, self.how_often)
 
     def on_end(self, event: event.Event) -> None:
         pass
 
 
-event.register("numba:compile", _Announcer())
+event.register("numba:compile", _CompilationLogger())

@@ -1,7 +1,7 @@
-"""Memory by address, for compiled loops: what an array costs in Numba is not worth it where each nanosecond counts.
+"""Memory by address, for compiled loops: for the innermost loops, where Numba's arrays cost too much.
 
-Numba counts the references to an array around each call of a function that takes it, inlined or not, and asks of every index
-whether it is negative. An address is an integer; who passes it keeps the array behind it alive, and nothing is checked.
+Numba counts the references to an array around each call of a function that takes it, inlined or not, and checks every
+index for being negative. An address is an integer; the caller keeps its array alive, and nothing is checked.
 """
 
 from collections.abc import Callable

@@ -194,7 +194,7 @@ class AdamW8bit:
             if saved is None or saved.shape != target.shape or saved.dtype != target.dtype:
                 got = "nothing" if saved is None else f"{tuple(saved.shape)} {saved.dtype}"
                 raise ValueError(
-                    f"optimizer state {name}: {got} saved, {tuple(target.shape)} {target.dtype} due; "
+                    f"optimizer state {name}: expected {tuple(target.shape)} {target.dtype}, got {got}; "
                     "resume with the config that the run was started with"
                 )
             target.copy_(saved)

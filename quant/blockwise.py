@@ -95,7 +95,7 @@ def check_weight(weight: Tensor) -> None:
 def dequantize_nf4(
     packed: Tensor, state: QuantState, *, dtype: torch.dtype | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """The weight again, in its own dtype or the one asked for: codebook[code] * absmax in float32, then one rounding.
+    """The weight again, in its own dtype or the requested one: codebook[code] * absmax in float32, then one rounding.
 
     `out` is memory to use again, contiguous and of the state's shape; its dtype is the result's. Raises ValueError when
     packed does not have the bytes that the state's shape needs, and when `out` does not fit.

@@ -128,7 +128,7 @@ class NF4Linear(nn.Module):
             self.register_buffer("nested_codebook", state.double.codebook)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:  # (out, in)
-        """The weight in full, in its dtype before quantization or the one asked for."""
+        """The weight in full, in its dtype before quantization or the requested one."""
         return dequantize_nf4(self.packed, self.state, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)

@@ -33,7 +33,7 @@ Progress = Callable[[str, int, int], None]
 
 
 class TokenShards:
-    """One split as one long row of ids: `len(shards)`, `shards[a:b]`. Nothing is read before it is asked for."""
+    """One split as one long row of ids: `len(shards)`, `shards[a:b]`. Reads only the ids of the requested slice."""
 
     def __init__(self, folder: Path, split: str, meta: dict[str, Any]):
         entry = meta["splits"][split]
@@ -54,7 +54,7 @@ class TokenShards:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, where: slice) -> np.ndarray:
-        """The ids of a slice with step 1, int64, across the files' borders."""
+        """The ids of a slice with step 1, int64, across file boundaries."""
         start, stop, step = where.indices(len(self))
         if step != 1:
             raise ValueError(f"step {step} is not supported; token shards take slices with step 1")
@@ -134,6 +134,8 @@ def prepare(
     readable, until the new ones are on disk; other files in `out` are left alone. Raises ValueError for a tokenizer
     without EOS and for an `out` that is finished already, OSError when the disk refuses.
     """
+    from ..tokenizer.definition import unicode_versions
+
     out = Path(out)
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction} is out of range; give at least 0 and less than 1")
@@ -164,6 +166,7 @@ def prepare(
                 "bos_token_id": tokenizer.bos_token_id if tokenizer.add_bos else None,  # at the start of each document
                 "eos_token_id": tokenizer.eos_token_id,
                 "tokenizer": tokenizer.fingerprint(),
+                "unicode": unicode_versions(),  # a note; readers do not compare it
                 "val_fraction": val_fraction,
                 "seed": seed,
                 "sources": [str(file) for file in files],
@@ -189,7 +192,7 @@ def _sweep(out: Path) -> None:
 
 
 def _shards_of(out: Path) -> list[Path]:
-    """The shards that a folder's meta.json names; none when it can't be read: then nothing is known to be ours."""
+    """The shards that a folder's meta.json names; none if it can't be read: then no file is known to be graft's."""
     try:
         splits = json.loads((out / "meta.json").read_text(encoding="utf-8"))["splits"].values()
         names = [name for entry in splits for name in entry["files"]]
@@ -211,9 +214,9 @@ def _move_shards(source: Path, out: Path, splits: dict[str, dict[str, Any]]) -> 
 
 
 def _take_plain_names(out: Path, meta: dict[str, Any]) -> None:
-    """Rename shards that had to make way for replaced ones, if the plain names are free now.
+    """Give shards written under a versioned name (because the replaced ones still existed) their plain names, if free now.
 
-    By a second name, a new meta.json and the first name's end, so that readers find whole shards at any moment.
+    Links the plain name, writes meta.json with it, then removes the versioned name, so readers find whole shards at any moment.
     """
     names = [name for entry in meta["splits"].values() for name in entry["files"]]
     plain = {name: re.sub(r"-\d+\.bin$", ".bin", name) if name.count("-") == 2 else name for name in names}

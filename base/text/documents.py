@@ -94,7 +94,7 @@ def read_documents(
     field: str = "text",  # which field of JSON and parquet rows
     errors: Errors = "strict",
     piece_bytes: int | None = PIECE_BYTES,  # None: whole documents, however long
-    on_read: Callable[[int], None] | None = None,  # told how many bytes of the files have been read so far
+    on_read: Callable[[int], None] | None = None,  # called with how many bytes of the files have been read so far
 ) -> Iterator[Piece]:
     """The documents of the files, in order. Never yields an empty document.
 
@@ -121,7 +121,7 @@ def read_documents(
 
 @contextmanager
 def _open(file: Path) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
-    """The file's bytes, unzipped, and a function that tells how far the file itself has been read."""
+    """The file's bytes, unzipped, and a function that returns how many bytes of the file itself have been read."""
     with file.open("rb") as raw:
         if file.suffix.lower() == ".gz":
             try:
@@ -144,7 +144,7 @@ def find_cut(data: bytes, limit: int) -> int:
     """The last place at or before `limit` where a text can be cut without changing its words; 0 when there is none."""
     for window in (1 << 12, 1 << 18, len(data)):
         start = max(0, limit - window)
-        # A byte more on the right is enough: each rule looks at one character, and its first byte tells blank or not.
+        # Up to 4 bytes right of the limit are enough: each rule looks at one character on its right.
         text = data[start : limit + 4].decode("utf-8", "surrogateescape")
         right = len(data[limit : limit + 4].decode("utf-8", "surrogateescape"))
         match = _CUT.search(text, 1, max(1, len(text) - right))
@@ -185,7 +185,7 @@ def checked(data: bytes, file: Path | str, offset: int, errors: Errors) -> bytes
             return data.decode("utf-8", "replace").encode()
         at = offset + error.start
         raise ValueError(
-            f"{file} is not UTF-8: byte 0x{data[error.start]:02x} at byte offset {at}; mend the file or pass "
+            f"{file} is not UTF-8: byte 0x{data[error.start]:02x} at byte offset {at}; fix the file or pass "
             "--errors replace to put U+FFFD there"
         ) from None
     return data
@@ -198,10 +198,10 @@ def _field(row: object, field: str, where: str) -> str:
     if isinstance(row, str):
         return row
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: a row is {type(row).__name__}; an object with the field {field!r} is due")
+        raise ValueError(f"{where}: expected an object with the field {field!r}, got {type(row).__name__}")
     if not isinstance(row.get(field), str):
-        found = ", ".join(map(repr, row)) or "nothing"
-        raise ValueError(f"{where}: no text in the field {field!r}; the row has {found}; name one with --field")
+        fields = ", ".join(map(repr, row)) or "nothing"
+        raise ValueError(f"{where}: no text in the field {field!r}; the row has {fields}; name one with --field")
     return row[field]
 
 

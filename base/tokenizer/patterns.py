@@ -13,7 +13,7 @@ GPT4 = _HEAD + r"\p{N}{1,3}" + _TAIL.replace(r"|\s*[\r\n]+", r"|\s+(?![\s\S])|\s
 
 NAMED = {"gpt2": GPT2, "gpt4": GPT4, "cl100k": GPT4, "llama3": LLAMA3, "qwen2": QWEN2}
 
-_CHOICE = f"choose {', '.join(NAMED)} or mend the expression"
+_CHOICE = f"choose {', '.join(NAMED)} or fix the expression"
 
 # Other spellings of the same four splits, as found in tokenizer.json files and in tiktoken.
 _SPELLINGS = {
@@ -24,7 +24,7 @@ _SPELLINGS = {
     r"\s++$|\s*[\r\n]|\s+(?!\S)|\s": GPT4,
 }
 
-# How scan.py tells the patterns apart; WHOLE means that the words were cut by somebody else.
+# How scan.py tells the patterns apart; WHOLE: the text is already cut, each stretch is one pretoken.
 WHOLE, KIND_GPT2, KIND_LLAMA3, KIND_QWEN2, KIND_GPT4 = 0, 1, 2, 3, 4
 _KINDS = {GPT2: KIND_GPT2, LLAMA3: KIND_LLAMA3, QWEN2: KIND_QWEN2, GPT4: KIND_GPT4}
 

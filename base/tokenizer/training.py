@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import regex
 
 from ..text.documents import PIECE_BYTES, Piece, batch_pieces, list_files, read_documents, total_bytes
 from ..text.parallel import default_workers, run_blocks
@@ -13,7 +14,8 @@ from .compiled import merges
 from .compiled.words import WordCounter, Words
 from .definition import Definition, check_special_tokens, new_definition
 from .patterns import WHOLE, kind_of, resolve
-from .reference import split_at_tokens, split_words
+from .reference import split_at_tokens
+from .split import cut
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
@@ -22,7 +24,7 @@ class CountHandler:
     """Counts the words of blocks of documents (parallel.Handler)."""
 
     def __init__(self, pattern: str, special_tokens: Sequence[str]):
-        self._pattern = pattern
+        self._pattern = regex.compile(pattern)
         self._kind = kind_of(pattern)
         self._special_tokens = special_tokens
         self._counter = WordCounter()
@@ -33,9 +35,13 @@ class CountHandler:
             parts = [
                 text.encode() for part in parts for text in split_at_tokens(part.decode(), self._special_tokens)[::2]
             ]
-        if self._kind == WHOLE:
-            parts = [word.encode() for part in parts for word in split_words(part.decode(), self._pattern)]
         ends = np.cumsum(np.fromiter(map(len, parts), np.int64, len(parts)))
+        if self._kind == WHOLE:
+            cuts = [
+                cut(part.decode(), part, [self._pattern]) + end - len(part)
+                for part, end in zip(parts, ends, strict=True)
+            ]
+            ends = np.concatenate(cuts) if cuts else ends
         starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
         self._counter.add_text(parts[0] if len(parts) == 1 else b"".join(parts), starts, ends, self._kind)
 

@@ -179,7 +179,7 @@ def dequantize_8bit(codes: Tensor, absmax: Tensor, codebook: Tensor, *, block_si
 
 
 def flat_memory(tensor: Tensor) -> np.ndarray:
-    """The values side by side, copied only where they don't lie so."""
+    """The values as one contiguous array; copied only if they aren't contiguous already."""
     return tensor.detach().reshape(-1).contiguous().resolve_neg().numpy()
 
 

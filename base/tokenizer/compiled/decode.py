@@ -11,7 +11,7 @@ from ....kernels.numba_memory import address, put_eight
 from ..definition import check_ids
 from .memory import PADDING
 
-_LONG = np.uint64(16)  # stands for the size where a token is written byte by byte, or there is none
+_LONG = np.uint64(16)  # in place of the size: the token is longer than 15 bytes, or the vocabulary has no such id
 _1, _2, _56 = (np.uint64(number) for number in (1, 2, 56))
 
 
@@ -26,7 +26,7 @@ def all_below(ids, limit):
 
 @compiled
 def decode_ids(ids, place, at, heads, sizes, starts, spelling, out):
-    """Write the bytes of the tokens from `place` on: sixteen at once, of which the next token overwrites the surplus.
+    """Write the bytes of the tokens from index `place` on. 16 bytes are stored for each; the next token overwrites the excess.
 
     Returns where it stopped, in the ids and in `out`: at the end, at an id without a token, or at a long token for which
     `out` has no room beside 16 bytes for each id behind it.
@@ -52,7 +52,7 @@ def decode_ids(ids, place, at, heads, sizes, starts, spelling, out):
 
 
 class Decoder:
-    """Ids to bytes. All that a token of up to 15 bytes needs lies in 16 bytes: its own, and its size in the last one."""
+    """Ids to bytes. A token of at most 15 bytes is held in 16: its bytes, and its size in the last one."""
 
     def __init__(self, vocab: dict[int, bytes]):
         check_ids(vocab)
@@ -77,7 +77,11 @@ class Decoder:
         place = at = extra = 0
         out = np.empty(0, np.uint8)
         while True:
-            larger = np.empty(at + extra + 16 * (len(narrow) - place) + 2 * PADDING, np.uint8)  # untouched, it's free
+            larger = np.empty(
+                at + extra + 16 * (len(narrow) - place) + 2 * PADDING,
+                np.uint8,
+                # Memory that is never written costs nothing.
+            )
             larger[:at] = out[:at]
             out = larger
             place, at = decode_ids(narrow, place, at, self._heads, self._sizes, self._starts, self._spelling, out)

@@ -1,7 +1,7 @@
 """Words to ids by merge rank, with a cache of words.
 
 Encoding is exact: in each word the pair of lowest rank is merged first, the leftmost of equals, until no pair is left.
-A word that was met before costs one look into the cache, a hash table (words.py) whose slots hold up to three ids.
+A word encoded before costs one lookup in the cache, a hash table (words.py) whose slots hold up to three ids.
 """
 
 from collections.abc import Sequence
@@ -9,12 +9,13 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+import regex
 
 from ....kernels.numba_jit import collector_paused, compiled, inlined
 from ....kernels.numba_memory import address, byte_at, eight_at, four_at, put_eight
-from .. import reference
 from ..definition import ID_BITS, Definition, check_ids
 from ..patterns import WHOLE, kind_of
+from ..split import cut
 from .memory import PADDING, aligned_zeros, check_bounds, padded, utf8_address
 from .scan import cut_words, new_buffers, unicode_classes
 from .words import SLOT, VALUE, N, count_words, first_look, move_words, put_key, search
@@ -57,11 +58,11 @@ class Tables(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Words met before."""
+    """Words encoded before."""
 
     slots: np.ndarray  # uint64, words.py: value = the first two ids, n = the third id and above it how many there are
     long_bytes: np.ndarray  # uint8
-    ids: np.ndarray  # int32, of words of more than three ids; the value says where
+    ids: np.ndarray  # int32, of words of more than three ids; the slot's value is the index of the first
     used: np.ndarray  # int64: slots, bytes, ids
 
 
@@ -110,7 +111,9 @@ def merge_short(tables, word, size, ids, rank):
     while n > 1:
         least = _NONE << 8
         for place in range(n - 1):
-            least = min(least, np.int64(rank[place]) << 8 | place)  # no branch to guess wrong
+            least = min(
+                least, np.int64(rank[place]) << 8 | place
+            )  # without a branch, which would often be mispredicted
         best, least_rank = least & 0xFF, least >> 8
         if least_rank == _NONE:
             break
@@ -130,7 +133,7 @@ def merge_short(tables, word, size, ids, rank):
 
 @inlined
 def sink(heap, n, at):
-    """Let the entry at a place of a heap of n, least first, sink to where it belongs."""
+    """Restore the order of a min-heap of n entries: move the entry at index `at` down."""
     value = heap[at]
     while 2 * at + 1 < n:
         child = 2 * at + 1
@@ -145,7 +148,7 @@ def sink(heap, n, at):
 
 @inlined
 def rise(heap, at):
-    """Let the entry at a place of the heap rise to where it belongs."""
+    """Restore the order of the min-heap: move the entry at index `at` up."""
     value = heap[at]
     while at > 0 and heap[(at - 1) >> 1] > value:
         heap[at] = heap[(at - 1) >> 1]
@@ -157,8 +160,8 @@ def rise(heap, at):
 def merge_long(tables, word, size, out):
     """Encode a word of any length in n log n steps; returns how many ids were written to `out`.
 
-    Tokens are known by their first place. The heap holds rank and place of each pair as one number; an entry that no
-    longer tells the truth is passed over.
+    A token is identified by the index of its first byte. A heap entry is the pair's rank << 32 | index; an entry whose pair has
+    changed since is skipped.
     """
     ids = np.empty(size, np.int32)
     before = np.empty(size, np.int32)
@@ -304,7 +307,9 @@ def encode_text(text_at, ends, kind, classes, ranks, cache, out, out_ends, state
                 n = np.int64(last >> _32)
                 if found and n <= 3:
                     put_eight(here, eight_at(slot + 16))
-                    put_eight(here + 8, last)  # the third id, and what the next word's overwrite
+                    put_eight(
+                        here + 8, last
+                    )  # the third id; the other four bytes are overwritten by the next word's ids
                 else:
                     n = copy_known(slots_at, mask, long_at, more_at, word, size, here)
                 if n == 0:
@@ -344,12 +349,14 @@ def by_address(ranks):
 
 
 class Encoder:
-    """Plain text to ids. Not for two threads at once, but that Python's global lock holds them apart."""
+    """Plain text to ids. Not thread-safe by itself; safe today only because the compiled loops hold the GIL."""
 
     def __init__(self, definition: Definition):
         self._definition = definition
-        self._kind = kind_of(definition.splits[0]) if len(definition.splits) == 1 else WHOLE
-        self._by_pattern = self._kind == WHOLE and len(definition.splits) > 0
+        splits = definition.splits
+        self._kind = kind_of(splits[-1]) if splits else WHOLE
+        general = splits if self._kind == WHOLE else splits[:-1]  # scan.py cuts by a named pattern that comes last
+        self._patterns = [regex.compile(pattern) for pattern in general]
         self._cache: Cache | None = None
 
     @cached_property
@@ -405,12 +412,12 @@ class Encoder:
 
     @property
     def by_kind(self) -> bool:
-        """Whether scan.py cuts the words, not the regex package."""
-        return self._kind != WHOLE
+        """Whether scan.py alone cuts the text, without the regex package."""
+        return self._kind != WHOLE and not self._patterns
 
     def encode(self, texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """The ids of UTF-8 texts in a row (int32), and where each text's ids end (int64)."""
-        if self._by_pattern:
+        if self._patterns:
             return self._encode_by_pattern(texts)
         ends = np.cumsum(np.fromiter(map(len, texts), np.int64, len(texts)))
         return self.encode_bytes(texts[0] if len(texts) == 1 else b"".join(texts), ends, self._kind)
@@ -423,7 +430,7 @@ class Encoder:
 
     def encode_text(self, text: str) -> np.ndarray:
         """The ids of one text without lone surrogates, int32, read from where CPython keeps its UTF-8."""
-        if self._by_pattern:
+        if self._patterns:
             return self._encode_by_pattern([text.encode()])[0]
         start, n_bytes, _alive = utf8_address(text)
         return self._encode_at(start, n_bytes, np.array([n_bytes]), self._kind)[0]
@@ -439,15 +446,14 @@ class Encoder:
         return out, out_ends
 
     def _encode_by_pattern(self, texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """The general path: the regex package cuts, the kernel gets the words one by one."""
-        words: list[bytes] = []
-        n_words: list[int] = []
-        for text in texts:
-            pieces = [text.decode()]
-            for pattern in self._definition.splits:
-                pieces = [word for piece in pieces for word in reference.split_words(piece, pattern)]
-            words += [piece.encode() for piece in pieces]
-            n_words.append(len(words))
-        ends = np.cumsum(np.fromiter(map(len, words), np.int64, len(words)))
-        ids, word_ends = self.encode_bytes(b"".join(words), ends, WHOLE)
-        return ids, np.concatenate([[0], word_ends])[n_words]
+        """For split patterns that scan.py doesn't know: the regex package cuts each text, then the pieces are encoded."""
+        ends: list[np.ndarray] = [np.zeros(0, np.int64)]
+        n_pieces: list[int] = []  # up to and with each text
+        n_bytes = 0
+        for data in texts:
+            ends.append(cut(data.decode(), data, self._patterns) + n_bytes)
+            n_bytes += len(data)
+            n_pieces.append(len(ends[-1]) + (n_pieces[-1] if n_pieces else 0))
+        data = texts[0] if len(texts) == 1 else b"".join(texts)
+        ids, piece_ends = self.encode_bytes(data, np.concatenate(ends), self._kind)
+        return ids, np.concatenate([[0], piece_ends])[n_pieces]

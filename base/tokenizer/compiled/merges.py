@@ -140,7 +140,7 @@ def comes_before(count_a, a, count_b, b, pairs, tokens):
 
 @compiled
 def sift_down(heap, n, at, pairs, tokens):
-    """Let the entry at a place of the heap sink to where it belongs."""
+    """Restore the heap's order: move the entry at index `at` down."""
     pair, count = heap.pair[at], heap.total[at]
     while 2 * at + 1 < n:
         child = 2 * at + 1
@@ -158,7 +158,7 @@ def sift_down(heap, n, at, pairs, tokens):
 
 @compiled
 def sift_up(heap, at, pairs, tokens):
-    """Let the entry at a place of the heap rise to where it belongs."""
+    """Restore the heap's order: move the entry at index `at` up."""
     pair, count = heap.pair[at], heap.total[at]
     while at > 0:
         parent = (at - 1) >> 1
@@ -297,7 +297,7 @@ def merge_pairs(corpus, tokens, pairs, heap, scratch, index, state, merged, n_vo
 def train(
     words: Words,
     n_merges: int,
-    on_merge: Callable[[int], None] | None = None,  # told now and then how many merges are done
+    on_merge: Callable[[int], None] | None = None,  # called now and then with how many merges are done
 ) -> list[tuple[bytes, bytes]]:
     """The first n_merges merges; fewer when no word has two tokens left. See reference.train for what is computed."""
     check_words(words)

@@ -59,7 +59,7 @@ def short_keys(word, size):
 
 @inlined
 def first_look(slots, mask, word, size):
-    """Where a short word's slot would begin, and whether the word is there, as nine in ten are; else `search` for it."""
+    """Probe the first slot only: its offset, and whether it holds this word (about 90% of lookups do). On a miss, `search`."""
     low, high, mixed = short_keys(word, size & INLINE)
     base = (mixed & mask) * _4
     slot = slots + np.int64(base * _8)
@@ -68,7 +68,7 @@ def first_look(slots, mask, word, size):
 
 @compiled
 def search(slots, mask, long_bytes, word, size):
-    """Where a word's slot begins: its own, or the empty one where it belongs. Everything is given by address."""
+    """The offset of the word's slot, or of the empty slot where it would be put. All arguments but the mask are addresses."""
     at = np.uint64(0)
     if size <= INLINE:
         low, high, mixed = short_keys(word, size)

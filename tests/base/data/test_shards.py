@@ -4,7 +4,9 @@ import json
 import shutil
 import subprocess
 import sys
+import unicodedata
 from dataclasses import replace
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -154,7 +156,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, tok, megabytes):
     1 GB stays under 1 GB.
     """
     if shutil.disk_usage(tmp_path).free < 4e6 * megabytes:
-        pytest.skip(f"{4e-3 * megabytes:.1f} GB of free disk are due")
+        pytest.skip(f"{4e-3 * megabytes:.1f} GB of free disk are needed")
     tok.save(tmp_path / "tok")
     small, large = tmp_path / "small.txt", tmp_path / "large.txt"
     block = "".join(f"the cat number {n} sat on the mat.\n" for n in range(28_000)).encode()[: 1 << 20]
@@ -294,6 +296,18 @@ def test_bos_of_a_document_in_pieces(tmp_path, tok, monkeypatch):
     eos = tok.eos_token_id
     assert np.concatenate([train[:], val[:]]).tolist() == [eos, *tok.encode(text).tolist(), eos]
     assert train.n_bytes + val.n_bytes == len(text)
+
+
+def test_the_unicode_versions_are_a_note(tmp_path, tok, corpus):
+    """meta.json names the tables that split and normalized the text; shards without the note, or with another, are read."""
+    meta = prepare([corpus[0]], tok, tmp_path / "out")
+    expected = {"regex": version("regex"), "unicodedata": unicodedata.unidata_version}
+    assert json.loads((tmp_path / "out/meta.json").read_text())["unicode"] == expected
+    ids = open_tokens(tmp_path / "out")[:].tolist()
+    older = {key: value for key, value in meta.items() if key != "unicode"}
+    for changed in (older, older | {"unicode": {"regex": "1", "unicodedata": "1"}}):
+        (tmp_path / "out/meta.json").write_text(json.dumps(changed))
+        assert open_tokens(tmp_path / "out")[:].tolist() == ids
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_invalid_utf8_is_named_or_replaced(tmp_path):
 BAD = [
     ("a.jsonl", b'{"text": "x"}\n{"text": ', r"a\.jsonl line 2: not JSON \(.* at column"),
     ("a.jsonl", b'{"body": "x"}\n', r"a\.jsonl line 1: no text in the field 'text'; the row has 'body'; name one with"),
-    ("a.jsonl", b"[1]\n", r"a\.jsonl line 1: a row is list; an object with the field 'text' is due"),
+    ("a.jsonl", b"[1]\n", r"a\.jsonl line 1: expected an object with the field 'text', got list"),
     ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl is not UTF-8: byte 0xff at byte offset 10"),
     ("a.json", b'[{"text": 1}]', r"a\.json row 1: no text in the field 'text'"),
     ("a.json", b"[", r"a\.json line 1: not JSON"),

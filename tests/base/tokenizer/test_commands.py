@@ -123,7 +123,7 @@ def test_special_tokens_count_only_when_asked_for(run, folder):
 
 def test_bytes_that_are_not_utf8_are_refused_wherever_they_come_from(run, refusal, folder):
     """Standard input and arguments are as strict as files, and as lenient when asked."""
-    message = "is not UTF-8: byte 0xff at byte offset 2; mend the file or pass --errors replace"
+    message = "is not UTF-8: byte 0xff at byte offset 2; fix the file or pass --errors replace"
     assert f"standard input {message}" in refusal("tokenizer", "encode", "--tokenizer", folder, stdin=b"ab\xffc")
     assert f"the text {message}" in refusal("tokenizer", "encode", "--tokenizer", folder, "ab\udcffc")
     code, out, _ = run("tokenizer", "encode", "--tokenizer", folder, "--errors", "replace", stdin=b"ab\xffc")
@@ -212,7 +212,7 @@ def test_files_that_train_refuses(refusal, folder, book, tmp_path):
 def test_invalid_utf8_is_named_by_its_offset_or_replaced(run, refusal, folder, tmp_path):
     file = tmp_path / "broken.txt"
     file.write_bytes(TEXT.encode() + b"caf\xe9 " + TEXT.encode())
-    at = f"{file} is not UTF-8: byte 0xe9 at byte offset {len(TEXT) + 3}; mend the file or pass --errors replace"
+    at = f"{file} is not UTF-8: byte 0xe9 at byte offset {len(TEXT) + 3}; fix the file or pass --errors replace"
     out = tmp_path / "out"
     commands = {
         "train": ["tokenizer", "train", file, "--vocab-size", 265, "--out", out],

@@ -1,12 +1,15 @@
 """Parity with tiktoken and tokenizers, and laws of encoding and decoding."""
 
+import json
+
 import numpy as np
 import pytest
+import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import graft
-from graft.base.tokenizer import definition, patterns, reference
+from graft.base.tokenizer import definition, patterns, reference, split
 from graft.base.tokenizer.compiled import encode as encode_module
 from graft.base.tokenizer.compiled.decode import Decoder
 from graft.base.tokenizer.compiled.words import WordCounter
@@ -53,6 +56,78 @@ def test_ids_equal_the_references(pattern):
     words = reference.split_words(text, tok.definition.splits[0])
     expected = [symbol for word in words for symbol in reference.encode_word(word.encode(), ranks)]
     assert [tok.token_bytes(index) for index in tok.encode(text).tolist()] == expected
+
+
+def isolated(pattern, behavior="Isolated", invert=False):
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": invert}
+
+
+DIGITS = {"type": "Digits", "individual_digits": True}
+WHOLE_GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+BYTE_LEVEL = WHOLE_GPT2 | {"use_regex": False}
+DEEPSEEK = (
+    r"\p{N}{1,3}",
+    r"[一-龥぀-ゟ゠-ヿ]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+GPT4O = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{CONTRACTIONS}|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+GENERAL = {
+    "deepseek-v3": [*map(isolated, DEEPSEEK), BYTE_LEVEL],
+    "gpt-4o": [isolated(GPT4O, "Removed", True), BYTE_LEVEL],
+    "smollm2": [DIGITS, WHOLE_GPT2],
+    "words only": [isolated(r"\w+"), BYTE_LEVEL],  # leaves text between its matches
+}
+MIXED = (
+    "I'll  pay 12345 €, don't!\r\n\n 漢字とカナ123ひらがな  x\t٣٤٥٦ naïve Ünï\u0301 "
+    "(foo)/bar\n\n  \u3000 HelloWORLD's 😀👍🏽 ไทย "
+)
+
+
+@pytest.fixture(scope="module", params=GENERAL)
+def general(request, trained, tmp_path_factory):
+    """The same tokenizer here and in tokenizers, its text split as one of GENERAL."""
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("general")
+    trained.save(folder)
+    main = json.loads((folder / "tokenizer.json").read_text())
+    main["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": GENERAL[request.param]}
+    (folder / "tokenizer.json").write_text(json.dumps(main))
+    return graft.Tokenizer.load(folder), tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def test_general_patterns_equal_tokenizers(general, trained):
+    """Parity with tokenizers for patterns that only the regex package can cut by, in one text and in a batch."""
+    tok, peer = general
+    texts = [MIXED * 3, "", "12", "a", " ", "  \n", "日本語1234", *MIXED.split(" ")]
+    expected = [peer.encode(text, add_special_tokens=False).ids for text in texts]
+    assert [tok.encode(text).tolist() for text in texts] == expected
+    assert [ids.tolist() for ids in tok.encode_batch(texts)] == expected
+    assert expected[0] != trained.encode(texts[0]).tolist()  # the patterns do change the ids
+    assert not tok.can_stream
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(st.sampled_from("aBé 漢かカ1٣\n\r\t\u3000.'s(😀\u0301ไ"), max_size=40))
+def test_general_patterns_equal_tokenizers_on_any_text(general, text):
+    tok, peer = general
+    assert tok.encode(text).tolist() == peer.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("splits", [DEEPSEEK, (GPT4O,), (r"\w+",), (r"\p{N}", r"(?<=x)y+|^a|z$|\bq")])
+def test_the_cuts_equal_the_references(splits):
+    """Parity with reference.py; in the last case the patterns look behind and at the edges of their piece."""
+    text = MIXED * 2 + "xyy1a2xz3yq 4ab" * 2
+    pieces = [text]
+    for pattern in splits:
+        pieces = [word for piece in pieces for word in reference.split_words(piece, pattern)]
+    ends = split.cut(text, text.encode(), [regex.compile(pattern) for pattern in splits])
+    assert ends.tolist() == np.cumsum([len(piece.encode()) for piece in pieces]).tolist()
 
 
 def graft_tokenizer(text, pattern="gpt2", n_merges=40):
