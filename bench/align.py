@@ -70,12 +70,14 @@ def make_task(folder: Path, seed: int) -> None:
 
 def learn(folder: Path, *, steps: int, sft_steps: int, method: str, seed: int) -> dict[str, list[dict[str, Any]]]:
     """Both runs' metrics; prints pass@1 before and after."""
-    make_task(folder, seed)
     began, wall = time.process_time(), time.perf_counter()
     common: dict[str, Any] = {"device": "cpu", "force": True, "progress": False}
-    rate = {"steps": sft_steps, "batch_size": 64, "learning_rate": 2e-3, "seed": seed}
-    run_sft(base=folder / "base", data=folder / "sft.jsonl", out=folder / "sft", method="full", settings=rate, **common)
-    print(f"SFT: {time.process_time() - began:.0f} s of processor time, {time.perf_counter() - wall:.0f} s wall")
+    if not (folder / "sft" / "summary.json").exists():
+        make_task(folder, seed)
+        rate = {"steps": sft_steps, "batch_size": 64, "learning_rate": 2e-3, "seed": seed}
+        run_sft(base=folder / "base", data=folder / "sft.jsonl", out=folder / "sft", method="full", settings=rate, **common)
+        print(f"SFT: {time.process_time() - began:.0f} s of processor time, {time.perf_counter() - wall:.0f} s wall")
+    common.pop("progress")
     curves = {}
     for name, rewards, n in (("reward", "exact", steps), ("sign flipped", "-1 * exact", min(steps, 40))):
         began, wall = time.process_time(), time.perf_counter()
