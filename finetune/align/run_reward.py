@@ -29,7 +29,7 @@ from ..adapters.bank import AdapterBank
 from ..adapters.files import CONFIG, GRAFT, read_adapter
 from ..data.chat import ChatTemplate, encode_record
 from ..data.packing import steps_for_epochs
-from ..data.records import Record, read_records, to_record
+from ..data.records import Message, Record, read_records, to_record
 from ..loading import load_model
 from ..sft import row_limit, save_trained, stored_in_4_bits
 from . import setup
@@ -255,7 +255,7 @@ class RewardModel:
         if isinstance(turns, str):
             record = Record("row", prompt=turns, completion=completion)
         else:
-            answer = {"role": "assistant", "content": completion}
+            answer: Message = {"role": "assistant", "content": completion}
             record = Record("row", messages=(*turns, answer), n_prompt_messages=len(turns))
         encoded = encode_record(record, self.tokenizer, self.template, self.about["max_seq_len"])
         ids = torch.from_numpy(encoded.ids).long()[None].to(self.model.model.embed_tokens.weight.device)

@@ -234,9 +234,7 @@ def _train(
                 loop,
                 run,
                 objective=algorithm,
-                evaluate=(lambda: evaluate_rewards(sampler, held_out, terms, val))
-                if held_out
-                else None,
+                evaluate=(lambda: evaluate_rewards(sampler, held_out, terms, val)) if held_out else None,
                 extra=rollouts,
                 on_step=on_step,
                 device=device,

@@ -104,7 +104,7 @@ def test_a_reward_model_is_a_reward(base_dir: Path, rows: Path, tmp_path: Path) 
     tokenizer = graft.Tokenizer.load(base_dir)
     tokenizer.chat_template = "{{ messages }}"
     tokenizer.save(other)
-    with pytest.raises(ValueError, match="reward was trained with another tokenizer than .*other"):
+    with pytest.raises(ValueError, match=r"reward was trained with another tokenizer than .*other"):
         grpo(base=other, out=tmp_path / "refused", **common)
     with pytest.raises(ValueError, match=r"has no reward_head\.safetensors; train one with graft reward"):
         grpo(base=base_dir, out=tmp_path / "refused", **(common | {"rewards": f"model:{base_dir}"}))
