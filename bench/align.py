@@ -10,6 +10,7 @@ answers (temperature 1) to the sums left out, which neither stage has seen. Then
 """
 
 import argparse
+import itertools
 import json
 import random
 import shutil
@@ -20,13 +21,18 @@ from typing import Any
 
 import torch
 
+from graft.base.generate.sampling import Sampling
 from graft.base.model.config import ModelConfig
 from graft.base.model.huggingface import save_model
 from graft.base.model.transformer import Transformer, initialize_
 from graft.base.pretrain import with_special_ids
 from graft.base.runlog import read_metrics
 from graft.base.tokenizer.tokenizer import Tokenizer
+from graft.finetune.align.rewards import parse_rewards
+from graft.finetune.align.rollouts import Sampler, read_prompts
 from graft.finetune.align.run_grpo import grpo
+from graft.finetune.align.run_rewards import evaluate_rewards
+from graft.finetune.loading import load_model
 from graft.finetune.sft import run_sft
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -68,6 +74,16 @@ def make_task(folder: Path, seed: int) -> None:
     )
 
 
+def pass_at_1(folder: Path) -> float:
+    """Of the SFT model on the sums left out, as the runs evaluate it."""
+    model, tokenizer = load_model(folder / "sft"), Tokenizer.load(folder / "sft")
+    prompts = read_prompts(folder / "held.jsonl", tokenizer, None, 32, 4)
+    sampling = Sampling(1.0, max_new_tokens=4)
+    return evaluate_rewards(Sampler(model, tokenizer, None, max_batch=128), prompts, parse_rewards("exact"), sampling)[
+        "val_reward"
+    ]
+
+
 def learn(folder: Path, *, steps: int, sft_steps: int, method: str, seed: int) -> dict[str, list[dict[str, Any]]]:
     """Both runs' metrics; prints pass@1 before and after."""
     began, wall = time.process_time(), time.perf_counter()
@@ -80,6 +96,7 @@ def learn(folder: Path, *, steps: int, sft_steps: int, method: str, seed: int) -
         )
         print(f"SFT: {time.process_time() - began:.0f} s of processor time, {time.perf_counter() - wall:.0f} s wall")
     common.pop("progress")
+    before = pass_at_1(folder)
     curves = {}
     for name, rewards, n in (("reward", "exact", steps), ("sign flipped", "-1 * exact", min(steps, 20))):
         began, wall = time.process_time(), time.perf_counter()
@@ -96,8 +113,7 @@ def learn(folder: Path, *, steps: int, sft_steps: int, method: str, seed: int) -
         curves[name] = lines
         val = [(line["step"], abs(line["val_reward.exact"])) for line in lines if "val_reward" in line]
         print(
-            f"{name}: pass@1 on the training sums {lines[0]['reward.exact']:.3f} before; left-out sums after "
-            f"{val[0][0]} steps {val[0][1]:.3f}, after {val[-1][0]} steps {val[-1][1]:.3f}; "
+            f"{name}: pass@1 on the sums left out {before:.3f} before, {val[-1][1]:.3f} after {val[-1][0]} steps; "
             f"{time.process_time() - began:.0f} s of processor time, {time.perf_counter() - wall:.0f} s wall"
         )
         print("   ", " ".join(f"{step}:{value:.3f}" for step, value in val))
@@ -183,7 +199,7 @@ def ours(folder: Path, steps: int) -> tuple[list[float], list[float]]:
     finally:
         run_dpo.PreferenceObjective.loss = original
     losses = [line["loss"] for line in read_metrics(folder / "ours" / "metrics.jsonl")]
-    return losses, [b - a for a, b in zip(began, began[1:], strict=False)]
+    return losses, [b - a for a, b in itertools.pairwise(began)]
 
 
 def trls(folder: Path, steps: int) -> tuple[list[float], list[float]]:
@@ -214,7 +230,7 @@ def trls(folder: Path, steps: int) -> tuple[list[float], list[float]]:
     )
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    return losses, [b - a for a, b in zip(began, began[1:], strict=False)]
+    return losses, [b - a for a, b in itertools.pairwise(began)]
 
 
 def compare_dpo(folder: Path, *, steps: int, rounds: int, seed: int) -> None:
