@@ -94,6 +94,8 @@ app.command("plan", rich_help_panel=PANEL["plan"])(plan)
 app.command("dpo", rich_help_panel=PANEL["dpo"])(align.dpo)
 app.command("grpo", rich_help_panel=PANEL["grpo"])(align.grpo)
 app.command("serve", rich_help_panel=PANEL["serve"])(serve)
+app.command("ppo", rich_help_panel=PANEL["ppo"])(align.ppo)
+app.command("reward", rich_help_panel=PANEL["reward"])(align.reward)
 
 Out = Annotated[Path, typer.Option("--out", help="Folder for the result; must be new, or use --resume or --force.")]
 Base = Annotated[Path, typer.Option("--base", help="Model folder in Hugging Face's layout.")]

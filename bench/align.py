@@ -3,29 +3,36 @@
     python bench/align.py --learn [--out runs/align] [--steps 150] [--method grpo|ppo]
     python bench/align.py --dpo [--rounds 3] [--steps 30]
 
---learn makes sums of two numbers below 20, fine-tunes a model of about 1.2 million parameters on answers of which 60% are
-wrong by chance (off by up to 9), and trains it with the reward `exact` on four fifths of the sums. pass@1 is of sampled
+--learn makes sums of two numbers below 20, fine-tunes a model of about 1.2 million parameters on answers of which 60% forget
+to add (12+7=12), and trains it with the reward `exact` on four fifths of the sums. pass@1 is of sampled
 answers (temperature 1) to the sums left out, which neither stage has seen. Then the same with the sign flipped.
 --dpo compares losses step by step and processor time a step, in interleaved rounds, both in float32 on one thread.
 """
 
 import argparse
+import itertools
 import json
 import random
 import shutil
+import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from graft.base.generate.sampling import Sampling
 from graft.base.model.config import ModelConfig
 from graft.base.model.huggingface import save_model
 from graft.base.model.transformer import Transformer, initialize_
 from graft.base.pretrain import with_special_ids
 from graft.base.runlog import read_metrics
 from graft.base.tokenizer.tokenizer import Tokenizer
+from graft.finetune.align.rewards import parse_rewards
+from graft.finetune.align.rollouts import Sampler, read_prompts
 from graft.finetune.align.run_grpo import grpo
+from graft.finetune.align.run_rewards import evaluate_rewards
+from graft.finetune.loading import load_model
 from graft.finetune.sft import run_sft
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -47,8 +54,7 @@ def make_task(folder: Path, seed: int) -> None:
     noisy = []
     for _ in range(12_000):
         a, b = rng.choice(train)
-        wrong = rng.choice([d for d in range(-9, 10) if d and a + b + d >= 0])
-        noisy.append({"prompt": f"{a}+{b}=", "completion": str(a + b + wrong * (rng.random() < WRONG))})
+        noisy.append({"prompt": f"{a}+{b}=", "completion": str(a if rng.random() < WRONG else a + b)})
     write_rows(folder / "sft.jsonl", noisy)
     for name, chosen in (("train", train), ("held", held)):
         write_rows(folder / f"{name}.jsonl", [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in chosen])
@@ -68,16 +74,31 @@ def make_task(folder: Path, seed: int) -> None:
     )
 
 
+def pass_at_1(folder: Path) -> float:
+    """Of the SFT model on the sums left out, as the runs evaluate it."""
+    model, tokenizer = load_model(folder / "sft"), Tokenizer.load(folder / "sft")
+    prompts = read_prompts(folder / "held.jsonl", tokenizer, None, 32, 4)
+    sampling = Sampling(1.0, max_new_tokens=4)
+    return evaluate_rewards(Sampler(model, tokenizer, None, max_batch=128), prompts, parse_rewards("exact"), sampling)[
+        "val_reward"
+    ]
+
+
 def learn(folder: Path, *, steps: int, sft_steps: int, method: str, seed: int) -> dict[str, list[dict[str, Any]]]:
     """Both runs' metrics; prints pass@1 before and after."""
-    make_task(folder, seed)
     began, wall = time.process_time(), time.perf_counter()
     common: dict[str, Any] = {"device": "cpu", "force": True, "progress": False}
-    rate = {"steps": sft_steps, "batch_size": 64, "learning_rate": 2e-3, "seed": seed}
-    run_sft(base=folder / "base", data=folder / "sft.jsonl", out=folder / "sft", method="full", settings=rate, **common)
-    print(f"SFT: {time.process_time() - began:.0f} s of processor time, {time.perf_counter() - wall:.0f} s wall")
+    if not (folder / "sft" / "summary.json").exists():
+        make_task(folder, seed)
+        rate = {"steps": sft_steps, "batch_size": 64, "learning_rate": 2e-3, "seed": seed}
+        run_sft(
+            base=folder / "base", data=folder / "sft.jsonl", out=folder / "sft", method="full", settings=rate, **common
+        )
+        print(f"SFT: {time.process_time() - began:.0f} s of processor time, {time.perf_counter() - wall:.0f} s wall")
+    common.pop("progress")
+    before = pass_at_1(folder)
     curves = {}
-    for name, rewards, n in (("reward", "exact", steps), ("sign flipped", "-1 * exact", min(steps, 40))):
+    for name, rewards, n in (("reward", "exact", steps), ("sign flipped", "-1 * exact", min(steps, 20))):
         began, wall = time.process_time(), time.perf_counter()
         run: Any = grpo
         if method == "ppo":
@@ -92,12 +113,146 @@ def learn(folder: Path, *, steps: int, sft_steps: int, method: str, seed: int) -
         curves[name] = lines
         val = [(line["step"], abs(line["val_reward.exact"])) for line in lines if "val_reward" in line]
         print(
-            f"{name}: pass@1 on the training sums {lines[0]['reward.exact']:.3f} before; left-out sums after "
-            f"{val[0][0]} steps {val[0][1]:.3f}, after {val[-1][0]} steps {val[-1][1]:.3f}; "
+            f"{name}: pass@1 on the sums left out {before:.3f} before, {val[-1][1]:.3f} after {val[-1][0]} steps; "
             f"{time.process_time() - began:.0f} s of processor time, {time.perf_counter() - wall:.0f} s wall"
         )
         print("   ", " ".join(f"{step}:{value:.3f}" for step, value in val))
     return curves
+
+
+# --- beside TRL ----------------------------------------------------------------------------------------------------
+
+N_PAIRS, RATE = 8, 2e-4
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "looked",
+    "at",
+    "the",
+    "bird",
+    "that",
+    "sang",
+    "in",
+    "the",
+    "tree",
+    "by",
+    "the",
+    "river",
+    "where",
+    "it",
+    "runs",
+    "to",
+    "the",
+    "sea",
+]
+
+
+def make_pairs(folder: Path, seed: int) -> None:
+    """A small base with random weights and 8 pairs of about 60 tokens: the whole set is each step's batch, so that no data
+    order differs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(seed)
+
+    def words(n: int) -> str:
+        return " ".join(rng.choice(WORDS) for _ in range(n))
+
+    rows = [
+        {"prompt": words(20), "chosen": " " + words(rng.randint(20, 40)), "rejected": " " + words(rng.randint(20, 40))}
+        for _ in range(N_PAIRS)
+    ]
+    write_rows(folder / "pairs.jsonl", rows)
+    text = folder / "text.txt"
+    text.write_text(" ".join(" ".join(row.values()) for row in rows) * 20, encoding="utf-8")
+    tokenizer = Tokenizer.train([text], vocab_size=280, pattern="gpt2", special_tokens=SPECIALS)
+    config = ModelConfig(
+        tokenizer.vocab_size, d_model=192, n_layers=4, n_heads=6, n_kv_heads=2, d_head=32, d_ff=512, max_seq_len=128
+    )
+    model = Transformer(with_special_ids(config, tokenizer))
+    initialize_(model, seed=seed)
+    shutil.rmtree(folder / "base", ignore_errors=True)
+    save_model(model, folder / "base")
+    tokenizer.save(folder / "base")
+
+
+def ours(folder: Path, steps: int) -> tuple[list[float], list[float]]:
+    """Losses, and seconds of processor time from the beginning of each step to that of the next."""
+    from graft.finetune.align import run_dpo
+
+    began: list[float] = []
+    original = run_dpo.PreferenceObjective.loss
+
+    def timed(self: Any, model: Any, batch: Any) -> Any:
+        began.append(time.process_time())
+        return original(self, model, batch)
+
+    run_dpo.PreferenceObjective.loss = timed
+    try:
+        run_dpo.dpo(
+            base=folder / "base", data=folder / "pairs.jsonl", out=folder / "ours", method="full", force=True, device="cpu",
+            steps=steps, batch_size=N_PAIRS, learning_rate=RATE, schedule="constant", warmup_steps=0, checkpoint_every=0,
+        )  # fmt: skip
+    finally:
+        run_dpo.PreferenceObjective.loss = original
+    losses = [line["loss"] for line in read_metrics(folder / "ours" / "metrics.jsonl")]
+    return losses, [b - a for a, b in itertools.pairwise(began)]
+
+
+def trls(folder: Path, steps: int) -> tuple[list[float], list[float]]:
+    """The same by trl.DPOTrainer, reference log-probabilities computed beforehand too."""
+    import transformers
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    began: list[float] = []
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            began.append(time.process_time())
+
+    rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    config = DPOConfig(
+        output_dir=str(folder / "trl"), use_cpu=True, per_device_train_batch_size=N_PAIRS, max_steps=steps, beta=0.1,
+        learning_rate=RATE, lr_scheduler_type="constant", adam_beta2=0.95, weight_decay=0.0, max_grad_norm=1.0, bf16=False,
+        report_to="none", save_strategy="no", logging_steps=1, precompute_ref_log_probs=True, disable_tqdm=True,
+        gradient_checkpointing=False, max_length=128,
+    )  # fmt: skip
+    trainer = DPOTrainer(
+        model=transformers.AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32),
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=transformers.AutoTokenizer.from_pretrained(folder / "base"),
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    return losses, [b - a for a, b in itertools.pairwise(began)]
+
+
+def compare_dpo(folder: Path, *, steps: int, rounds: int, seed: int) -> None:
+    """Losses step by step, and the median processor time of a step of each, in interleaved rounds."""
+    make_pairs(folder, seed)
+    seconds: dict[str, list[float]] = {"graft": [], "trl": []}
+    losses = {}
+    for _ in range(rounds):
+        for name, run in (("graft", ours), ("trl", trls)):
+            losses[name], taken = run(folder, steps)
+            seconds[name] += taken[2:]
+    gap = max(abs(a - b) for a, b in zip(losses["graft"], losses["trl"], strict=True))
+    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+    print(
+        f"loss after {steps} steps: graft {losses['graft'][-1]:.6f}, TRL {losses['trl'][-1]:.6f}; largest gap {gap:.1e}"
+    )
+    for name, median in medians.items():
+        low, *_, high = statistics.quantiles(seconds[name], n=10)
+        print(
+            f"{name}: {median * 1000:.1f} ms of processor time a step (10-90%: {low * 1000:.1f} to {high * 1000:.1f})"
+        )
+    print(f"TRL / graft: {medians['trl'] / medians['graft']:.2f}")
 
 
 def draw(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
@@ -127,7 +282,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/align"))
     parser.add_argument("--method", choices=["grpo", "ppo"], default="grpo")
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--sft-steps", type=int, default=500)
+    parser.add_argument("--sft-steps", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--picture", type=Path)
@@ -136,7 +291,7 @@ def main() -> None:
     if options.learn:
         curves = learn(
             options.out,
-            steps=options.steps or 150,
+            steps=options.steps or 100,
             sft_steps=options.sft_steps,
             method=options.method,
             seed=options.seed,

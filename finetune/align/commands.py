@@ -139,6 +139,94 @@ def grpo(
     _say(out, summary)
 
 
+def ppo(
+    base: Base,
+    data: Prompts,
+    rewards: Rewards,
+    out: Out,
+    config: Config = None,
+    max_new_tokens: MaxNewTokens = None,
+    adapter: Adapter = None,
+    eval_data: HeldOut = None,
+    full: Full = False,
+    qlora: QLora = False,
+    rank: Rank = None,
+    settings: Settings = None,
+    seed: Seed = None,
+    steps: Steps = None,
+    batch_size: BatchSize = None,
+    learning_rate: LearningRate = None,
+    device: Device = "auto",
+    resume: Resume = False,
+    force: Force = False,
+) -> None:
+    """Learn from rewards with a value head that says what to expect at each token (PPO, GAE).
+
+    Example: graft ppo --base runs/sft --data train.jsonl --rewards exact --out runs/ppo --steps 100
+    """
+    from .run_ppo import ppo as run
+
+    flags = {"max_new_tokens": max_new_tokens, "rank": rank, "seed": seed}
+    given = _combined(config, settings, **flags, steps=steps, batch_size=batch_size, learning_rate=learning_rate)
+    summary = run(
+        base=base,
+        data=data,
+        rewards=rewards,
+        out=out,
+        method=_method(full, qlora),
+        adapter=adapter,
+        eval_data=eval_data,
+        resume=resume,
+        force=force,
+        device=device,
+        progress=True,
+        **given,
+    )
+    _say(out, summary)
+
+
+def reward(
+    base: Base,
+    data: Annotated[Path, typer.Option("--data", help="Rows with prompt, chosen, rejected.")],
+    out: Out,
+    config: Config = None,
+    eval_data: Annotated[Path | None, typer.Option("--eval-data", help="Held-out preference rows.")] = None,
+    full: Full = False,
+    qlora: QLora = False,
+    rank: Rank = None,
+    settings: Settings = None,
+    seed: Seed = None,
+    steps: Steps = None,
+    batch_size: BatchSize = None,
+    learning_rate: LearningRate = None,
+    device: Device = "auto",
+    resume: Resume = False,
+    force: Force = False,
+) -> None:
+    """Train a reward model on preferences; use it as --rewards model:DIR in graft grpo and graft ppo.
+
+    Example: graft reward --base runs/sft --data pairs.jsonl --out runs/reward
+    """
+    from .run_reward import reward as run
+
+    given = _combined(
+        config, settings, rank=rank, seed=seed, steps=steps, batch_size=batch_size, learning_rate=learning_rate
+    )
+    summary = run(
+        base=base,
+        data=data,
+        out=out,
+        method=_method(full, qlora),
+        eval_data=eval_data,
+        resume=resume,
+        force=force,
+        device=device,
+        progress=True,
+        **given,
+    )
+    _say(out, summary)
+
+
 def _method(full: bool, qlora: bool) -> str:
     if full and qlora:
         raise ValueError("--full and --qlora exclude each other; QLoRA trains an adapter on a base in 4 bits")

@@ -7,6 +7,7 @@
     regex:P    1 if the pattern P is found in the completion
     format     1 if the whole completion is <think>...</think><answer>...</answer>; format:P: if it matches P as a whole
     length:N   0 up to N characters, then falling to -1 at 2 N (the shape of DAPO's soft overlong punishment, eq. 13)
+    model:DIR  the score of a reward model's folder, from graft reward (its module, and torch, are imported then)
     M:F        function F of the importable module M, called as F(prompt, completion, row)
 
 The row's answer is its field answer, solution, completion or label, the first that it has. Nothing here imports torch: a
@@ -239,6 +240,14 @@ def _length(argument: str) -> Reward:
     return lambda prompt, completion, row: -min(1.0, max(0, len(completion) - limit) / limit)
 
 
+def _model(argument: str) -> Reward:
+    if not argument:
+        raise ValueError("reward model needs a folder, such as model:runs/reward")
+    from .run_reward import RewardModel
+
+    return RewardModel(argument)
+
+
 def _compile(kind: str, pattern: str) -> regex.Pattern[str]:
     if not pattern:
         raise ValueError(f"reward {kind} needs a pattern, such as {kind}:\\d+")
@@ -255,4 +264,5 @@ def _no_argument(kind: str, argument: str) -> None:
 
 BUILT_IN: dict[str, Callable[[str], Reward]] = {
     "exact": _exact, "number": _numeric, "label": _label, "regex": _regex, "format": _format, "length": _length,
+    "model": _model,
 }  # fmt: skip

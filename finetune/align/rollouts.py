@@ -102,7 +102,7 @@ def read_prompts(
     for one without a prompt, and for a prompt that leaves no room for max_new_tokens."""
     prompts = []
     for row, record in read_rows(path):
-        turns, answer = _prompt_of(record)
+        turns, answer = prompt_of(record)
         arguments = {"tools": record.tools, "args": record.template_args}
         ids = start_ids(encode_prompt(turns, tokenizer, template, **arguments).tolist(), tokenizer)
         if len(ids) + max_new_tokens > max_seq_len:
@@ -125,7 +125,7 @@ def read_prompts(
     return prompts
 
 
-def _prompt_of(record: Record) -> tuple[Any, str | None]:
+def prompt_of(record: Record) -> tuple[Any, str | None]:
     """(string or messages to answer, the answer that the row gives in messages)."""
     if record.prompt is not None:
         return record.prompt, None
@@ -213,7 +213,7 @@ class Rollouts:
             moved = {name: tensor.to(device) for name, tensor in batch.items()}
             batch |= {k: v.cpu() for k, v in self.algorithm.complete(moved, rewards.to(device)).items()}
         groups = rewards.view(-1, self.group_size)
-        flat = groups_without_signal(rewards, self.group_size) if self.group_size > 1 else rewards == rewards[0]
+        flat = groups_without_signal(rewards, self.group_size if self.group_size > 1 else self.batch_size)
         lengths = torch.tensor([float(len(answer.ids)) for answer in answers])
         nll = -sum(sum(answer.logp) for answer in answers) / float(lengths.sum())
         parts = [sum(values) / len(values) for values in scores.parts.values()]

@@ -26,7 +26,7 @@ from ...base.run import Run, check_same_inputs, resumed_settings
 from ...base.runlog import RunFolder
 from ...base.settings import check_settings
 from ...base.tokenizer.tokenizer import Tokenizer
-from ...base.train import Batch, Figures, check_evaluation, train
+from ...base.train import Batch, Figures, Objective, check_evaluation, train
 from ..adapters.files import read_adapter
 from ..data.chat import ChatTemplate, Encoded, encode_record
 from ..data.packing import steps_for_epochs
@@ -200,6 +200,11 @@ class PreferenceData:
     n_equal: int  # rows whose answers are the same tokens, left out
     n_cut: int  # answers that fill max_seq_len: their end may be cut off
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest answer with its prompt."""
+        return max(len(one.ids) for pair in self.pairs for one in (pair.chosen, pair.rejected))
+
     def figures(self) -> dict[str, int]:
         return {"n_pairs": len(self.pairs), "n_equal": self.n_equal, "n_cut": self.n_cut}
 
@@ -282,7 +287,7 @@ def reference_logps(
 
 @torch.no_grad()
 def evaluate_preferences(
-    model: Transformer, objective: PreferenceObjective, batches: PreferenceBatches, *, dtype: str, device: str
+    model: Transformer, objective: Objective, batches: PreferenceBatches, *, dtype: str, device: str
 ) -> dict[str, float]:
     """The objective's loss and figures over all pairs, with the prefix val_."""
     totals: dict[str, float] = {}
@@ -376,7 +381,7 @@ def dpo(
             setup.doubled(config.train),
             device,
             method="qlora" if stored else config.method,
-            seq_len=max(len(one.ids) for pair in rows.pairs for one in (pair.chosen, pair.rejected)),
+            seq_len=rows.longest,
             lora=config.lora,
             double_quant=stored["double_quant"] if stored else config.quant.double_quant,
         )
@@ -471,11 +476,10 @@ def _train(
 
 def _batches(rows: PreferenceData, config: Run) -> PreferenceBatches:
     """Micro-batches that hold micro_batch pairs of the longest length."""
-    longest = [max(len(pair.chosen.ids), len(pair.rejected.ids)) for pair in rows.pairs]
     return PreferenceBatches(
         rows.pairs,
         batch_size=config.train.batch_size,
-        max_tokens=2 * min(config.train.micro_batch, config.train.batch_size) * max(longest),
+        max_tokens=2 * min(config.train.micro_batch, config.train.batch_size) * rows.longest,
         packed=config.objective.packing,
         seed=config.train.seed,
     )

@@ -120,6 +120,9 @@ def run_rewards(
                 "to the same prompt"
             )
         terms = options.terms()
+        for term in terms:
+            if check := getattr(term.function, "check_tokenizer", None):  # a reward model
+                check(base)
         stored = stored_in_4_bits(config)
         check_evaluation(loop, has_evaluation=eval_data is not None)
         tokenizer = Tokenizer.load(base)
@@ -150,7 +153,8 @@ def run_rewards(
         lines = read_metrics(run.folder / "metrics.jsonl")
         result = resumed_result(len(lines), lines)
         with run.results() as folder:
-            policy.model.__dict__.get("_modules", {}).pop("value_head", None)  # PPO's, of no use to anybody else
+            if hasattr(policy.model, "value_head"):
+                del policy.model.value_head  # PPO's, of no use to anybody else
             save_trained(policy.model, config, folder, tokenizer, template, metadata)
         summary = {
             "method": method,
@@ -230,9 +234,7 @@ def _train(
                 loop,
                 run,
                 objective=algorithm,
-                evaluate=(lambda: evaluate_rewards(sampler, held_out, terms, options.max_new_tokens))
-                if held_out
-                else None,
+                evaluate=(lambda: evaluate_rewards(sampler, held_out, terms, val)) if held_out else None,
                 extra=rollouts,
                 on_step=on_step,
                 device=device,
