@@ -168,8 +168,9 @@ def draw(trials: Path, names: Sequence[str], best: str, target: Path) -> None:
             if line.get("val_loss") is not None
         ]
         if evals:
-            color = {"color": "#08519c", "linewidth": 2.5} if name == best else {"linewidth": 1}
-            axes.plot(*zip(*evals, strict=True), marker="o", markersize=3, label=name, **color)
+            [line] = axes.plot(*zip(*evals, strict=True), marker="o", markersize=3, label=name, linewidth=1)
+            if name == best:
+                line.set(color="#08519c", linewidth=2.5)
     axes.set_xlabel("step")
     axes.set_ylabel("validation loss (nats a label)")
     axes.legend(frameon=False, fontsize=7)
@@ -205,9 +206,14 @@ def many_from_flags(
         base = base or asked[0].get("base")
         if base is None:
             raise ValueError(f"--base is missing, and {jobs} names no base")
-        method = method or asked[0].get("method", "lora")
         summaries = run_many(
-            base=base, jobs=asked, method=method, at_once=at_once, resume=resume, force=force, device=device
+            base=base,
+            jobs=asked,
+            method=method or str(asked[0].get("method", "lora")),
+            at_once=at_once,
+            resume=resume,
+            force=force,
+            device=device,
         )
         columns = ("out", "steps", "train_loss", "val_loss", "state")
         lines = [summary | {"state": summary.get("error", "finished")} for summary in summaries]

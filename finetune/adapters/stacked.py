@@ -281,10 +281,6 @@ class StackRow:
         """The job's parameters under the names that they have in a solo run."""
         return self._tensors("weights")
 
-    @named.setter
-    def named(self, value: list[tuple[str, Tensor]]) -> None:
-        raise AttributeError("a row's parameters are the stack's")
-
     def step(self, learning_rate: float | None = None) -> None:
         """One update in place of the job's row, from its gradients."""
         assert learning_rate is not None

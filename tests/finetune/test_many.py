@@ -12,9 +12,15 @@ import torch
 from safetensors.torch import load_file
 
 import graft
+from graft.base.model.config import ModelConfig
+from graft.base.model.transformer import Transformer
+from graft.base.run import TrainConfig
 from graft.base.runlog import read_metrics
-from graft.finetune.adapters.stacked import Segment, segments_of
-from graft.finetune.many import Trainer, read_jobs, together
+from graft.finetune.adapters.lora import LoraConfig, attach_lora
+from graft.finetune.adapters.stacked import AdapterStack, Segment, StackRow, segments_of
+from graft.finetune.many import Trainer, read_jobs, together, weighted_loss
+from graft.finetune.memory.jobs import predict_jobs
+from graft.finetune.memory.measure import cpu_allocations
 from graft.finetune.quantize import run_quantize
 from graft.finetune.sweep import parse_grid, run_sweep
 
@@ -408,3 +414,29 @@ def test_the_command_line(base_dir: Path, data: list[Path], tmp_path: Path) -> N
         done = run_graft("sft", *words)
         assert done.returncode == 1
         assert message in done.stderr
+
+
+def test_memory_is_predicted() -> None:
+    """Law: the peak of a step of 8 adapters, as PyTorch's allocator counts it, is the prediction to 1%; it grows by the adapters
+    and not by the base."""
+    config = ModelConfig(
+        vocab_size=512, d_model=128, n_layers=3, n_heads=4, n_kv_heads=2, d_head=32, d_ff=256, max_seq_len=64
+    )
+    lora, train = LoraConfig(rank=8), TrainConfig(batch_size=1, micro_batch=1)
+    predicted = {n: predict_jobs(config, [(train, lora, 64)] * n, at_once=n, device="cpu") for n in (1, 8)}
+    parts = [{name: torch.zeros(1, 64, dtype=torch.int64) for name in ("ids", "targets")} for _ in range(8)]
+    with cpu_allocations() as peak:
+        model = Transformer(config).requires_grad_(False).train()
+        for i in range(8):
+            attach_lora(model, lora, name=str(i))
+        stack = AdapterStack(model, [str(i) for i in range(8)], [torch.Generator() for _ in range(8)])
+        rows = [StackRow(stack, str(i), "default", betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0) for i in range(8)]
+        batch, counts = together(parts, packed=True)
+        with stack.training(counts):
+            weighted_loss(model, batch, torch.full((8 * 64,), 1 / 64))[0].backward()
+        for row in rows:
+            row.step(1e-3)
+    assert peak[0] == pytest.approx(predicted[8], rel=0.01)
+    n_adapter = sum(8 * (layer.in_features + layer.out_features) for layer in stack.registry.layers.values())
+    longer = predict_jobs(config, [(train, lora, 64)] * 9, at_once=9, device="cpu") - predicted[8]
+    assert longer - 16 * n_adapter < (predicted[8] - 8 * 16 * n_adapter) / 4  # one more adapter and its row
