@@ -366,7 +366,9 @@ def sft(
         from .finetune.sweep import many_from_flags
 
         if len(data or []) > 1 or len(eval_data or []) > 1:
-            raise ValueError("--sweep and --jobs take one file of records each; join them into one, or name them by job")
+            raise ValueError(
+                "--sweep and --jobs take one file of records each; join them into one, or name them by job"
+            )
         many_from_flags(
             jobs=jobs,
             sweep=sweep or [],

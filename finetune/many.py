@@ -53,7 +53,7 @@ from .loading import weight_bytes
 from .memory.jobs import predict_jobs
 from .memory.predict import fits
 from .memory.units import say_bytes
-from .sft import PARTS, row_limit, load_base, made_with, make_batches, resolve, run_inputs, stored_in_4_bits
+from .sft import PARTS, load_base, made_with, make_batches, resolve, row_limit, run_inputs, stored_in_4_bits
 
 OWN_KEYS = ("data", "out", "eval_data", "base", "method")  # of a job, beside the keys of a config
 # What the base or the pass over it has only one of.

@@ -14,8 +14,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ...base.checkpoint import load_tensors, read_json, save_tensors
+from ...base.checkpoint import load_tensors, save_tensors
 from ...base.device import peak_bytes, reset_peak, resolve_device
+from ...base.json_fields import read_json
 from ...base.model.huggingface import fingerprint, load_config
 from ...base.model.transformer import Transformer
 from ...base.pretrain import TOKENIZER_FILES
