@@ -120,6 +120,7 @@ def test_commands_are_in_the_pipelines_order(run: Callable[..., Done]) -> None:
         "quantize",
         "generate",
         "chat",
+        "serve",
         "adapter",
         "eval",
         "vram",

@@ -1,5 +1,6 @@
 """What the server counts, in Prometheus' text format (version 0.0.4)."""
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -89,4 +90,4 @@ def resident() -> int:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     except (OSError, ValueError, IndexError):
         return 0
-    return pages * 4096
+    return pages * os.sysconf("SC_PAGE_SIZE")

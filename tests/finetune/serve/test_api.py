@@ -357,3 +357,22 @@ def test_metrics(client: httpx.Client) -> None:
     assert 0 < values["graft_predicted_bytes"] < values["graft_resident_bytes"]
     families = {line.split(" ")[2] for line in text.splitlines() if line.startswith("# TYPE")}
     assert {name.split("{")[0] for name in values} <= families
+
+
+def test_a_failing_step_is_told_and_the_server_goes_on(
+    served_base: Path, serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the engine raises ends the running requests with 500, a stream with an error event; the next one is answered."""
+    body = {"model": "tiny-base", "messages": MESSAGES, "max_tokens": 3}
+    with serving(served_base, None) as live, httpx.Client(base_url=live.url, timeout=60) as client:
+        for stream in (False, True):
+
+            def fails() -> list[Any]:
+                raise ValueError("the model's logits hold NaN")
+
+            monkeypatch.setattr(live.worker.engine, "step", fails)
+            answer = client.post("/v1/chat/completions", json={**body, "stream": stream})
+            assert answer.status_code == (200 if stream else 500)
+            assert "decoding failed: the model's logits hold NaN" in answer.text
+        assert client.post("/v1/chat/completions", json=body).status_code == 200
+        assert client.get("/health").status_code == 200

@@ -103,14 +103,22 @@ def test_an_adapter_replaced_under_load(
     for version in (1, 2):
         write_adapter(served_base, tmp_path / f"v{version}", version)
     messages = conversation(2)
+    fields = {"messages": messages, "temperature": 0, "max_tokens": 40, "ignore_eos": True}
+    with serving(served_base, tmp_path, prefix_cache_bytes=0) as live:  # without a cache that could mix the two up
+        old, new = (
+            httpx.post(f"{live.url}/v1/chat/completions", json={"model": name, **fields}, timeout=120).json()[
+                "choices"
+            ][0]["message"]["content"]
+            for name in ("v1", "v2")
+        )
+    assert old != new
     with serving(served_base, tmp_path, allow_adapter_changes=True) as live:
 
         async def run() -> None:
             async with httpx.AsyncClient(base_url=live.url, timeout=120) as client:
 
-                async def ask(model: str, n: int = 40) -> str:
-                    body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": n, "ignore_eos": True}
-                    answer = await client.post("/v1/chat/completions", json=body)
+                async def ask(model: str) -> str:
+                    answer = await client.post("/v1/chat/completions", json={"model": model, **fields})
                     assert answer.status_code == 200, answer.text
                     return answer.json()["choices"][0]["message"]["content"]
 
@@ -118,8 +126,7 @@ def test_an_adapter_replaced_under_load(
                     body = {"lora_name": "x", "lora_path": path, "load_inplace": inplace}
                     return await client.post("/v1/load_lora_adapter", json=body)
 
-                old, new = await ask("v1"), await ask("v2")
-                assert old != new
+                assert (await ask("v1"), await ask("v2")) == (old, new)
                 assert (await load("v1", False)).status_code == 200
                 refused = await load("v2", False)
                 assert (refused.status_code, "load_inplace" in refused.text) == (400, True)
