@@ -417,8 +417,8 @@ def test_the_command_line(base_dir: Path, data: list[Path], tmp_path: Path) -> N
 
 
 def test_memory_is_predicted() -> None:
-    """Law: the peak of a step of 8 adapters, as PyTorch's allocator counts it, is the prediction to 1%; it grows by the adapters
-    and not by the base."""
+    """Law: the peak of a step of 8 adapters, as PyTorch's allocator counts it, is at most the prediction and 2% below it; it grows
+    by the adapters and not by the base."""
     config = ModelConfig(
         vocab_size=512, d_model=128, n_layers=3, n_heads=4, n_kv_heads=2, d_head=32, d_ff=256, max_seq_len=64
     )
@@ -436,7 +436,7 @@ def test_memory_is_predicted() -> None:
             weighted_loss(model, batch, torch.full((8 * 64,), 1 / 64))[0].backward()
         for row in rows:
             row.step(1e-3)
-    assert peak[0] == pytest.approx(predicted[8], rel=0.01)
+    assert 0.98 * predicted[8] <= peak[0] <= 1.001 * predicted[8]
     n_adapter = sum(8 * (layer.in_features + layer.out_features) for layer in stack.registry.layers.values())
     longer = predict_jobs(config, [(train, lora, 64)] * 9, at_once=9, device="cpu") - predicted[8]
     assert longer - 16 * n_adapter < (predicted[8] - 8 * 16 * n_adapter) / 4  # one more adapter and its row
