@@ -114,6 +114,10 @@ def test_commands_are_in_the_pipelines_order(run: Callable[..., Done]) -> None:
         "pretrain",
         "sft",
         "quantize",
+        "dpo",
+        "reward",
+        "grpo",
+        "ppo",
         "generate",
         "chat",
         "adapter",
@@ -528,7 +532,7 @@ def test_config_lists_every_key(run: Callable[..., Done], refused: Callable[...,
     assert "[model]" in shown
     assert "learning_rate" in shown
     assert "rank_stabilized" not in shown
-    assert "unknown stage 'dpo'; choose pretrain or sft" in refused("config", "dpo")
+    assert "unknown stage 'dpoo'; choose pretrain, sft, dpo, reward, grpo or ppo" in refused("config", "dpoo")
 
 
 def test_sft_takes_a_file_of_every_key(
