@@ -520,9 +520,9 @@ def test_a_full_disk(
 
 
 def test_config_lists_every_key(run: Callable[..., Done], refused: Callable[..., str]) -> None:
-    """Law: type, default and meaning of each key of both commands, as text and as JSON; defaults are the command's own."""
+    """Law: type, default and meaning of each key of the training commands, as text and as JSON; defaults are the command's own."""
     found = json.loads(run("config", "--json").out)
-    assert set(found) == {"pretrain", "sft"}
+    assert set(found) == {"pretrain", "sft", "dpo", "reward", "grpo", "ppo"}
     assert set(found["sft"]) == {"data", "records", "train", "lora", "quant"}
     keys = {key["name"]: key for part in found["sft"].values() for key in part}
     assert keys["rank"] == {"name": "rank", "type": "int", "default": "16", "meaning": "of the update's two factors"}
