@@ -1,6 +1,6 @@
 """Alignment, measured: a verifiable reward that teaches (--learn), and DPO beside TRL's on the same model and data (--dpo).
 
-    python bench/align.py --learn [--out runs/align] [--steps 150] [--method grpo|ppo]
+    python bench/align.py --learn [--out runs/align] [--steps 80] [--method grpo|ppo]
     python bench/align.py --dpo [--rounds 3] [--steps 30]
 
 --learn makes questions for the larger of two numbers below 100, fine-tunes a model of about 1.2 million parameters on answers
@@ -285,7 +285,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/align"))
     parser.add_argument("--method", choices=["grpo", "ppo"], default="grpo")
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--sft-steps", type=int, default=300)
+    parser.add_argument("--sft-steps", type=int, default=250)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--picture", type=Path)
@@ -294,7 +294,7 @@ def main() -> None:
     if options.learn:
         curves = learn(
             options.out,
-            steps=options.steps or 100,
+            steps=options.steps or 80,
             sft_steps=options.sft_steps,
             method=options.method,
             seed=options.seed,
