@@ -173,7 +173,9 @@ def demo(
 
 @app.command("config", rich_help_panel=PANEL["config"])
 def show_config(
-    stage: Annotated[str | None, typer.Argument(help="pretrain or sft; both when not given.")] = None,
+    stage: Annotated[
+        str | None, typer.Argument(help="pretrain, sft, dpo, reward, grpo or ppo; all if not given.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """List every config key of a training command: type, default, meaning.
@@ -190,19 +192,23 @@ def show_config(
 
     from .base.settings import describe
 
-    if stage not in (None, "pretrain", "sft"):
-        raise ValueError(f"unknown stage {stage!r}; choose pretrain or sft")
+    stages = ("pretrain", "sft", *ORDER["4. Align"])
+    if stage not in (None, *stages):
+        raise ValueError(f"unknown stage {stage!r}; choose {', '.join(stages[:-1])} or {stages[-1]}")
     tables = {}
-    for name in [stage] if stage else ["pretrain", "sft"]:
+    for name in [stage] if stage else stages:
+        defaults: dict[str, object] = {}
         if name == "pretrain":
             from .base.pretrain import PARTS as parts
 
-            defaults: dict[str, object] = {"vocab_size": "the tokenizer's"}
-        else:
+            defaults = {"vocab_size": "the tokenizer's"}
+        elif name == "sft":
             from .finetune.sft import PARTS as parts
             from .finetune.sft import default_texts
 
             defaults = default_texts()
+        else:
+            parts = align.parts_of(name)
         keys = {part: [asdict(key) for key in describe(kind)] for part, kind in parts.items()}
         for key in (key for part in keys.values() for key in part):
             key["default"] = str(defaults.get(key["name"], key["default"]))

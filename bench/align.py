@@ -1,11 +1,11 @@
 """Alignment, measured: a verifiable reward that teaches (--learn), and DPO beside TRL's on the same model and data (--dpo).
 
-    python bench/align.py --learn [--out runs/align] [--steps 150] [--method grpo|ppo]
+    python bench/align.py --learn [--out runs/align] [--steps 80] [--method grpo|ppo]
     python bench/align.py --dpo [--rounds 3] [--steps 30]
 
---learn makes sums of two numbers below 20, fine-tunes a model of about 1.2 million parameters on answers of which 60% forget
-to add (12+7=12), and trains it with the reward `exact` on four fifths of the sums. pass@1 is of sampled
-answers (temperature 1) to the sums left out, which neither stage has seen. Then the same with the sign flipped.
+--learn makes questions for the larger of two numbers below 100, fine-tunes a model of about 1.2 million parameters on answers
+of which 65% give the smaller one, and trains it with the reward `exact`. pass@1 is of sampled answers (temperature 1) to 200
+questions that neither stage has seen. Then the same with the sign flipped.
 --dpo compares losses step by step and processor time a step, in interleaved rounds, both in float32 on one thread.
 """
 
@@ -36,8 +36,8 @@ from graft.finetune.loading import load_model
 from graft.finetune.sft import run_sft
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-WRONG = 0.6  # share of wrong answers in the SFT data
-LIMIT = 20  # numbers are 0 to LIMIT - 1
+WRONG = 0.65  # share of wrong answers in the SFT data
+LIMIT = 100  # numbers are 0 to LIMIT - 1
 
 
 def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
@@ -48,16 +48,19 @@ def make_task(folder: Path, seed: int) -> None:
     """sft.jsonl with noisy answers, train.jsonl and held.jsonl with the right ones, and an untrained base."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
-    sums = [(a, b) for a in range(LIMIT) for b in range(LIMIT)]
-    rng.shuffle(sums)
-    held, train = sums[: len(sums) // 5], sums[len(sums) // 5 :]
+    pairs = [(a, b) for a in range(LIMIT) for b in range(LIMIT) if a != b]
+    rng.shuffle(pairs)
+    held, train = pairs[:200], pairs[2000:]
     noisy = []
     for _ in range(12_000):
-        a, b = rng.choice(train)
-        noisy.append({"prompt": f"{a}+{b}=", "completion": str(a if rng.random() < WRONG else a + b)})
+        both = rng.choice(train)
+        answer = min(both) if rng.random() < WRONG else max(both)
+        noisy.append({"prompt": f"max({both[0]},{both[1]})=", "completion": str(answer)})
     write_rows(folder / "sft.jsonl", noisy)
     for name, chosen in (("train", train), ("held", held)):
-        write_rows(folder / f"{name}.jsonl", [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in chosen])
+        write_rows(
+            folder / f"{name}.jsonl", [{"prompt": f"max({a},{b})=", "answer": str(max(a, b))} for a, b in chosen]
+        )
     text = folder / "text.txt"
     text.write_text("\n".join(row["prompt"] + row["completion"] for row in noisy), encoding="utf-8")
     tokenizer = Tokenizer.train([text], vocab_size=259, pattern="gpt2", special_tokens=SPECIALS)
@@ -70,12 +73,12 @@ def make_task(folder: Path, seed: int) -> None:
     save_model(model, folder / "base")
     tokenizer.save(folder / "base")
     print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(train)} sums to train on, {len(held)} left out"
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(train)} questions to train on, {len(held)} held out"
     )
 
 
 def pass_at_1(folder: Path) -> float:
-    """Of the SFT model on the sums left out, as the runs evaluate it."""
+    """Of the SFT model on the held-out questions, as the runs evaluate it."""
     model, tokenizer = load_model(folder / "sft"), Tokenizer.load(folder / "sft")
     prompts = read_prompts(folder / "held.jsonl", tokenizer, None, 32, 4)
     sampling = Sampling(1.0, max_new_tokens=4)
@@ -113,7 +116,7 @@ def learn(folder: Path, *, steps: int, sft_steps: int, method: str, seed: int) -
         curves[name] = lines
         val = [(line["step"], abs(line["val_reward.exact"])) for line in lines if "val_reward" in line]
         print(
-            f"{name}: pass@1 on the sums left out {before:.3f} before, {val[-1][1]:.3f} after {val[-1][0]} steps; "
+            f"{name}: pass@1 on held-out questions {before:.3f} before, {val[-1][1]:.3f} after {val[-1][0]} steps; "
             f"{time.process_time() - began:.0f} s of processor time, {time.perf_counter() - wall:.0f} s wall"
         )
         print("   ", " ".join(f"{step}:{value:.3f}" for step, value in val))
@@ -265,7 +268,7 @@ def draw(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6, 3.6))
     for name, lines in curves.items():
         val = [(line["step"], line["val_reward.exact"]) for line in lines if "val_reward" in line]
-        axes.plot(*zip(*val, strict=True), marker="o", label=f"{name}, sums left out")
+        axes.plot(*zip(*val, strict=True), marker="o", label=f"{name}, held out")
         axes.plot([line["step"] for line in lines], [line["reward.exact"] for line in lines], alpha=0.3)
     axes.set_xlabel("step (128 sampled answers each)")
     axes.set_ylabel("pass@1")
@@ -282,7 +285,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/align"))
     parser.add_argument("--method", choices=["grpo", "ppo"], default="grpo")
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--sft-steps", type=int, default=300)
+    parser.add_argument("--sft-steps", type=int, default=250)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--picture", type=Path)
@@ -291,7 +294,7 @@ def main() -> None:
     if options.learn:
         curves = learn(
             options.out,
-            steps=options.steps or 100,
+            steps=options.steps or 80,
             sft_steps=options.sft_steps,
             method=options.method,
             seed=options.seed,

@@ -118,6 +118,10 @@ def test_commands_are_in_the_pipelines_order(run: Callable[..., Done]) -> None:
         "pretrain",
         "sft",
         "quantize",
+        "dpo",
+        "reward",
+        "grpo",
+        "ppo",
         "generate",
         "chat",
         "serve",
@@ -623,9 +627,9 @@ def test_a_full_disk(
 
 
 def test_config_lists_every_key(run: Callable[..., Done], refused: Callable[..., str]) -> None:
-    """Law: type, default and meaning of each key of both commands, as text and as JSON; defaults are the command's own."""
+    """Law: type, default and meaning of each key of the training commands, as text and as JSON; defaults are the command's own."""
     found = json.loads(run("config", "--json").out)
-    assert set(found) == {"pretrain", "sft"}
+    assert set(found) == {"pretrain", "sft", "dpo", "reward", "grpo", "ppo"}
     assert set(found["sft"]) == {"data", "records", "train", "lora", "quant"}
     keys = {key["name"]: key for part in found["sft"].values() for key in part}
     assert keys["rank"] == {"name": "rank", "type": "int", "default": "16", "meaning": "of the update's two factors"}
@@ -635,7 +639,7 @@ def test_config_lists_every_key(run: Callable[..., Done], refused: Callable[...,
     assert "[model]" in shown
     assert "learning_rate" in shown
     assert "rank_stabilized" not in shown
-    assert "unknown stage 'dpo'; choose pretrain or sft" in refused("config", "dpo")
+    assert "unknown stage 'dpoo'; choose pretrain, sft, dpo, reward, grpo or ppo" in refused("config", "dpoo")
 
 
 def test_sft_takes_a_file_of_every_key(

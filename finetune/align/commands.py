@@ -27,6 +27,13 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest ch
 Force = Annotated[bool, typer.Option("--force", help="Start over in a folder that holds a run.")]
 
 
+def parts_of(command: str) -> dict[str, type]:
+    """The parts of a command's config, for `graft config`."""
+    from importlib import import_module
+
+    return import_module(f".run_{command}", __package__).PARTS
+
+
 def dpo(
     base: Base,
     data: Annotated[

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,6 @@ from .run_rewards import Reference, RolloutOptions, run_rewards
 class GRPOOptions:
     """The surrogate, and what else is in the loss. Raises ValueError for values that can't work."""
 
-    MIN_GROUP: ClassVar[int] = 2
-
     kind: Kind = "grpo"  # grpo, dr_grpo, dapo, gspo or cispo
     clip_low: float = 0.2  # a token's probability ratio counts from 1 - clip_low ...
     clip_high: float = 0.2  # ... to 1 + clip_high; dapo's paper has 0.28
@@ -40,6 +38,11 @@ class GRPOOptions:
     normalize_std: bool | None = None  # divide by the group's standard deviation; none: yes, but in dr_grpo
     mask_truncated: bool = False  # answers that were cut off carry no loss
     importance_cap: float = 2.0  # of the weight pi / pi_sampler of a token, in [1, inf); 0: no correction
+
+    @property
+    def min_group(self) -> int:
+        """Answers that a prompt needs at least."""
+        return 2
 
     def __post_init__(self) -> None:
         if self.kl not in ("k1", "k3", "k3_corrected"):

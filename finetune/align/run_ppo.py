@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +24,17 @@ from .run_rewards import Reference, RolloutOptions, run_rewards
 class PPOOptions:
     """The surrogate, the advantages and the value head. Raises ValueError for values that can't work."""
 
-    MIN_GROUP: ClassVar[int] = 1
-
     clip: float = 0.2  # how far a token's probability ratio may move from 1 and still count
     kl_coef: float = 0.05  # per nat a token that the policy is away from the reference, off the reward
     gamma: float = 1.0  # discount a token
     lam: float = 0.95  # of generalized advantage estimation
     value_coef: float = 0.1  # weight of the value head's loss, which shares the policy's layers
     value_clip: float = 0.2  # how far a value may move from its old one and still count
+
+    @property
+    def min_group(self) -> int:
+        """Answers that a prompt needs at least."""
+        return 1
 
     def __post_init__(self) -> None:
         for name in ("clip", "value_clip"):

@@ -114,9 +114,9 @@ def run_rewards(
                 f"batch_size={loop.batch_size} answers are not whole groups of group_size={options.group_size}; use "
                 f"batch_size {max(1, loop.batch_size // options.group_size) * options.group_size}"
             )
-        if options.group_size < config.objective.MIN_GROUP:
+        if options.group_size < config.objective.min_group:
             raise ValueError(
-                f"group_size={options.group_size} must be >= {config.objective.MIN_GROUP}: an answer is compared with others "
+                f"group_size={options.group_size} must be >= {config.objective.min_group}: an answer is compared with others "
                 "to the same prompt"
             )
         terms = options.terms()

@@ -143,7 +143,7 @@ def test_row_answer():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("", "no reward given; choose exact, number, label, regex, format, length, or module:function"),
+        ("", "no reward given; choose exact, number, label, regex, format, length, model, or module:function"),
         ({}, "no reward given"),
         ("exakt", "unknown reward 'exakt'; choose exact"),
         ("exact:answer", "reward exact takes no argument, got 'answer'"),
