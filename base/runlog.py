@@ -219,8 +219,9 @@ class RunFolder:
     def close_metrics(self) -> None:
         """Close metrics.jsonl; the folder stays locked."""
         if self._metrics is not None:
-            self._metrics.close()
-            self._metrics = None
+            metrics, self._metrics = self._metrics, None
+            with suppress(OSError):  # only what `log` could not write, and has raised for, is still to be written
+                metrics.close()
 
     def close(self) -> None:
         """Close metrics.jsonl, let others into the folder, and remove it if it is empty and this run made it."""

@@ -236,20 +236,34 @@ def run_base(ctx: Any, base: nn.Module, x: Tensor) -> Tensor:
         return F.linear(x.to(dtype), weight, None if base.bias is None else base.bias.to(dtype))
     if not ctx.needs_input_grad[0]:
         return base(x)
-    with torch.enable_grad():  # a graph of this linear alone, of which only the end is kept
-        leaf = x.detach().requires_grad_()
-        out = base(leaf)
-    ctx.edge = (get_gradient_edge(out), get_gradient_edge(leaf))
+    with torch.enable_grad():  # a graph of this linear alone, of which only the two ends are kept
+        start = Start.apply(x.detach(), torch.empty(0, requires_grad=True))
+        out = base(start)
+    ctx.edge = (get_gradient_edge(out), get_gradient_edge(start))
     return out.detach()
+
+
+class Start(torch.autograd.Function):
+    """x itself, as the first node of a graph. A leaf would be one too, but its node keeps the leaf's memory alive."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, empty: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        del ctx, empty  # `empty` only asks for a gradient
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        del ctx, grad
+        return None, None
 
 
 def base_gradient(ctx: Any, grad: Tensor, dy: Tensor) -> Tensor:
     """dy W (N, in), in a buffer of its own."""
     if ctx.weight is not None:
         return dy @ ctx.weight
-    out, leaf = ctx.edge
+    out, start = ctx.edge
     assert isinstance(out, GradientEdge)
-    [dx] = torch.autograd.grad([out], [leaf], [grad])
+    [dx] = torch.autograd.grad([out], [start], [grad])
     return dx.reshape(-1, dx.shape[-1])
 
 
