@@ -16,7 +16,7 @@ from graft.base.data.shards import prepare
 from graft.base.tokenizer.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-N_DRAWN = 6  # kills of each command in the default suite; all of them are marked slow
+N_DRAWN = 4  # kills of each command in the default suite; all of them: pytest -m exhaustive
 
 DRIVER = '''
 import hashlib, json, os, shutil, signal, sys
@@ -138,7 +138,7 @@ def tokens(text_file: Path, tokenizer_dir: Path, tmp_path_factory: pytest.TempPa
     return folder
 
 
-@pytest.mark.parametrize("kills", [N_DRAWN, pytest.param("all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [N_DRAWN, pytest.param("all", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("stage", ["pretrain", "lora"])
 def test_killed_at_a_file_operation(
     stage: str, kills: int | str, tokens: Path, tokenizer_dir: Path, base_dir: Path, tmp_path: Path

@@ -241,9 +241,9 @@ def test_two_threads_cannot_run_in_one_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"stage": 3, "status": "running", "config": {}}', "stage is '3'; expected str"),
+        ('{"stage": 3, "status": "running", "config": {}}', r"stage is a whole number \(3\); expected a string"),
         ('{"stage": "test", "config": {}}', "status is missing"),
-        ('{"stage": "test", "status": "running", "config": []}', r"config is '\[\]'; expected dict"),
+        ('{"stage": "test", "status": "running", "config": []}', r"config is a list \(\[\]\); expected an object"),
         ("[" * 100_000, "nested too deeply"),
     ],
 )
