@@ -308,7 +308,7 @@ def test_records_that_cannot_be_read(
 def test_a_folder_where_a_file_is_due(refused: Callable[..., str], base_dir: Path, tmp_path: Path, rows: Path) -> None:
     out = ("--out", tmp_path / "out")
     assert "is a directory; give one data file" in refused("sft", "--base", base_dir, "--data", tmp_path, *out)
-    assert "is a file; a model folder" in refused("sft", "--base", rows, "--data", rows, *out)
+    assert "is a file; expected a model folder" in refused("sft", "--base", rows, "--data", rows, *out)
     assert "is a folder" in refused("pretrain", tmp_path, "--data", tmp_path, "--tokenizer", tmp_path, *out)
     assert "holds no meta.json" in refused("pretrain", "--data", tmp_path, "--tokenizer", base_dir, *out)
     assert "is a file; expected a folder for the output" in refused(

@@ -25,6 +25,7 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHARD_BYTES = 5_000_000_000  # Hugging Face's own limit per file
 
 
@@ -333,8 +334,8 @@ def place_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
     if old is None or old.shape != tensor.shape:
         expected = None if old is None else tuple(old.shape)
         raise ValueError(f"weight {name} has shape {tuple(tensor.shape)}; config.json gives it {expected}")
-    if not tensor.is_floating_point():
-        raise ValueError(f"weight {name} holds {tensor.dtype}; expected floating-point numbers")
+    if tensor.dtype not in WEIGHT_DTYPES:  # 8-bit floats come with scales, without which they would be computed wrongly
+        raise ValueError(f"weight {name} holds {tensor.dtype}; expected float32, bfloat16, float16 or float64")
     module._parameters[leaf] = nn.Parameter(tensor, requires_grad=old.requires_grad)
 
 

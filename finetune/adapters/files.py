@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...base.checkpoint import load_tensors, save_tensors, write_file, write_json
 from ...base.json_fields import read_json
+from ...base.model.huggingface import WEIGHT_DTYPES
 from .lora import DEFAULT, LoraConfig, linears, lora_layers
 from .peft_config import check_config, is_target, rank_and_alpha
 
@@ -173,8 +174,8 @@ def _sorted_keys(tensors: Mapping[str, Tensor], file: Path) -> tuple[dict[str, d
     pairs: dict[str, dict[str, Tensor]] = {}
     copies: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"{file}: {key} holds {tensor.dtype}; expected floating-point numbers")
+        if tensor.dtype not in WEIGHT_DTYPES:
+            raise ValueError(f"{file}: {key} holds {tensor.dtype}; expected float32, bfloat16, float16 or float64")
         if not tensor.isfinite().all():
             raise ValueError(f"{file}: {key} holds NaN or infinity; the training that wrote it diverged, train again")
         name = key.removeprefix(PREFIX).removesuffix(".weight")

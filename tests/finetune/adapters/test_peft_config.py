@@ -231,7 +231,7 @@ def test_weights_and_options_that_disagree(folder: Path, base_dir: Path) -> None
     a = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     for changed, message in (
         ({a: torch.full_like(weights[a], torch.nan)}, f"{a} holds NaN or infinity"),
-        ({a: weights[a].int()}, f"{a} holds torch.int32; expected floating-point"),
+        ({a: weights[a].int()}, f"{a} holds torch.int32; expected float32"),
         ({a: weights[a][0]}, r"has lora_A (64,) and lora_B (64, 2)"),
         ({"base_model.model.model.norm.weight": torch.ones(64)}, "model.norm.weight' is not covered"),
         ({a.removeprefix("base_model.model."): weights[a].clone()}, "lora_A.weight' is not covered"),
