@@ -32,8 +32,12 @@ KERNELS = (
     Kernel("nf4", "compiled loops for decoding, PyTorch's matrix product for training"),
     Kernel("grouped_lora", "PyTorch operators, adapter by adapter"),
     Kernel("adamw", "PyTorch's fused update"),
+    Kernel("decode", "compiled loops for one new token a row in float32"),
 )
-TORCH_ONLY = {"adamw": "PyTorch's fused update, one pass over the tensors, on every device; it has no Triton form"}
+TORCH_ONLY = {
+    "adamw": "PyTorch's fused update, one pass over the tensors, on every device; it has no Triton form",
+    "decode": "compiled loops on the CPU for one new token a row in float32; elsewhere the other kernels' own forms",
+}
 
 
 def report() -> list[Row]:

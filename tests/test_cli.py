@@ -271,7 +271,7 @@ def test_a_vocabulary_that_is_too_small(refused: Callable[..., str], text_file: 
 
 
 RECORDS = {
-    "missing": (None, "no such file"),
+    "missing": (None, "does not exist"),
     "empty": (b"", "is empty"),
     "latin": ('{"text": "caf\u00e9"}'.encode("latin-1"), "not UTF-8 at byte offset 13"),
     "cut": (b'{"text": "a"}\n{"text": "b\n', "rows.jsonl line 2: not JSON (Unterminated string"),
@@ -307,7 +307,10 @@ def test_records_that_cannot_be_read(
 
 def test_a_folder_where_a_file_is_due(refused: Callable[..., str], base_dir: Path, tmp_path: Path, rows: Path) -> None:
     out = ("--out", tmp_path / "out")
-    assert "is a directory; give one data file" in refused("sft", "--base", base_dir, "--data", tmp_path, *out)
+    (tmp_path / "empty").mkdir()
+    assert "empty" in refused(
+        "sft", "--base", base_dir, "--data", tmp_path / "empty", *out
+    )  # a folder of records is fine
     assert "is a file; expected a model folder" in refused("sft", "--base", rows, "--data", rows, *out)
     assert "is a folder" in refused("pretrain", tmp_path, "--data", tmp_path, "--tokenizer", tmp_path, *out)
     assert "holds no meta.json" in refused("pretrain", "--data", tmp_path, "--tokenizer", base_dir, *out)
@@ -479,7 +482,7 @@ def test_an_option_given_twice_is_refused(words: tuple[str, ...], refused: Calla
 
 
 def test_a_list_option_given_twice_is_a_list(refused: Callable[..., str], base_dir: Path) -> None:
-    assert "no such file" in refused(
+    assert "does not exist" in refused(
         "sft", "--base", base_dir, "--data", "none", "--out", "o", "--set", "steps=1", "--set", "batch_size=2"
     )
     assert "adapter 'b' is not NAME=DIR" in refused("chat", "--base", base_dir, "--adapter", "a=x", "--adapter", "b")

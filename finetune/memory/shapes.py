@@ -111,6 +111,8 @@ def _by_own_rule(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> T
         return _reduced(
             args[0], *_dims(args, REDUCTIONS[func]), torch.bool if func is aten.all.default else kwargs.get("dtype")
         )
+    if func in (aten.addmm_.default, aten.baddbmm_.default):
+        return args[0]  # the sum is made in place
     if func is aten.mm.default:
         return args[0].new_empty((args[0].shape[0], args[1].shape[1]))
     if func is aten.mv.default:

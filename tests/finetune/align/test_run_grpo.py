@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import graft
 from graft.base.generate.engine import Engine
 from graft.base.generate.sampling import Sampling
-from graft.base.model.huggingface import load_full_precision, save_model
+from graft.base.model.huggingface import save_model
 from graft.base.runlog import read_metrics
 from graft.finetune.align import run_rewards
 from graft.finetune.align.rollouts import Prompt, Rollouts, Sampler, collate_rollout
@@ -34,7 +34,7 @@ def prompts(tmp_path: Path) -> Path:
 def loud_base(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The base with three times the embedding: logits that a small update can turn, and samples that still differ."""
     folder = tmp_path_factory.mktemp("loud")
-    model = load_full_precision(base_dir)
+    model = load_model(base_dir, dtype=None)
     with torch.no_grad():
         model.model.embed_tokens.weight *= 3
     save_model(model, folder)

@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 import graft
-from graft.base.model.huggingface import load_full_precision, save_model
+from graft.base.model.huggingface import save_model
 from graft.base.runlog import read_metrics
 from graft.finetune.align.rewards import parse_rewards
 from graft.finetune.align.rollouts import Rollouts
 from graft.finetune.align.run_grpo import grpo
 from graft.finetune.align.run_ppo import PPO, ppo
 from graft.finetune.align.run_reward import RewardModel, RewardObjective, reward
+from graft.finetune.loading import load_model
 
 PAIRS = [("the cat", " sat", " flew over it"), ("a bird", " sang", " sat"), ("the tree", " stood", " ran")]
 
@@ -31,7 +32,7 @@ def rows(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def loud_base(base_dir: Path, tmp_path: Path) -> Path:
-    model = load_full_precision(base_dir)
+    model = load_model(base_dir, dtype=None)
     with torch.no_grad():
         model.model.embed_tokens.weight *= 3
     save_model(model, tmp_path / "loud")
@@ -100,7 +101,7 @@ def test_a_reward_model_is_a_reward(base_dir: Path, rows: Path, tmp_path: Path) 
     common |= {"batch_size": 4, "group_size": 4, "max_new_tokens": 2}
     grpo(base=base_dir, out=tmp_path / "out", **common)
     other = tmp_path / "other"
-    save_model(load_full_precision(base_dir), other)
+    save_model(load_model(base_dir, dtype=None), other)
     tokenizer = graft.Tokenizer.load(base_dir)
     tokenizer.chat_template = "{{ messages }}"
     tokenizer.save(other)

@@ -13,9 +13,10 @@ from graft.base.model.huggingface import load_config, save_model
 from graft.base.model.transformer import Transformer, initialize_
 from graft.base.tokenizer.tokenizer import Tokenizer
 from graft.finetune.data.chat import ChatTemplate, encode_prompt, end_of_turn
-from graft.finetune.data.stop import carry_generation_config, stop_ids, write_endings
+from graft.finetune.data.stop import stop_ids, write_endings
 from graft.finetune.data.templates import CHATML, TEMPLATES
 from graft.finetune.evaluate import run_evaluate
+from graft.finetune.folders import carry_over
 from graft.finetune.sft import run_sft
 
 OWN = (
@@ -125,5 +126,5 @@ def test_training_on_strings_changes_no_end(tokenizer: Tokenizer) -> None:
 
 def test_sampling_defaults_without_a_base_file(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
-    carry_generation_config(tmp_path / "base", tmp_path)
+    carry_over(tmp_path / "base", tmp_path)
     assert not (tmp_path / "generation_config.json").exists()
