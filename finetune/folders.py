@@ -64,7 +64,8 @@ def carry_over(base: Path | str, out: Path | str) -> None:
         return
     settings = read_json(base / GENERATION)
     own = read_json(out / GENERATION) if (out / GENERATION).exists() else {}
-    ends = [*_ids(own, out / GENERATION), *_ids(settings, base / GENERATION)]  # what was taught last comes first
+    added, before = _ids(own, out / GENERATION), _ids(settings, base / GENERATION)
+    ends = added if set(before) <= set(added) else [*before, *added]  # a full list stands as it was written
     merged = own | settings
     if len(unique := list(dict.fromkeys(ends))) > len(set(_ids(settings, base / GENERATION))):
         merged["eos_token_id"] = unique if len(unique) > 1 else unique[0]
