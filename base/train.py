@@ -282,7 +282,7 @@ class History:
         stop: "Stop",  # a run that is asked to stop writes a checkpoint first
         on_step: Callable[[dict[str, Any]], None] | None = None,
     ) -> bool:
-        """Log a finished step and checkpoint where one is due.
+        """Log a finished step and write a checkpoint if the config asks for one at this step.
 
         Returns whether it was the last one. Raises ValueError when too many updates in a row were skipped.
         """

@@ -65,13 +65,13 @@ def main() -> None:
     initialize_(ours, seed=0)
     with tempfile.TemporaryDirectory() as folder:
         save_model(ours, Path(folder))
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    theirs.generation_config.pad_token_id = 0
+        peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    peer.generation_config.pad_token_id = 0
     for batch in map(int, options.batches.split(",")):
         ids = torch.randint(0, 8192, (batch, PROMPT), generator=torch.Generator().manual_seed(1))
         prompts = ids.tolist()
 
-        graft_side, peer_side = partial(by_graft, ours, prompts), partial(by_transformers, theirs, ids)
+        graft_side, peer_side = partial(by_graft, ours, prompts), partial(by_transformers, peer, ids)
         assert graft_side() == peer_side(), "the two sides wrote different ids"
         ratios, best = [], {"graft": [], "transformers": []}
         for i in range(options.rounds):

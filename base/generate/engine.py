@@ -32,7 +32,7 @@ class TokenLogprob(NamedTuple):
     """How likely the model found a token, before temperature and filters."""
 
     logprob: float  # in nats
-    top: list[tuple[int, float]]  # the likeliest tokens with theirs, the likeliest first
+    top: list[tuple[int, float]]  # (token, log-probability) of the likeliest tokens, in falling order
 
 
 class Event(NamedTuple):

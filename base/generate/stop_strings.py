@@ -1,4 +1,4 @@
-"""Strings that end a text, found across the borders of tokens."""
+"""Strings that end a text, found also where they span several tokens."""
 
 from collections.abc import Sequence
 
