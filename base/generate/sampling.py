@@ -31,7 +31,7 @@ class Sampling:
         object.__setattr__(self, "stop_ids", frozenset(self.stop_ids))
         if not (self.temperature == 0 or SMALLEST_TEMPERATURE <= self.temperature < math.inf):
             raise ValueError(
-                f"temperature={self.temperature} must be 0 (greedy), or at least {SMALLEST_TEMPERATURE} and finite; it must be >= 0"
+                f"temperature={self.temperature} must be 0 (greedy), or at least {SMALLEST_TEMPERATURE} and finite"
             )
         if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
             raise ValueError(f"top_k={self.top_k} must be >= 1, a whole number")

@@ -23,6 +23,7 @@ from ..folders import replaced_folder
 from ..loading import load_model
 from .files import Adapter, check_fits, read_adapter, save_adapter
 from .lora import LoraConfig, LowRank, remove_adapter, wrapped
+from .merge import drift_of, next_token_logp
 from .selection import use_adapters
 
 Layers = dict[str, tuple[Tensor, Tensor, float]]  # path -> A (R, in), B (out, R), scale
@@ -199,7 +200,7 @@ def drift(model: Transformer, layers: Layers, meant: Layers, rows: Sequence[Tens
     attach_layers(model, "meant", meant)
     try:
         with use_adapters(model, "meant"):
-            unmerged = [logp(model, row) for row in rows]
+            unmerged = next_token_logp(model, rows)
     finally:
         remove_adapter(model, "meant")
     return _compare(model, layers, unmerged, rows)
@@ -209,30 +210,19 @@ def drift_between(
     model: Transformer, layers: Layers, other: Transformer, rows: Sequence[Tensor]
 ) -> tuple[float, float]:
     """The same between base + layers and another model."""
-    return _compare(model, layers, [logp(other, row) for row in rows], rows)
+    return _compare(model, layers, next_token_logp(other, rows), rows)
 
 
 def _compare(
     model: Transformer, layers: Layers, expected: Sequence[Tensor], rows: Sequence[Tensor]
 ) -> tuple[float, float]:
     attach_layers(model, "result", layers)
-    kl, equal, n_tokens = 0.0, 0, 0
     try:
         with use_adapters(model, "result"):
-            for row, q in zip(rows, expected, strict=True):
-                p = logp(model, row)  # (T, V)
-                kl += float((p.exp() * (p - q)).sum())
-                equal += int((p.argmax(-1) == q.argmax(-1)).sum())
-                n_tokens += len(row)
+            found = drift_of(next_token_logp(model, rows), expected)
     finally:
         remove_adapter(model, "result")
-    return kl / n_tokens, equal / n_tokens
-
-
-@torch.no_grad()
-def logp(model: Transformer, row: Tensor) -> Tensor:
-    """Log-probabilities of the next tokens after each of a row's (T,), (T, V) float32."""
-    return model(row[None].to(model.model.embed_tokens.weight.device))[0].float().log_softmax(-1)
+    return found.kl, found.equal_greedy
 
 
 def write_adapter(
