@@ -56,9 +56,10 @@ def attention_flops_per_token(config: ModelConfig, seq_len: int) -> float:
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """Training FLOPs a token: 6 for each parameter that multiplies (the embedding's look-up does not), plus attention."""
+    """Training FLOPs a token: 6 for each parameter that multiplies (the embedding's look-up and experts that don't read the
+    token do not), plus attention."""
     lookup = 0 if config.tie_embeddings else config.vocab_size * config.d_model
-    return 6.0 * (config.n_params - lookup) + attention_flops_per_token(config, seq_len)
+    return 6.0 * (config.n_active_params - lookup) + attention_flops_per_token(config, seq_len)
 
 
 def training_seconds(flops: float, *, n_devices: int = 1, device_flops: float, mfu: float) -> float:

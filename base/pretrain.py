@@ -13,7 +13,8 @@ from .data.shards import TokenShards, open_tokens
 from .device import explain_device, memory_bytes, peak_bytes, reset_peak, resolve_device
 from .evaluate import bits_per_byte, mean_loss
 from .model.config import ModelConfig, preset, with_sizes
-from .model.huggingface import config_to_dict, save_model
+from .model.config_json import config_to_dict
+from .model.huggingface import save_model
 from .model.init import parameter_roles
 from .model.transformer import Transformer, initialize_
 from .progress import step_progress

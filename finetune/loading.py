@@ -152,7 +152,7 @@ def save_any(model: Transformer, folder: Path | str, *, stored: dict[str, Any] |
         for name, tensor in model.state_dict().items()
         if not (name == "lm_head.weight" and model.config.tie_embeddings)
     }
-    write_weights(folder, tensors)
+    write_weights(folder, tensors, model.config)
     write_config(model.config, folder, dtype=model.model.norm.weight.dtype, extra={"quantization_config": stored})
 
 

@@ -38,9 +38,10 @@ def run_quantize(
     With `calibrate` the codes are then chosen again, block by block, so that the layers' outputs on that text change least
     (quant/calibrate.py); format and size stay the same.
 
-    Embeddings, norms and the head keep the file's dtype; the base's generation settings come along. `force` replaces what
-    `out` holds once the new files are whole. Raises ValueError for a base that is in 4 bits already, whose weights are not
-    finite or whose tokens have no row in the embedding; FileExistsError for an `out` that is not empty.
+    Embeddings, norms, the head and a mixture's experts keep the file's dtype (the experts' weights are counted); the base's
+    generation settings come along. `force` replaces what `out` holds once the new files are whole. Raises ValueError for a base
+    that is in 4 bits already, whose weights are not finite or whose tokens have no row in the embedding; FileExistsError for an
+    `out` that is not empty.
     """
     base, out = Path(base), Path(out)
     if out.exists() and not out.is_dir():
@@ -65,14 +66,17 @@ def run_quantize(
     if rows is not None:
         blocks = [(f"model.layers.{i}", block) for i, block in enumerate(model.model.layers)]
         calibrate_(model, blocks, [row[None] for row in rows], weight_reader(base))
-    settings = quantization_config(double_quant=double_quant, compute_dtype=torch.bfloat16, keep=KEEP)
+    keep = (*KEEP, "shared_expert_gate") if config.d_shared_expert else KEEP
+    settings = quantization_config(double_quant=double_quant, compute_dtype=torch.bfloat16, keep=keep)
     with replaced_folder(out) as folder:
         tokenizer.save(folder)
         save_any(model, folder, stored=settings)
         carry_over(base, folder)
     n_weights = sum(layer.in_features * layer.out_features for layer in layers.values())
     stored = sum(stored_bytes(layer) for layer in layers.values())
-    return {
+    experts = [tensor for name, tensor in model.named_parameters() if ".experts." in name]  # stacked, not linears
+    left = {"n_expert_weights_left_as_they_are": sum(tensor.numel() for tensor in experts)} if experts else {}
+    return left | {
         "n_quantized_layers": len(layers),
         "n_quantized_weights": n_weights,
         "n_calibration_tokens": 0 if rows is None else rows.numel(),

@@ -30,11 +30,13 @@ KERNELS = (
     Kernel("swiglu", "PyTorch operators"),
     Kernel("cross_entropy", "chunks of logits in PyTorch, never all of them"),
     Kernel("nf4", "compiled loops for decoding, PyTorch's matrix product for training"),
+    Kernel("grouped_linear", "PyTorch's grouped product"),
     Kernel("grouped_lora", "PyTorch operators, adapter by adapter"),
     Kernel("adamw", "PyTorch's fused update"),
     Kernel("decode", "compiled loops for one new token a row in float32"),
 )
 TORCH_ONLY = {
+    "grouped_linear": "PyTorch's grouped product, one call for all experts, on every device; it has no Triton form yet",
     "adamw": "PyTorch's fused update, one pass over the tensors, on every device; it has no Triton form",
     "decode": "compiled loops on the CPU for one new token a row in float32; elsewhere the other kernels' own forms",
 }

@@ -31,8 +31,9 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.d_model, kv_width, bias=config.attention_bias)
         self.o_proj = nn.Linear(q_width, config.d_model, bias=config.attention_out_bias)
         if config.qk_norm:
-            self.q_norm = RMSNorm(config.d_head, config.norm_eps)
-            self.k_norm = RMSNorm(config.d_head, config.norm_eps)
+            joint = config.qk_norm_joint
+            self.q_norm = RMSNorm(q_width if joint else config.d_head, config.norm_eps)
+            self.k_norm = RMSNorm(kv_width if joint else config.d_head, config.norm_eps)
 
     def new_cache(self, n_rows: int, capacity: int, dtype: torch.dtype, device: torch.device | str) -> LayerCache:
         """An empty cache of this layer's shapes."""
@@ -50,12 +51,16 @@ class Attention(nn.Module):
         """Causal self-attention; with a cache, the new keys are written to it and the old ones are seen too."""
         B, T, _ = x.shape
         c = self.config
-        q = self.q_proj(x).view(B, T, c.n_heads, c.d_head)
-        k = self.k_proj(x).view(B, T, c.n_kv_heads, c.d_head)
-        v = self.v_proj(x).view(B, T, c.n_kv_heads, c.d_head).transpose(1, 2)  # (B, K, T, Dh)
-        if c.qk_norm:
+        q, k = self.q_proj(x), self.k_proj(x)
+        if c.qk_norm and c.qk_norm_joint:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rope(q.transpose(1, 2), k.transpose(1, 2), context.cos, context.sin)  # (B, H, T, Dh), (B, K, T, Dh)
+        q, k = q.view(B, T, c.n_heads, c.d_head), k.view(B, T, c.n_kv_heads, c.d_head)
+        v = self.v_proj(x).view(B, T, c.n_kv_heads, c.d_head).transpose(1, 2)  # (B, K, T, Dh)
+        if c.qk_norm and not c.qk_norm_joint:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = q.transpose(1, 2), k.transpose(1, 2)  # (B, H, T, Dh), (B, K, T, Dh)
+        if self.spec.rotates:
+            q, k = rope(q, k, context.cos, context.sin)
         if cache is not None:
             cache.write(k, v, context)
         if cache is not None and context.start:
@@ -80,9 +85,12 @@ class Attention(nn.Module):
         c, B = self.config, x.shape[0]
         q, k, v = project(self.q_proj, x), project(self.k_proj, x), project(self.v_proj, x)
         norms = {}
-        if c.qk_norm:
+        if c.qk_norm and c.qk_norm_joint:
+            q, k = self.q_norm(q), self.k_norm(k)
+        elif c.qk_norm:
             norms = {"q_weight": self.q_norm.weight, "k_weight": self.k_norm.weight, "eps": self.q_norm.eps}
-        place_token_(q, k, v, context.cos, context.sin, cache.keys, cache.values, context.start, **norms)
+        cos, sin = (context.cos, context.sin) if self.spec.rotates else context.unturned
+        place_token_(q, k, v, cos, sin, cache.keys, cache.values, context.start, **norms)
         keys, values, mask = cache.read(B, context, self.spec.window)
         grouped = q.view(B, c.n_kv_heads, c.n_heads // c.n_kv_heads, c.d_head)
         mixed = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)

@@ -2,30 +2,47 @@
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-ROPE_TYPES = ("default", "linear", "llama3")
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 # Above these a config is a slip or damage; refused before anything is built.
 LARGEST = {
     "vocab_size": 2**26, "d_model": 2**20, "n_layers": 10_000, "n_heads": 2**16, "n_kv_heads": 2**16, "d_head": 2**16,
-    "d_ff": 2**24, "max_seq_len": 2**31,
+    "d_ff": 2**24, "max_seq_len": 2**31, "n_experts": 2**16, "d_expert": 2**24, "d_shared_expert": 2**24,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How RoPE's frequencies are stretched beyond the pretrained length (Llama 3.1's report, section 3.4, for `llama3`)."""
+    """How RoPE's frequencies are stretched beyond the pretrained length.
 
-    rope_type: str = "default"  # default: none; linear: positions / factor; llama3: low frequencies / factor
+    linear: Chen et al. 2023, arXiv:2306.15595; yarn: Peng et al. 2023, arXiv:2309.00071; llama3: its report, section 3.4.
+    dynamic changes frequencies beyond max_seq_len alone, which no sequence here passes, so it computes as default.
+    """
+
+    rope_type: str = "default"  # default: none; linear: positions / factor; llama3, yarn: low frequencies / factor
     factor: float = 1.0
     low_freq_factor: float = 1.0  # llama3: wavelengths above original / low are divided by factor
     high_freq_factor: float = 4.0  # llama3: wavelengths below original / high are kept
     original_max_seq_len: int = 8192
+    beta_fast: float = 32.0  # yarn: dimensions that turn more often than this in the original length are kept
+    beta_slow: float = 1.0  # yarn: those that turn less often are divided by factor
+    attention_factor: float = 1.0  # yarn: cos and sin are multiplied by it
+    truncate: bool = True  # yarn: the bounds between them are whole dimensions
 
     def __post_init__(self) -> None:
         if self.rope_type not in ROPE_TYPES:
             raise ValueError(f"rope_type {self.rope_type!r} is not supported; known are {', '.join(ROPE_TYPES)}")
-        for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len"):
+        for name in (
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "original_max_seq_len",
+            "beta_fast",
+            "beta_slow",
+            "attention_factor",
+        ):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name}={value!r} must be > 0 and finite")
@@ -40,13 +57,15 @@ class LayerSpec:
     """What one layer is made of. Layers with equal specs have equal shapes, memory and FLOPs."""
 
     window: int | None = None  # keys that a query sees, its own included; None: all before it
+    rotates: bool = True  # queries and keys carry their positions by RoPE
     attention: str = "grouped"  # grouped-query attention
-    feed_forward: str = "gated"  # SwiGLU
+    feed_forward: str = "gated"  # gated: SwiGLU; experts: a mixture of them
+    norm: str = "pre"  # pre: before attention and feed-forward; post: after them, before the residual is added
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A Llama-style decoder: pre-norm RMSNorm, RoPE, grouped-query attention, SwiGLU.
+    """A decoder with RMSNorm, RoPE, grouped-query attention and SwiGLU or a mixture of such experts.
 
     Raises ValueError when the sizes don't fit each other.
     """
@@ -63,12 +82,23 @@ class ModelConfig:
     rope_scaling: RopeScaling = RopeScaling()
     norm_eps: float = 1e-6
     qk_norm: bool = True  # RMSNorm over each query's and key's Dh values, as in Qwen3
+    qk_norm_joint: bool = False  # that RMSNorm is over the values of all heads together, as in OLMo 2
+    post_norm: bool = False  # norms after attention and feed-forward, not before them (OLMo 2)
     tie_embeddings: bool = True  # lm_head shares embed_tokens' weight
     attention_bias: bool = False  # q, k, v projections have a bias (Qwen2)
     attention_out_bias: bool = False  # o_proj has a bias (Llama with attention_bias)
     mlp_bias: bool = False  # gate, up and down projections have a bias
     sliding_window: int | None = None  # a query sees its last w keys (Mistral); None: all
     sliding_layers: tuple[bool, ...] | None = None  # which layers have that window (Qwen2, Qwen3); None: all of them
+    rope_layers: tuple[bool, ...] | None = None  # which layers rotate queries and keys (SmolLM3); None: all of them
+    n_experts: int = 0  # feed-forwards of a layer's mixture of experts; 0: no mixture
+    n_experts_per_token: int = 2  # of which each token is read by so many
+    d_expert: int | None = None  # an expert's width; None: d_ff
+    d_shared_expert: int = 0  # width of an expert that reads every token; 0: none
+    expert_layers: tuple[bool, ...] | None = None  # which layers have the mixture; None: all of them
+    normalize_experts: bool = True  # the weights of a token's experts add up to 1
+    balance_loss: float = 0.01  # times the loss that keeps experts equally busy, added to the cross entropy in training
+    router_z_loss: float = 0.0  # times the mean square of the router's log-sum-exp, the same
     init_std: float = 0.02  # standard deviation of the initial weights
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None  # generation stops at any of them
@@ -88,13 +118,18 @@ class ModelConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be > 0 and finite")
         if self.sliding_window is not None and not 1 <= self.sliding_window <= LARGEST["max_seq_len"]:
             raise ValueError(f"sliding_window={self.sliding_window} must be a whole number >= 1, or none")
-        if self.sliding_layers is not None:
-            if self.sliding_window is None:
-                raise ValueError("sliding_layers is given without sliding_window; set the window, or leave both out")
-            if len(self.sliding_layers) != self.n_layers:
-                raise ValueError(
-                    f"sliding_layers names {len(self.sliding_layers)} layers, n_layers={self.n_layers}; name each layer once"
-                )
+        if self.sliding_layers is not None and self.sliding_window is None:
+            raise ValueError("sliding_layers is given without sliding_window; set the window, or leave both out")
+        if self.expert_layers is not None and not self.n_experts:
+            raise ValueError("expert_layers is given without n_experts; set it, or leave both out")
+        for name in ("sliding_layers", "rope_layers", "expert_layers"):
+            layers = getattr(self, name)
+            if layers is not None and len(layers) != self.n_layers:
+                raise ValueError(f"{name} names {len(layers)} layers, n_layers={self.n_layers}; name each layer once")
+        if self.n_experts:
+            self._check_experts()
+        if self.qk_norm_joint and not self.qk_norm:
+            raise ValueError("qk_norm_joint says how qk_norm is taken; set qk_norm=true, or leave it out")
         if self.n_heads % self.n_kv_heads:
             fits = [k for k in range(1, self.n_heads + 1) if self.n_heads % k == 0]
             shown = ", ".join(map(str, fits[:12])) + (", ..." if len(fits) > 12 else "")
@@ -104,27 +139,66 @@ class ModelConfig:
         if self.d_head % 2:
             raise ValueError(f"d_head={self.d_head} is odd; RoPE rotates pairs, use an even d_head")
 
+    def _check_experts(self) -> None:
+        for name, least in (("n_experts", 2), ("d_shared_expert", 0), ("d_expert", 1)):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or not least <= value <= LARGEST[name]):
+                raise ValueError(f"{name}={value!r} must be a whole number from {least} to {LARGEST[name]:,}")
+        if not 1 <= self.n_experts_per_token <= self.n_experts:
+            raise ValueError(
+                f"n_experts_per_token={self.n_experts_per_token} must lie between 1 and n_experts={self.n_experts}"
+            )
+        for name in ("balance_loss", "router_z_loss"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be >= 0 and finite")
+
     def layer(self, i: int) -> LayerSpec:
         """What layer i is made of, i in [0, n_layers)."""
         slides = self.sliding_layers is None or self.sliding_layers[i]
-        return LayerSpec(window=self.sliding_window if slides else None)
+        mixes = self.n_experts > 0 and (self.expert_layers is None or self.expert_layers[i])
+        return LayerSpec(
+            window=self.sliding_window if slides else None,
+            rotates=self.rope_layers is None or self.rope_layers[i],
+            feed_forward="experts" if mixes else "gated",
+            norm="post" if self.post_norm else "pre",
+        )
+
+    @property
+    def expert_width(self) -> int:
+        """F of one expert."""
+        return self.d_ff if self.d_expert is None else self.d_expert
 
     @property
     def n_params(self) -> int:
         """Parameters, the tied embedding counted once."""
+        return self._count(self.layer_params)
+
+    @property
+    def n_active_params(self) -> int:
+        """Parameters that one token meets: of a mixture's experts only those that read it."""
+        return self._count(lambda spec: self.layer_params(spec, active=True))
+
+    def _count(self, layer_params: Callable[[LayerSpec], int]) -> int:
         embeddings = self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
         specs = Counter(self.layer(i) for i in range(self.n_layers))
-        return embeddings + sum(n * self.layer_params(spec) for spec, n in specs.items()) + self.d_model
+        return embeddings + sum(n * layer_params(spec) for spec, n in specs.items()) + self.d_model
 
-    def layer_params(self, spec: LayerSpec) -> int:
-        """Parameters of one layer."""
-        del spec  # a window has none
+    def layer_params(self, spec: LayerSpec, *, active: bool = False) -> int:
+        """Parameters of one layer; with `active`, those that one token meets."""
         q, kv = self.n_heads * self.d_head, self.n_kv_heads * self.d_head
         attention = self.d_model * (2 * q + 2 * kv)
         attention += (q + 2 * kv) * self.attention_bias + self.d_model * self.attention_out_bias
-        feed_forward = 3 * self.d_model * self.d_ff + (2 * self.d_ff + self.d_model) * self.mlp_bias
-        norms = 2 * self.d_model + 2 * self.d_head * self.qk_norm
-        return attention + feed_forward + norms
+        norms = 2 * self.d_model + (q + kv if self.qk_norm_joint else 2 * self.d_head) * self.qk_norm
+        if spec.feed_forward == "gated":
+            return attention + self._gated_params(self.d_ff) + norms
+        read = self.n_experts_per_token if active else self.n_experts
+        experts = self.d_model * self.n_experts + read * 3 * self.d_model * self.expert_width
+        if self.d_shared_expert:
+            experts += self._gated_params(self.d_shared_expert) + self.d_model
+        return attention + experts + norms
+
+    def _gated_params(self, width: int) -> int:
+        return 3 * self.d_model * width + (2 * width + self.d_model) * self.mlp_bias
 
 
 def with_sizes(config: ModelConfig, **sizes: object) -> ModelConfig:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ...kernels.swiglu import swiglu
 from .attention import project
 from .config import ModelConfig
+from .kv_cache import StepContext
 
 
 class FeedForward(nn.Module):
@@ -18,13 +19,15 @@ class FeedForward(nn.Module):
         "gate_proj.bias": "bias", "up_proj.bias": "bias", "down_proj.bias": "bias",
     }  # fmt: skip
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, width: int | None = None) -> None:  # None: the config's d_ff
         super().__init__()
-        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
+        width = config.d_ff if width is None else width
+        self.gate_proj = nn.Linear(config.d_model, width, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.d_model, width, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(width, config.d_model, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: StepContext | None = None) -> Tensor:
+        del context  # every kind of feed-forward layer is called alike
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
     def decode(self, x: Tensor) -> Tensor:

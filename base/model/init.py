@@ -10,12 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-Role = Literal["embedding", "head", "hidden", "residual", "gain", "bias", "adapter"]
+Role = Literal["embedding", "head", "hidden", "residual", "router", "gain", "bias", "adapter"]
 """embedding (V, D); head (V, D); hidden: a matrix between hidden states; residual: such a matrix whose output is added to the
-residual stream; gain: a norm's weight; bias; adapter: a low-rank factor."""
+residual stream; router (E, D): scores of experts; gain: a norm's weight; bias; adapter: a low-rank factor."""
 
 DECAYED: frozenset[Role] = frozenset(
-    {"embedding", "head", "hidden", "residual", "adapter"}
+    {"embedding", "head", "hidden", "residual", "router", "adapter"}
 )  # weight decay acts on these
 HIDDEN: frozenset[Role] = frozenset({"hidden", "residual"})  # Muon's matrices
 
@@ -47,12 +47,12 @@ def named_roles(model: nn.Module) -> Iterator[tuple[str, Tensor, Role]]:
 def initialize_(model: nn.Module, *, seed: int, std: float, n_layers: int) -> None:
     """Fill the weights in place, by role; depends on the seed only.
 
-    embedding, head, hidden   N(0, std^2)
-    residual                  N(0, std^2 / (2 n_layers)) (Radford et al. 2019, GPT-2, section 2.3)
-    gain, bias                1, 0
+    embedding, head, hidden, router   N(0, std^2)
+    residual                          N(0, std^2 / (2 n_layers)) (Radford et al. 2019, GPT-2, section 2.3)
+    gain, bias                        1, 0
     """
     generator = torch.Generator().manual_seed(seed)
-    scales = {"embedding": std, "head": std, "hidden": std, "residual": std / (2 * n_layers) ** 0.5}
+    scales = {"embedding": std, "head": std, "hidden": std, "router": std, "residual": std / (2 * n_layers) ** 0.5}
     constants = {"gain": 1.0, "bias": 0.0}
     with torch.no_grad():
         for _, parameter, role in named_roles(model):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .config import ModelConfig
-from .rope import inverse_frequencies, rope_tables
+from .rope import rope_tables
 
 
 class StepContext(NamedTuple):
@@ -34,6 +34,12 @@ class StepContext(NamedTuple):
     masks: Mapping[int | None, Tensor | None] | None = (
         None  # by window: (B or 1, 1, T, stop) of 0 and -inf; None: no mask
     )
+    router_losses: list[Tensor] | None = None  # in training: each mixture of experts adds its () float32
+
+    @property
+    def unturned(self) -> tuple[Tensor, Tensor]:
+        """cos and sin of no rotation, in the shapes of the step's own."""
+        return torch.ones_like(self.cos), torch.zeros_like(self.sin)
 
 
 class LayerCache:
@@ -105,7 +111,7 @@ class KVCache:
     def _make_angles(self, n_positions: int) -> None:
         """cos and sin of every position up to `n_positions`, (1, n, Dh/2): a step slices or gathers from them."""
         positions = torch.arange(n_positions, device=self.device)[None]
-        self.cos, self.sin = rope_tables(positions, inverse_frequencies(self.config, self.device))
+        self.cos, self.sin = rope_tables(self.config, positions)
 
     @property
     def n_rows(self) -> int:

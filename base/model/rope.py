@@ -25,13 +25,38 @@ def inverse_frequencies(config: ModelConfig, device: torch.device | str = "cpu")
         between = (1 - blend) * frequency / scaling.factor + blend * frequency
         scaled = torch.where(wavelength > low, frequency / scaling.factor, between)
         return torch.where(wavelength < high, frequency, scaled)
+    if scaling.rope_type == "yarn":
+        return _yarn(config, frequency)
     return frequency
 
 
+def _yarn(config: ModelConfig, frequency: Tensor) -> Tensor:
+    """Frequencies that turn often within the original length stay, slow ones are divided by factor, a ramp lies between
+    (Peng et al. 2023, arXiv:2309.00071, eq. 21-23). (Dh/2,)"""
+    scaling, d_head = config.rope_scaling, config.d_head
+
+    def dimension(turns: float) -> float:
+        """The dimension that turns so often within the original length."""
+        return (
+            d_head * math.log(scaling.original_max_seq_len / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+        )
+
+    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, d_head - 1)
+    if low == high:
+        high += 0.001
+    ramp = (torch.arange(d_head // 2, dtype=torch.float32, device=frequency.device) - low) / (high - low)
+    slow = ramp.clamp(0, 1)  # 0: kept, 1: divided
+    return frequency / scaling.factor * slow + frequency * (1 - slow)
+
+
 def rope_tables(
+    config: ModelConfig,
     positions: Tensor,  # (B or 1, T) int64
-    frequencies: Tensor,  # (Dh/2,)
 ) -> tuple[Tensor, Tensor]:
     """cos and sin of position * frequency, each (B or 1, T, Dh/2) float32."""
-    angles = positions[..., None].float() * frequencies  # (B, T, Dh/2)
-    return angles.cos(), angles.sin()
+    angles = positions[..., None].float() * inverse_frequencies(config, positions.device)  # (B, T, Dh/2)
+    scale = config.rope_scaling.attention_factor if config.rope_scaling.rope_type == "yarn" else 1.0
+    return (angles.cos(), angles.sin()) if scale == 1.0 else (angles.cos() * scale, angles.sin() * scale)

@@ -17,11 +17,12 @@ from ...kernels.decode import add_rms_norm_, can_run
 from . import init
 from .attention import Attention
 from .config import LayerSpec, ModelConfig
+from .experts import MixtureOfExperts
 from .feed_forward import FeedForward
 from .kv_cache import KVCache, LayerCache, StepContext
 from .norm import RMSNorm
 from .recompute import recompute
-from .rope import inverse_frequencies, rope_tables
+from .rope import rope_tables
 
 IGNORE = -100  # a target with this id carries no loss
 
@@ -34,12 +35,12 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.d_model, config.norm_eps)
         self.self_attn = Attention(config, spec)
         self.post_attention_layernorm = RMSNorm(config.d_model, config.norm_eps)
-        self.mlp = FeedForward(config)
+        self.mlp = feed_forward(config, spec)
 
     def forward(self, x: Tensor, context: StepContext, cache: LayerCache | None = None) -> Tensor:
         mixed = self.self_attn(self.input_layernorm(x), context, cache)
         normed, x = self.post_attention_layernorm.add(mixed, x)
-        return x + self.mlp(normed)
+        return x + self.mlp(normed, context)
 
     def decode(self, pending: Tensor | None, stream: Tensor, context: StepContext, cache: LayerCache) -> Tensor:
         """`forward` for one new token a row in few operators. `stream` (B, D) is the residual stream, changed in place;
@@ -50,12 +51,44 @@ class DecoderLayer(nn.Module):
         return self.mlp.decode(add_rms_norm_(mixed, stream, norm.weight, norm.eps))
 
 
+class PostNormLayer(nn.Module):
+    """x + norm(attention(x)), then + norm(feed_forward(.)): norms inside the branches (OLMo 2, arXiv:2501.00656, section 3.2)."""
+
+    def __init__(self, config: ModelConfig, spec: LayerSpec) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, spec)
+        self.post_attention_layernorm = RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = feed_forward(config, spec)
+        self.post_feedforward_layernorm = RMSNorm(config.d_model, config.norm_eps)
+
+    def forward(self, x: Tensor, context: StepContext, cache: LayerCache | None = None) -> Tensor:
+        x = x + self.post_attention_layernorm(self.self_attn(x, context, cache))
+        return x + self.post_feedforward_layernorm(self.mlp(x, context))
+
+    def decode(self, pending: Tensor | None, stream: Tensor, context: StepContext, cache: LayerCache) -> Tensor:
+        """`forward` for one new token a row; see DecoderLayer.decode."""
+        if pending is not None:
+            stream += pending
+        stream += self.post_attention_layernorm(self.self_attn.decode(stream, cache, context))
+        return self.post_feedforward_layernorm(self.mlp.decode(stream))
+
+
+def feed_forward(config: ModelConfig, spec: LayerSpec) -> FeedForward | MixtureOfExperts:
+    """The layer's feed-forward part."""
+    return MixtureOfExperts(config) if spec.feed_forward == "experts" else FeedForward(config)
+
+
+def decoder_layer(config: ModelConfig, spec: LayerSpec) -> "DecoderLayer | PostNormLayer":
+    """One layer, as its spec says."""
+    return PostNormLayer(config, spec) if spec.norm == "post" else DecoderLayer(config, spec)
+
+
 class Layers(Protocol):
     """What a ModuleList of layers offers."""
 
-    def __iter__(self) -> Iterator[DecoderLayer]: ...
+    def __iter__(self) -> "Iterator[DecoderLayer | PostNormLayer]": ...
     def __len__(self) -> int: ...
-    def __getitem__(self, i: int) -> DecoderLayer: ...
+    def __getitem__(self, i: int) -> "DecoderLayer | PostNormLayer": ...
 
 
 class Decoder(nn.Module):
@@ -66,7 +99,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
-        self.layers: Layers = nn.ModuleList(DecoderLayer(config, config.layer(i)) for i in range(config.n_layers))  # pyright: ignore
+        self.layers: Layers = nn.ModuleList(decoder_layer(config, config.layer(i)) for i in range(config.n_layers))  # pyright: ignore
         self.norm = RMSNorm(config.d_model, config.norm_eps)
 
 
@@ -102,11 +135,18 @@ class Transformer(nn.Module):
         """Logits (B, T, V): [b, t] scores the token after ids[b, t]; (B, 1, V) with `logits_at`.
 
         With targets: the cross entropy in nats, summed over the targets that are not -100, () float32. The logits are then
-        never held whole (kernels/cross_entropy).
+        never held whole (kernels/cross_entropy). In training the mean of the routers' losses, where there are any, is added
+        once for each of these targets.
         """
-        hidden = self.hidden_states(ids, positions=positions, cu_seqlens=cu_seqlens, cache=cache)
+        router_losses: list[Tensor] | None = [] if targets is not None and self.training else None
+        hidden = self.hidden_states(
+            ids, positions=positions, cu_seqlens=cu_seqlens, cache=cache, router_losses=router_losses
+        )
         if targets is not None:
-            return self._summed_loss(hidden.flatten(0, 1), targets.flatten())
+            loss = self._summed_loss(hidden.flatten(0, 1), targets.flatten())
+            if router_losses:  # each is a mean over tokens, so that it weighs as much as the mean cross entropy
+                loss = loss + (targets != IGNORE).sum() * torch.stack(router_losses).mean()
+            return loss
         if logits_at is not None:
             hidden = hidden[torch.arange(hidden.shape[0], device=hidden.device), logits_at][:, None]  # (B, 1, D)
         return self.lm_head(hidden)
@@ -118,6 +158,7 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         cache: KVCache | None = None,
+        router_losses: list[Tensor] | None = None,  # a training mixture of experts adds its router's, () float32 each
     ) -> Tensor:
         """The final norm's output (B, T, D), which lm_head turns into logits."""
         B, T = ids.shape
@@ -127,7 +168,7 @@ class Transformer(nn.Module):
         else:
             if positions is None:
                 positions = torch.arange(T, device=ids.device)[None]  # (1, T)
-            context = StepContext(*rope_tables(positions, inverse_frequencies(self.config, ids.device)), cu_seqlens)
+            context = StepContext(*rope_tables(self.config, positions), cu_seqlens, router_losses=router_losses)
         if cache is not None and context.start and T == 1 and can_run(x):
             return self._decode(x[:, 0], context, cache)
         for i, layer in enumerate(self.model.layers):

@@ -235,8 +235,12 @@ def with_groups(config: ModelConfig, start: int, size: int, n_groups: int, *, ke
     """The config with only `keep` repetitions of the group that repeated_group found."""
     left_out = range(start + keep * size, start + n_groups * size)
     layers = [i for i in range(config.n_layers) if i not in left_out]
-    slides = config.sliding_layers and tuple(config.sliding_layers[i] for i in layers)
-    return replace(config, n_layers=len(layers), sliding_layers=slides)
+    by_layer = {
+        name: pattern and tuple(pattern[i] for i in layers)
+        for name in ("sliding_layers", "rope_layers", "expert_layers")
+        for pattern in [getattr(config, name)]
+    }
+    return replace(config, n_layers=len(layers), **by_layer)
 
 
 def _extrapolate(few: _Run, more: _Run, *, start: int, size: int, steps: int) -> _Run:

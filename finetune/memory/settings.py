@@ -65,7 +65,8 @@ def read_model_config(source: ModelConfig | Path | str) -> ModelConfig:
             f"{str(source)!r} is no model folder, no config.json and no preset; presets are {', '.join(PRESETS)}"
         )
     from ...base.json_fields import read_json
-    from ...base.model.huggingface import config_from_dict, load_config
+    from ...base.model.config_json import config_from_dict
+    from ...base.model.huggingface import load_config
 
     if path.is_file():
         return config_from_dict(read_json(path), where=str(path))

@@ -115,6 +115,11 @@ def _by_own_rule(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> T
         return args[0]  # the sum is made in place
     if func is aten.mm.default:
         return args[0].new_empty((args[0].shape[0], args[1].shape[1]))
+    if func is aten._grouped_mm.default:  # PyTorch's rule knows bfloat16 alone
+        # rows sorted by group (N, K) x (G, K, M), or the matrices' gradients (K, N) x (N, M)
+        ends = args[2] if len(args) > 2 else kwargs["offs"]
+        groups = () if args[1].ndim == 3 else (ends.shape[0],)
+        return args[0].new_empty((*groups, args[0].shape[0], args[1].shape[-1]))
     if func is aten.mv.default:
         return args[0].new_empty(args[0].shape[:1])
     if func is aten.embedding.default:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ from graft.base.train import (
 
 TINY = ModelConfig(61, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_head=8, d_ff=64, max_seq_len=16)
 
+EXPERTS = replace(TINY, n_experts=4, d_expert=16, d_shared_expert=8, balance_loss=0.1)
+POST_NORM = replace(TINY, post_norm=True, qk_norm_joint=True)
+
 
 def batch_of(rows: int, *, seed: int) -> dict[str, torch.Tensor]:
     """Random ids whose labels are unevenly masked, so that micro-batches have different label counts."""
@@ -56,8 +60,10 @@ def split(batch: dict[str, torch.Tensor], size: int) -> list[dict[str, torch.Ten
     return [{key: value[i : i + size] for key, value in batch.items()} for i in range(0, n, size)]
 
 
-def train_tiny(folder: Path, micro: int, *, steps: int = 4, resume: bool = False, **changes: object) -> Transformer:
-    model = Transformer(TINY)
+def train_tiny(
+    folder: Path, micro: int, *, steps: int = 4, resume: bool = False, model: ModelConfig = TINY, **changes: object
+) -> Transformer:
+    model = Transformer(model)
     initialize_(model, seed=0)
     config = TrainConfig(steps=6, warmup_steps=1, checkpoint_every=2, **changes)  # pyright: ignore
     run = RunFolder(folder, stage="test", resume=resume)
@@ -95,12 +101,13 @@ def test_loss_is_the_mean_over_labels(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "a/metrics.jsonl")[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_resume_is_bit_identical(tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", [TINY, EXPERTS, POST_NORM], ids=["pre-norm", "experts", "post-norm"])
+def test_resume_is_bit_identical(tmp_path: Path, config: ModelConfig) -> None:
     """Law: dying in step 5 and resuming from step 4 gives the uninterrupted run's very weights and log."""
-    whole = train_tiny(tmp_path / "whole", 3, steps=99)
-    train_tiny(tmp_path / "cut", 3, steps=5)
+    whole = train_tiny(tmp_path / "whole", 3, steps=99, model=config)
+    train_tiny(tmp_path / "cut", 3, steps=5, model=config)
     assert [p.name for p in (tmp_path / "cut/checkpoints").iterdir()] == ["step-00000004"]
-    resumed = train_tiny(tmp_path / "cut", 3, steps=99, resume=True)
+    resumed = train_tiny(tmp_path / "cut", 3, steps=99, resume=True, model=config)
     for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other)
     lines = [

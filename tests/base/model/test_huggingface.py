@@ -10,13 +10,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from graft.base.model.config import PRESETS, ModelConfig, RopeScaling, preset, with_sizes
-from graft.base.model.huggingface import (
-    config_from_dict,
-    config_to_dict,
-    fingerprint,
-    load_config,
-    save_model,
-)
+from graft.base.model.config_json import config_from_dict, config_to_dict
+from graft.base.model.huggingface import fingerprint, load_config, save_model
 from graft.base.model.transformer import Transformer, initialize_
 from graft.finetune.loading import load_model
 
@@ -233,8 +228,8 @@ def test_unknown_names() -> None:
         config_from_dict(
             {"model_type": "llama", "vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
         )
-    with pytest.raises(ValueError, match="rope_type 'yarn' is not supported"):
-        config_from_dict(config_to_dict(TINY, dtype=torch.float32) | {"rope_parameters": {"rope_type": "yarn"}})
+    with pytest.raises(ValueError, match="rope_type 'longrope' is not supported"):
+        config_from_dict(config_to_dict(TINY, dtype=torch.float32) | {"rope_parameters": {"rope_type": "longrope"}})
     with pytest.raises(ValueError, match="hidden_act 'gelu' is not covered"):
         config_from_dict(config_to_dict(TINY, dtype=torch.float32) | {"hidden_act": "gelu"})
 
