@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DEMO_OUT ?= runs/demo
 
-.PHONY: demo test setup lint bench clean
+.PHONY: demo test docs setup lint bench clean
 
 demo: $(VENV)/.stamp-demo
 	$(BIN)/graft demo --out $(DEMO_OUT) --force
@@ -18,6 +18,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --level error
 
+# The site, in build/site: open build/site/index.html. The test suite builds it as well, with the same options.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 bench: $(VENV)/.stamp-bench
 	$(BIN)/python bench/tokenizer.py
 	$(BIN)/python bench/quant.py
@@ -29,11 +33,11 @@ $(VENV)/.stamp-demo: pyproject.toml constraints.txt | $(VENV)/.stamp-venv
 	touch $@
 
 $(VENV)/.stamp-test: pyproject.toml constraints.txt | $(VENV)/.stamp-venv
-	$(PIP) --editable ".[test,lint]"
+	$(PIP) --editable ".[test,lint,docs]"
 	touch $@ $(VENV)/.stamp-demo
 
 $(VENV)/.stamp-bench: $(VENV)/.stamp-test
-	$(PIP) --editable ".[test,lint,bench]"
+	$(PIP) --editable ".[test,lint,docs,bench]"
 	touch $@
 
 # Stamps lie in the environment, so that they go with it.
