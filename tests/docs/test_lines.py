@@ -5,10 +5,9 @@ import io
 import json
 import re
 import shlex
-import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -146,7 +145,7 @@ def test_each_python_block_names_what_exists(blocks: list[Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def world(base_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def world(base_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with runs/demo as the pages expect it, but tiny, and the pages' TOML files."""
     from graft.finetune.sft import run_sft
 
@@ -164,27 +163,19 @@ def world(base_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFact
         arguments: dict[str, Any] = {"settings": {"steps": 1, "batch_size": 2}, "progress": False, "device": "cpu"}
         data = demo / f"data/{name}/train.jsonl"
         run_sft(base=base_dir, data=data, out=demo / "adapters" / name, method="lora", **arguments)
-    yield folder
-
-
-RUN_BLOCKS = """
-import json, sys
-for page, code in json.load(sys.stdin):
-    print("#", page, flush=True)
-    exec(compile(code, page, "exec"), {})
-"""
+    return folder
 
 
 @pytest.mark.slow
-def test_each_python_block_runs(blocks: list[Any], world: Path) -> None:
-    """Law: the pages' Python runs as it stands in a folder with the demo's results, and warns of nothing."""
-    code = [(block.page, block.text) for block in blocks if block.kind == "python"]
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", RUN_BLOCKS],
-        input=json.dumps(code), cwd=world, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("#") >= len(code)
+def test_each_python_block_runs(
+    blocks: list[Any], world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Law: the pages' Python runs as it stands (on a small model) where the demo's results lie, and warns of nothing."""
+    monkeypatch.chdir(world)
+    for block in blocks:
+        if block.kind == "python":
+            exec(compile(block.text.replace("llama-7b", "nano"), block.page, "exec"), {})
+    assert "GiB, at " in capsys.readouterr().out
 
 
 # What would take long or never end, and what runs in its place.
@@ -194,7 +185,7 @@ SHORTER = (
     (r"--model (llama-7b|mini)", "--model nano"),
     (r"--limit \d+", "--limit 4"),
     (r"--max-new-tokens \d+", "--max-new-tokens 4"),
-    (r"--fit \w+", "--fit 64MiB"),
+    (r"--fit \w+", "--fit 96MiB"),
 )
 NOT_RUN = ("graft serve", "graft demo", "graft --version")  # tests of their own run these
 
