@@ -31,33 +31,36 @@ def copy_sources() -> None:
 
 copy_sources()
 
-import commands  # noqa: E402 (these four lie beside this file; two of them import graft)
-import expectations  # noqa: E402
-import notebook  # noqa: E402
-import recipes  # noqa: E402
-import reference  # noqa: E402
+import api_page  # noqa: E402
+import command_pages  # noqa: E402 (they lie beside this file, and import graft)
+import expectations_page  # noqa: E402
+import notebook_page  # noqa: E402
+import recipes_page  # noqa: E402
 
 
 def generated_pages() -> dict[str, str]:
     """Path below the site's root -> Markdown. A page that has nothing to show yet is left out."""
     found = {
-        **commands.pages(),
-        "api.md": reference.page(),
-        "expectations.md": expectations.page(),
-        "recipes.md": recipes.page(),
-        "notebook.md": notebook.page(),
+        **command_pages.pages(),
+        "api.md": api_page.page(),
+        "expectations.md": expectations_page.page(),
+        "recipes.md": recipes_page.page(),
+        "notebook.md": notebook_page.page(),
         "log.md": (ROOT / "LOG.md").read_text(encoding="utf-8"),
         "changelog.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
     }
     return {path: text for path, text in found.items() if text is not None}
 
 
-PAGES = generated_pages()
+PAGES: dict[str, str] = {}
 
 
 @event_priority(100)  # before mkdocstrings reads its config
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Fill the navigation's commands in, leave out hand-written pages that aren't there, and show griffe the sources."""
+    """Generate the pages, complete the navigation, and show griffe the sources."""
+    copy_sources()
+    PAGES.clear()
+    PAGES.update(generated_pages())
     config.nav = _completed(config.nav or [])
     handlers = config.plugins["mkdocstrings"].config.handlers
     handlers["python"]["paths"] = [str(SOURCES)]
@@ -70,7 +73,7 @@ def _completed(entries: list) -> list:
     for entry in entries:
         [(title, target)] = entry.items()
         if target == "commands/":
-            kept.append({title: commands.navigation(PAGES)})
+            kept.append({title: command_pages.navigation(PAGES)})
         elif isinstance(target, list):
             kept.append({title: _completed(target)})
         elif target in PAGES or (ROOT / "docs" / target).exists():

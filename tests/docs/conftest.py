@@ -24,11 +24,16 @@ class Block:
     page: str
     kind: str  # bash, python, toml, console, text
     text: str
+    in_guide: bool  # its lines run one after the other in a small copy of the demo's results
 
 
 def blocks_of(path: Path) -> list[Block]:
     text = path.read_text(encoding="utf-8")
-    return [Block(path.name, kind, body) for kind, body in re.findall(r"^```(\w+)\n(.*?)^```", text, re.DOTALL | re.M)]
+    in_guide = path.parent.name == "guide"
+    return [
+        Block(path.name, kind, body, in_guide)
+        for kind, body in re.findall(r"^```(\w+)\n(.*?)^```", text, re.DOTALL | re.M)
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +52,7 @@ def blocks() -> list[Block]:
 
 @pytest.fixture(scope="session")
 def generator() -> Callable[[str], ModuleType]:
-    """Import a module of docs/ by name: commands, reference, expectations, notebook, recipes."""
+    """Import a module of docs/ by name: command_pages, api_page, ...."""
 
     def load(name: str) -> ModuleType:
         sys.path.insert(0, str(DOCS))

@@ -20,7 +20,7 @@ ROOT = Path(graft.__file__).parent
 
 @pytest.fixture
 def table(generator: Callable[[str], ModuleType]) -> ModuleType:
-    return generator("expectations")
+    return generator("expectations_page")
 
 
 def is_there(evidence: str, keys: set[str]) -> bool:

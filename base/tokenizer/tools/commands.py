@@ -5,7 +5,12 @@ from typing import Annotated, Literal, cast
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Train a tokenizer, turn text into ids and back, and look at the tokens.",
+)
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 Errors = Annotated[str, typer.Option(help="strict, or replace: what to do with bytes that are not UTF-8.")]
