@@ -67,6 +67,8 @@ def test_the_page_counts_its_rows(table: ModuleType) -> None:
     published = {"axolotl": 60, "LLaMA-Factory": 58, "TRL+PEFT": 52, "Unsloth": 49, "torchtune": 36, "litgpt": 32}
     assert {peer: counts[peer]["yes"] for peer in published} == published
     assert counts["nanochat"]["yes"] == 24
+    for peer in table.PEERS:
+        assert counts[peer]["partly"] == sum(peer in row["partly_by"].split(", ") for row in table.rows()), peer
     page = table.page()
     body = [line.split(" | ") for line in page.splitlines() if line.startswith("| ") and line.count(" | ") == 4]
     body = [cells for cells in body if cells[0] != "|" and cells[1].strip("*") in table.STATES]

@@ -34,7 +34,7 @@ def test_the_site_builds(tmp_path: Path, generator: Callable[[str], ModuleType])
     for name in graft.__all__:
         if name != "__version__":
             assert f'id="graft.{name}"' in api, name
-    assert not [path for path in site.rglob("*") if path.suffix in (".py", ".csv", ".ipynb", ".md")]
+    assert not [path for path in site.rglob("*") if path.suffix in (".py", ".pyc", ".csv", ".ipynb", ".md")]
 
 
 def test_a_command_page_has_every_option(generator: Callable[[str], ModuleType]) -> None:
