@@ -34,6 +34,7 @@ copy_sources()
 import api_page  # noqa: E402
 import command_pages  # noqa: E402 (they lie beside this file, and import graft)
 import expectations_page  # noqa: E402
+import models_page  # noqa: E402
 import notebook_page  # noqa: E402
 import recipes_page  # noqa: E402
 
@@ -44,6 +45,7 @@ def generated_pages() -> dict[str, str]:
         **command_pages.pages(),
         "api.md": api_page.page(),
         "expectations.md": expectations_page.page(),
+        "models.md": models_page.page(),
         "recipes.md": recipes_page.page(),
         "notebook.md": notebook_page.page(),
         "log.md": (ROOT / "LOG.md").read_text(encoding="utf-8"),

@@ -44,9 +44,10 @@ def pages() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def blocks() -> list[Block]:
-    """The blocks of all pages, the guide's first, in its order."""
+    """The blocks of all pages and the README, the guide's first, in its order."""
     guide = [DOCS / "guide" / f"{name}.md" for name in GUIDE]
     others = [path for path in sorted(DOCS.rglob("*.md")) if path not in guide]
+    others.append(DOCS.parent / "README.md")
     return [block for path in (*guide, *others) for block in blocks_of(path)]
 
 

@@ -78,11 +78,10 @@ def test_every_public_name_has_a_heading(generator: Callable[[str], ModuleType])
 
 
 def test_a_recipe_becomes_text_and_a_block(generator: Callable[[str], ModuleType]) -> None:
-    """Worked by hand: the comment at the top is text, later ones stay in the file."""
-    text, body = generator("recipes_page").split(
-        "# LoRA on a small model.\n#\n#     graft sft a.toml\n\nrank = 8  # thin\n# end\n"
-    )
-    assert text == "LoRA on a small model.\n\n    graft sft a.toml"
+    """Worked by hand: the comment at the top is text, a command in it a block; later comments stay in the file."""
+    split = generator("recipes_page").split
+    text, body = split("# LoRA, small.\n# graft sft a.toml\n\nrank = 8  # thin\n# end\n")
+    assert text == "LoRA, small.\n\n```bash\ngraft sft a.toml\n```"
     assert body == "rank = 8  # thin\n# end"
 
 
@@ -93,8 +92,21 @@ def test_a_missing_recipe_folder_is_no_page(
     recipes = generator("recipes_page")
     monkeypatch.setattr(recipes, "FOLDER", tmp_path)
     assert recipes.page() is None
-    (tmp_path / "small.toml").write_text("# Small.\nrank = 4\n", encoding="utf-8")
-    assert "## small.toml\n\nSmall.\n\n```toml\nrank = 4\n```" in recipes.page()
+    (tmp_path / "a-0.1b.toml").write_text(
+        '# Small.\nbase = "b"\nmethod = "lora"\n[recipe]\ngpu_gb = 8\npredicted_gib = 1.5\n', encoding="utf-8"
+    )
+    page = recipes.page()
+    assert "| [a-0.1b](#a-01b) | b | lora | 8 | 1.5 |" in page
+    assert '## a-0.1b\n\nSmall.\n\n```toml\nbase = "b"\n' in page
+
+
+def test_the_page_of_models_is_the_table(generator: Callable[[str], ModuleType]) -> None:
+    """Law: every architecture that a config may name, and every preset, stands on the page."""
+    from graft.base.model.config import PRESETS
+    from graft.base.model.families import FAMILIES
+
+    page = generator("models_page").page()
+    assert all(f"| `{name}` |" in page for name in (*FAMILIES, *PRESETS))
 
 
 def test_the_notebooks_page_has_its_cells(generator: Callable[[str], ModuleType]) -> None:
