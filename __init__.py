@@ -20,7 +20,7 @@ _HOME = {  # name -> module, or module:attribute where the two names differ
     "sft": "finetune.sft",
     "dpo": "finetune.align.run_dpo",
     "grpo": "finetune.align.run_grpo",
-    "sft_many": "finetune.many",
+    "sft_many": "finetune.many.run",
     "merge": "finetune.adapters.combine:run_combine",
     "AdapterBank": "finetune.adapters.bank",
     "adapters_off": "finetune.adapters.selection",
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from .finetune.evaluate import run_evaluate as evaluate
     from .finetune.generate import generate
     from .finetune.loading import load_model
-    from .finetune.many import sft_many
+    from .finetune.many.run import sft_many
     from .finetune.memory.predict import estimate_memory
     from .finetune.quantize import quantize
     from .finetune.sft import sft

@@ -296,6 +296,10 @@ def sft(
     at_once: Annotated[
         int | None, typer.Option("--at-once", help="Adapters in training at a time, with --jobs or --sweep.")
     ] = None,
+    fit: Annotated[
+        bool,
+        typer.Option("--fit", help="With --jobs or --sweep: say what they will need and how many fit; train nothing."),
+    ] = False,
     lora: Annotated[bool, typer.Option("--lora", help="Train an adapter on the frozen base.")] = False,
     qlora: Annotated[bool, typer.Option("--qlora", help="Train an adapter on the base in 4 bits.")] = False,
     rank: Annotated[int | None, typer.Option("--rank", help=r"Rank of the adapter. \[default: 16]")] = None,
@@ -369,21 +373,18 @@ def sft(
     if flag is not None and method not in (None, flag):
         raise ValueError(f"--{flag} and method={method!r} contradict each other; give one")
     if jobs is not None or sweep:
-        from .finetune.sweep import many_from_flags
+        from .finetune.many.commands import many_from_flags
 
-        if len(data or []) > 1 or len(eval_data or []) > 1:
-            raise ValueError(
-                "--sweep and --jobs take one file of records each; join them into one, or name them by job"
-            )
         many_from_flags(
             jobs=jobs,
             sweep=sweep or [],
             halving=halving,
             at_once=at_once,
+            fit=fit,
             base=base,
-            data=Path(data[0]) if data else None,
+            data=data or [],
             out=out,
-            eval_data=Path(eval_data[0]) if eval_data else None,
+            eval_data=eval_data or [],
             method=None if flag is None and method is None else str(flag or method),
             settings=given,
             resume=resume,
@@ -391,8 +392,10 @@ def sft(
             device=device,
         )
         return
-    if halving or at_once is not None:
-        raise ValueError("--halving and --at-once are about many adapters; add --sweep or --jobs, or leave them out")
+    if halving or at_once is not None or fit:
+        raise ValueError(
+            "--halving, --at-once and --fit are about many adapters; add --sweep or --jobs, or leave them out"
+        )
     if base is None or not data or out is None:
         missing = next(flag for flag, value in (("--base", base), ("--data", data), ("--out", out)) if value is None)
         raise ValueError(f"{missing} is missing; graft sft needs --base, --data and --out, or --jobs FILE")

@@ -257,7 +257,7 @@ class History:
         check_evaluation(config, has_evaluation=evaluate is not None)
         self.optimizer, self.config, self.run, self.scaler, self.extra = optimizer, config, run, scaler, extra
         self._evaluate, self.resume_hint = evaluate, resume_hint
-        self.start = load_checkpoint(run.checkpoints, optimizer, scaler, extra)
+        self.start = self.saved = load_checkpoint(run.checkpoints, optimizer, scaler, extra)  # steps of the newest one
         lines = run.open_metrics(after_step=self.start)
         self.result = resumed_result(self.start, lines)
         self._skipped_in_a_row = next(
@@ -281,12 +281,13 @@ class History:
         *,
         stop: "Stop",  # a run that is asked to stop writes a checkpoint first
         on_step: Callable[[dict[str, Any]], None] | None = None,
+        clear: bool = True,  # remove older checkpoints at once; else the caller does, with `clear`
     ) -> bool:
         """Log a finished step and write a checkpoint if the config asks for one at this step.
 
         Returns whether it was the last one. Raises ValueError when too many updates in a row were skipped.
         """
-        result, config, checkpoints = self.result, self.config, self.run.checkpoints
+        result, config = self.result, self.config
         step = line["step"] - 1
         result.steps, result.loss = step + 1, line["loss"]
         result.n_tokens += line["n_tokens"]
@@ -305,14 +306,24 @@ class History:
             on_step(line)
         is_kept = _is_due(step, config.kept_every) or (config.keeps_best and is_best)
         if last or stop.signal or is_kept or _is_due(step, config.checkpoint_every):
-            save_checkpoint(checkpoints, step + 1, self.optimizer, self.scaler, self.extra)
-            remove_checkpoints(checkpoints, config, best_step(result.evals))
+            self.save()
+            if clear:
+                self.clear()
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise ValueError(
                 f"step {step + 1}: the gradients of {self._skipped_in_a_row} updates in a row were not finite; lower "
                 f"learning_rate, or use dtype float32 or bfloat16; {self.way_back()}"
             )
         return last
+
+    def save(self) -> None:
+        """Write a checkpoint of where the run stands, unless there is one."""
+        save_checkpoint(self.run.checkpoints, self.result.steps, self.optimizer, self.scaler, self.extra)
+        self.saved = self.result.steps
+
+    def clear(self) -> None:
+        """Remove the checkpoints that the config doesn't keep; the newest stays."""
+        remove_checkpoints(self.run.checkpoints, self.config, best_step(self.result.evals))
 
     def take_best(self) -> None:
         """With keep=best, put the best step's weights in place of the last ones."""
@@ -355,7 +366,7 @@ def _is_due(step: int, every: int) -> bool:
 
 def _way_back(checkpoints: Path, resume_hint: str) -> str:
     """What a run that can't go on leaves, and how to use it."""
-    kept = _checkpoints(checkpoints)
+    kept = checkpoints_in(checkpoints)
     if not kept:
         return "no checkpoint was written yet"
     return f"the last good checkpoint is {kept[-1]}; to go on from it, {resume_hint}"
@@ -494,7 +505,7 @@ def save_checkpoint(
 
 def load_checkpoint(folder: Path, optimizer: Optimizer, scaler: LossScaler, extra: ExtraState | None = None) -> int:
     """Put the newest checkpoint of `folder` back in place; returns its step, 0 when there is none."""
-    found = _checkpoints(folder)
+    found = checkpoints_in(folder)
     if not found:
         return 0
     newest = found[-1]
@@ -523,19 +534,19 @@ def load_weights(checkpoint: Path, optimizer: Optimizer) -> None:
 
 def remove_checkpoints(folder: Path, config: TrainConfig, best: int | None) -> None:
     """Remove the checkpoints that config.keep doesn't name. The newest always stays: resuming needs it."""
-    *older, _ = _checkpoints(folder)
+    *older, _ = checkpoints_in(folder)
     for checkpoint in older:
         step = int(checkpoint.name.removeprefix("step-"))
         if not (config.kept_every and step % config.kept_every == 0) and not (config.keeps_best and step == best):
-            _remove(checkpoint)
+            remove_checkpoint(checkpoint)
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def checkpoints_in(folder: Path) -> list[Path]:
     """Whole checkpoints, the oldest first; other folders are somebody else's."""
     return sorted(path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdecimal())
 
 
-def _remove(folder: Path) -> None:
+def remove_checkpoint(folder: Path) -> None:
     """Delete a checkpoint so that a kill in between can't leave a broken one under its name."""
     aside = folder.with_name(f".{folder.name}.tmp")
     folder.rename(aside)

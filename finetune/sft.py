@@ -271,17 +271,17 @@ def run_inputs(
     inputs = {
         "base": Input.of(base, [base / "config.json", *weight_files(base)]),
         "tokenizer": Input.of(base, tokenizer),
-        "data": _data_input(_specs(data)),
+        "data": data_input(_specs(data)),
     }
     if eval_data is not None:
-        inputs["eval_data"] = _data_input(_specs(eval_data))
+        inputs["eval_data"] = data_input(_specs(eval_data))
     if adapter is not None:
         folder = Path(adapter.where)
         inputs["adapter"] = Input.of(folder, [folder / CONFIG, folder / WEIGHTS])
     return inputs
 
 
-def _data_input(specs: Sequence[str]) -> Input:
+def data_input(specs: Sequence[str]) -> Input:
     """The bytes of every file that the specs name, in their order, and their weights if they have any."""
     named = named_files(specs)
     found = Input.of(", ".join(specs), [file for files, _ in named for file in files])

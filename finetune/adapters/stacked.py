@@ -77,6 +77,7 @@ class AdapterStack:
         self.offsets: dict[str, tuple[int, int, int, int]] = {}  # path -> where A begins, R, in, out
         self.buffers: dict[str, Tensor] = {}
         self.segments: list[Segment] = []
+        self._collected: list[tuple[int, tuple[float, ...]]] | None = None  # updates to make together
         self.anchor = torch.zeros((), requires_grad=True)  # so that outputs carry a gradient whatever the input does
         self.set_jobs(names, generators)
 
@@ -177,9 +178,63 @@ class AdapterStack:
                     part.bernoulli_(1 - p, generator=self.generators[job]).div_(1 - p)
         return mask
 
-    def norms(self) -> Tensor:
-        """The 2-norm of each job's gradient, (K,) float32."""
-        return torch.linalg.vector_norm(self.buffers["gradients"], dim=1)
+    def clip_(self, limits: Sequence[float]) -> list[float]:
+        """Clip each job's gradient to its own 2-norm, as base/optim/clip.py does for one; returns the norms before.
+
+        A gradient that is not finite stays as it is.
+        """
+        gradients = self.buffers["gradients"]
+        norms = torch.linalg.vector_norm(gradients, dim=1)  # (K,)
+        factors = (torch.tensor(limits, device=norms.device) / (norms + 1e-6)).clamp(max=1.0)
+        for row in ((factors < 1) & norms.isfinite()).nonzero().flatten().tolist():
+            gradients[row] *= factors[row]
+        return norms.tolist()
+
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        """Within the block the rows' updates are collected; at its end they are made in one fused call for all rows of one
+        learning rate (and betas, eps, decay), and all gradients are zero."""
+        self._collected = []
+        try:
+            yield
+            groups: dict[tuple[float, ...], list[int]] = {}
+            for row, key in self._collected:
+                groups.setdefault(key, []).append(row)
+            for key, rows in groups.items():
+                self._update_rows(rows, *key)
+            self.buffers["gradients"].zero_()
+        finally:
+            self._collected = None
+
+    def update_row(self, row: int, *how: float) -> None:
+        """One AdamW update of a row: lr, beta1, beta2, eps, weight_decay."""
+        self.n_updates[row] += 1
+        if self._collected is None:
+            self._update_rows([row], *how)
+        else:
+            self._collected.append((row, how))
+
+    def zero_row(self, row: int) -> None:
+        """Set a row's gradients to zero, also where they were NaN."""
+        if self._collected is None:
+            self.buffers["gradients"][row].zero_()
+
+    def _update_rows(
+        self, rows: Sequence[int], lr: float, beta1: float, beta2: float, eps: float, weight_decay: float
+    ) -> None:
+        weights, gradients, exp_avgs, exp_avg_sqs = ([self.buffers[kind][row] for row in rows] for kind in KINDS)
+        adamw_update_(
+            weights,
+            gradients,
+            exp_avgs,
+            exp_avg_sqs,
+            step=[self.n_updates[row] for row in rows],
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=weight_decay,
+        )
 
 
 class StackedUpdate(torch.autograd.Function):
@@ -284,25 +339,11 @@ class StackRow:
     def step(self, learning_rate: float | None = None) -> None:
         """One update in place of the job's row, from its gradients."""
         assert learning_rate is not None
-        row = self.row
-        self.stack.n_updates[row] += 1
-        weights, gradients, exp_avgs, exp_avg_sqs = ([self.stack.buffers[kind][row]] for kind in KINDS)
-        adamw_update_(
-            weights,
-            gradients,
-            exp_avgs,
-            exp_avg_sqs,
-            step=self.stack.n_updates[row],
-            lr=learning_rate,
-            beta1=self.betas[0],
-            beta2=self.betas[1],
-            eps=self.eps,
-            weight_decay=self.weight_decay,
-        )
+        self.stack.update_row(self.row, learning_rate, *self.betas, self.eps, self.weight_decay)
 
     def zero_grad(self) -> None:
         """Set the row's gradients to zero, also where they were NaN."""
-        self.buffer("gradients").zero_()
+        self.stack.zero_row(self.row)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything that resume needs, by the names of a solo run."""

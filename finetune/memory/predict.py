@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -90,18 +91,10 @@ def estimate(
     """`estimate_memory` on a settings object; `whole` runs all layers however many there are."""
     if settings.method == "generate" and settings.seq_len > config.max_seq_len:
         raise ValueError(f"seq_len={settings.seq_len} is more than the model's max_seq_len={config.max_seq_len}")
-    kind = resolve_device("auto") if device == "auto" else device.partition(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise ValueError(f"device {device!r} is not supported; choose auto, cpu or cuda")
+    kind = device_kind(device)
     by_path = any("." in target for target in settings.targets)  # such targets make layers differ
-    start, size, n_groups = (0, 1, 0) if whole or by_path else repeated_group(config)
-    more = SAMPLES[1]
-    if n_groups <= more:
-        run = _run(config, settings, kind)
-    else:
-        runs = [_run(with_groups(config, start, size, n_groups, keep=n), settings, kind) for n in SAMPLES]
-        run = _extrapolate(*runs, start=start, size=size, steps=n_groups - more)
-    return _summarize(run, config, settings, kind)
+    run = over_layers(config, lambda fewer: _run(fewer, settings, kind), whole=whole or by_path)
+    return summarize(run, config, settings, kind)
 
 
 def predict_run(
@@ -160,7 +153,7 @@ def free_bytes(device: str) -> int:
 
 
 @dataclass
-class _Run:
+class Counted:
     """What one run on fake tensors counted."""
 
     n_layers: int
@@ -169,19 +162,47 @@ class _Run:
     peaks: dict[Place, Peak]
 
 
-def _run(config: ModelConfig, settings: MemorySettings, device: str) -> _Run:
+def device_kind(device: str) -> str:
+    """cpu or cuda. Raises ValueError for another device."""
+    kind = resolve_device("auto") if device == "auto" else device.partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device {device!r} is not supported; choose auto, cpu or cuda")
+    return kind
+
+
+def new_counter(device: str) -> LiveBytes:
+    """A counter of ShapeTensors that counts as the allocator of that device does."""
+    if device == "cuda":
+        return LiveBytes(shapes=True, granule=CUDA_GRANULE, within=cuda_bytes_within)
+    return LiveBytes(shapes=True, within=cpu_bytes_within)
+
+
+def add_workspace(counter: LiveBytes, *, backward: bool) -> None:
+    """Count what a GPU's libraries take from PyTorch's allocator."""
+    n_bytes = workspace_bytes(backward=backward)
+    counter.add([ShapeTensor(torch.empty(n_bytes, dtype=torch.uint8, device="meta"))], "workspace")
+
+
+def over_layers(config: ModelConfig, run: Callable[[ModelConfig], Counted], *, whole: bool = False) -> Counted:
+    """run(config), or where layers repeat often its extrapolation from 3 and from 4 repetitions; `whole` runs all of them."""
+    start, size, n_groups = (0, 1, 0) if whole else repeated_group(config)
+    more = SAMPLES[1]
+    if n_groups <= more:
+        return run(config)
+    runs = [run(with_groups(config, start, size, n_groups, keep=n)) for n in SAMPLES]
+    return extrapolate(*runs, start=start, size=size, steps=n_groups - more)
+
+
+def _run(config: ModelConfig, settings: MemorySettings, device: str) -> Counted:
     """The step on a fake model. The tensors are the CPU's throughout, since fake CUDA ones need a CUDA build of PyTorch; for
     a GPU the kernels are chosen as there."""
     on_gpu = device == "cuda"
-    granule, within = (CUDA_GRANULE, cuda_bytes_within) if on_gpu else (1, cpu_bytes_within)
-    counter = LiveBytes(shapes=True, granule=granule, within=within)
+    counter = new_counter(device)
     with predicting("cuda" if on_gpu else "cpu"):
         model = shaped_model(config, settings)
         sizes = count_model(model, counter)
         if on_gpu:
-            n_bytes = workspace_bytes(backward=settings.method != "generate")
-            workspace = ShapeTensor(torch.empty(n_bytes, dtype=torch.uint8, device="meta"))
-            counter.add([workspace], "workspace")
+            add_workspace(counter, backward=settings.method != "generate")
         with counter:
             if settings.method == "generate":
                 counter.enter("prompt", "", "temporaries")
@@ -192,7 +213,7 @@ def _run(config: ModelConfig, settings: MemorySettings, device: str) -> _Run:
                 sizes["optimizer"] = counter.kinds["optimizer"]
                 run_training_step(model, optimizer, settings, "cpu", counter=counter)
     kept = [counter.kept[i] for i in range(config.n_layers)]
-    return _Run(config.n_layers, sizes, kept, counter.peaks)
+    return Counted(config.n_layers, sizes, kept, counter.peaks)
 
 
 def count_model(model: nn.Module, counter: LiveBytes) -> Counter[str]:
@@ -243,7 +264,7 @@ def with_groups(config: ModelConfig, start: int, size: int, n_groups: int, *, ke
     return replace(config, n_layers=len(layers), **by_layer)
 
 
-def _extrapolate(few: _Run, more: _Run, *, start: int, size: int, steps: int) -> _Run:
+def extrapolate(few: Counted, more: Counted, *, start: int, size: int, steps: int) -> Counted:
     """From runs with 3 and with 4 repetitions of a group to `steps` more than 4.
 
     At each place (the first layer's backward pass, say) bytes grow by the same amount with every group added anywhere else.
@@ -261,7 +282,7 @@ def _extrapolate(few: _Run, more: _Run, *, start: int, size: int, steps: int) ->
     sizes = Counter({key: n + steps * (n - few.sizes[key]) for key, n in more.sizes.items()})
     group = more.kept[start + size : aligned_from_end]
     kept = [*more.kept[:aligned_from_end], *group * steps, *more.kept[aligned_from_end:]]
-    return _Run(more.n_layers + steps * size, sizes, kept, peaks)
+    return Counted(more.n_layers + steps * size, sizes, kept, peaks)
 
 
 def _further(few: Peak, more: Peak, steps: int) -> Peak:
@@ -272,7 +293,7 @@ def _further(few: Peak, more: Peak, steps: int) -> Peak:
     return Peak(more.n_bytes + steps * (more.n_bytes - few.n_bytes), Counter(kinds))
 
 
-def _summarize(run: _Run, config: ModelConfig, settings: MemorySettings, device: str) -> MemoryEstimate:
+def summarize(run: Counted, config: ModelConfig, settings: MemorySettings, device: str) -> MemoryEstimate:
     place = max(run.peaks, key=lambda at: run.peaks[at].n_bytes)
     phases: dict[str, int] = {}
     for (phase, _), peak in run.peaks.items():

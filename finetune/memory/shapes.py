@@ -92,7 +92,7 @@ def _to_shape(value: Any, given: dict[int, Tensor]) -> Any:
 
 
 aten = torch.ops.aten
-FILLS = {aten.normal_.default, aten.uniform_.default}
+FILLS = {aten.normal_.default, aten.uniform_.default, aten.bernoulli_.float}
 LIKE = {aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default}
 ARANGES = {aten.arange.default, aten.arange.start, aten.arange.start_step}
 # Reductions: where their list of dimensions stands among the arguments (keepdim follows it); None: they take none.

@@ -23,8 +23,8 @@ from .settings import MemorySettings
 from .shapes import ShapeTensor
 
 
-def shaped_model(config: ModelConfig, settings: MemorySettings) -> Transformer:
-    """The model as the method trains it, of ShapeTensors: every dtype and shape, no memory."""
+def shaped_model(config: ModelConfig, settings: MemorySettings, *, bare: bool = False) -> Transformer:
+    """The model as the method trains it, of ShapeTensors: every dtype and shape, no memory. `bare`: frozen, without adapters."""
     with LiveBytes(shapes=True):
         model = Transformer(config)
         if settings.method == "full":
@@ -33,7 +33,7 @@ def shaped_model(config: ModelConfig, settings: MemorySettings) -> Transformer:
         replace_tensors_(model, lambda tensor: tensor.to(dtype))
         if settings.method == "qlora":
             quantize_linears_(model, double_quant=settings.double_quant)
-        if settings.method in ("lora", "qlora"):
+        if settings.method in ("lora", "qlora") and not bare:
             attach_lora(model, LoraConfig(rank=settings.rank, targets=settings.targets))
         else:
             model.requires_grad_(False)

@@ -2,17 +2,17 @@
 
 import itertools
 import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..base.checkpoint import write_json
-from ..base.runlog import CHECKPOINTS, METRICS_FILE, read_metrics
-from ..base.settings import check_settings, parse_assignments
-from .folders import replaced_folder
-from .many import SHARED_KEYS, Job, read_jobs, run_many
-from .sft import PARTS
+from ...base.checkpoint import write_json
+from ...base.runlog import CHECKPOINTS, METRICS_FILE, read_metrics
+from ...base.settings import check_settings, parse_assignments
+from ..folders import replaced_folder
+from ..sft import PARTS, Specs
+from .jobs import SHARED_KEYS, Job
+from .run import run_many
 
 TRIALS, SWEEP_FILE, PICTURE = "trials", "sweep.json", "sweep.png"
 LEAVE_OUT = (CHECKPOINTS, METRICS_FILE, "run.json", "summary.json", "replaced")  # of the best trial, which stays itself
@@ -81,10 +81,10 @@ class Halving:
 def run_sweep(
     *,
     base: Path | str,
-    data: Path | str,
+    data: Specs,
     out: Path | str,
     grid: Mapping[str, Sequence[Any]],  # key -> values, as `graft config sft` lists keys
-    eval_data: Path | str,
+    eval_data: Specs,
     method: str = "lora",
     settings: Mapping[str, Any] | None = None,  # of all trials
     halving: bool = False,
@@ -98,16 +98,10 @@ def run_sweep(
 
     Returns what sweep.json holds. Raises ValueError or OSError as `sft_many` does.
     """
-    out, trials = Path(out), trials_of(grid)
-    if both := grid.keys() & (settings or {}).keys():
-        raise ValueError(f"{sorted(both)[0]} is set and swept; keep one of them")
-    if halving and at_once is not None and at_once < len(trials):
-        raise ValueError(f"--halving compares all {len(trials)} trials on the way; leave --at-once {at_once} out")
-    names = [",".join(f"{key}={_text(value)}" for key, value in trial.items()) for trial in trials]
-    jobs = [
-        {**(settings or {}), **trial, "data": data, "eval_data": eval_data, "out": out / TRIALS / name}
-        for trial, name in zip(trials, names, strict=True)
-    ]
+    out = Path(out)
+    jobs, names = trial_jobs(grid, data=data, eval_data=eval_data, out=out, settings=settings)
+    if halving and at_once is not None and at_once < len(jobs):
+        raise ValueError(f"--halving compares all {len(jobs)} trials on the way; leave --at-once {at_once} out")
     summaries = run_many(
         base=base,
         jobs=jobs,
@@ -119,29 +113,50 @@ def run_sweep(
         progress=progress,
         prune=Halving(len(jobs)) if halving else None,
     )
-    lines = []
-    for trial, name, summary in zip(trials, names, summaries, strict=True):
-        val_loss = summary.get("best_val_loss", summary.get("val_loss"))
-        state = "failed" if "error" in summary else "stopped" if "stopped" in summary else "finished"
-        lines.append(
-            {"trial": name, **_plain(trial), "val_loss": val_loss, "steps": summary.get("steps"), "state": state}
-        )
+    lines = [
+        _line(name, trial, summary) for name, trial, summary in zip(names, trials_of(grid), summaries, strict=True)
+    ]
     finished = [line for line in lines if line["state"] == "finished" and line["val_loss"] == line["val_loss"]]
     if not finished:
         raise ValueError("no trial of the sweep came to its end with a validation loss; see the trials' run.json")
     best = min(finished, key=lambda line: line["val_loss"])
+    report = {"best": best["trial"], "method": method, "trials": lines}
     with replaced_folder(out) as folder:
         source = out / TRIALS / best["trial"]
         for path in source.iterdir():
             if path.name not in LEAVE_OUT and path.is_file():
                 shutil.copy2(path, folder / path.name)
-        report = {"best": best["trial"], "method": method, "trials": lines}
         write_json(folder / SWEEP_FILE, report)
-        draw(out / TRIALS, [line["trial"] for line in lines], best["trial"], folder / PICTURE)
+        draw(out / TRIALS, names, best["trial"], folder / PICTURE)
     return report
 
 
-def _text(value: Any) -> str:
+def trial_jobs(
+    grid: Mapping[str, Sequence[Any]],
+    *,
+    data: Specs,
+    eval_data: Specs,
+    out: Path,
+    settings: Mapping[str, Any] | None,
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The grid's trials as jobs, and their names. Raises ValueError for a key that is set as well."""
+    if both := grid.keys() & (settings or {}).keys():
+        raise ValueError(f"{sorted(both)[0]} is set and swept; keep one of them")
+    names = [",".join(f"{key}={say_value(value)}" for key, value in trial.items()) for trial in trials_of(grid)]
+    shared = {**(settings or {}), "data": data, "eval_data": eval_data}
+    return [
+        {**shared, **trial, "out": out / TRIALS / name} for trial, name in zip(trials_of(grid), names, strict=True)
+    ], names
+
+
+def _line(name: str, trial: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
+    """A trial's row of the table."""
+    state = "failed" if "error" in summary else "stopped" if "stopped" in summary else "finished"
+    val_loss = summary.get("best_val_loss", summary.get("val_loss"))
+    return {"trial": name, **_plain(trial), "val_loss": val_loss, "steps": summary.get("steps"), "state": state}
+
+
+def say_value(value: Any) -> str:
     """A value as it stands in a trial's name and in the table."""
     if isinstance(value, tuple | list):
         return "+".join(map(str, value))
@@ -175,90 +190,3 @@ def draw(trials: Path, names: Sequence[str], best: str, target: Path) -> None:
     axes.set_ylabel("validation loss (nats a label)")
     axes.legend(frameon=False, fontsize=7)
     figure.savefig(target, format="png")
-
-
-def many_from_flags(
-    *,
-    jobs: Path | None,
-    sweep: Sequence[str],
-    halving: bool,
-    at_once: int | None,
-    base: Path | None,
-    data: Path | None,
-    out: Path | None,
-    eval_data: Path | None,
-    method: str | None,
-    settings: Mapping[str, Any],
-    resume: bool,
-    force: bool,
-    device: str,
-) -> None:
-    """`graft sft` with --jobs or --sweep: train, and print a table. Raises ValueError for flags that don't go together."""
-    if jobs is not None and sweep:
-        raise ValueError("--jobs and --sweep exclude each other: list the jobs, or give the grid")
-    if jobs is not None:
-        for flag, value in (("--data", data), ("--out", out)):
-            if value is not None:
-                raise ValueError(f"{flag} {value} belongs to one run; with --jobs each job of the file names its own")
-        if halving:
-            raise ValueError("--halving chooses among the trials of a sweep; add --sweep, or leave it out")
-        asked = [dict(settings) | ({"eval_data": eval_data} if eval_data else {}) | job for job in read_jobs(jobs)]
-        base = base or asked[0].get("base")
-        if base is None:
-            raise ValueError(f"--base is missing, and {jobs} names no base")
-        summaries = run_many(
-            base=base,
-            jobs=asked,
-            method=method or str(asked[0].get("method", "lora")),
-            at_once=at_once,
-            resume=resume,
-            force=force,
-            device=device,
-        )
-        columns = ("out", "steps", "train_loss", "val_loss", "state")
-        lines = [summary | {"state": summary.get("error", "finished")} for summary in summaries]
-        _print_table([{key: line.get(key) for key in columns} for line in lines])
-        if failed := [summary for summary in summaries if "error" in summary]:
-            raise ValueError(
-                f"{len(failed)} of {len(summaries)} jobs failed; the first: {failed[0]['out']}: {failed[0]['error']}"
-            )
-        return
-    grid = parse_grid(sweep)
-    for flag, value in (("--base", base), ("--data", data), ("--out", out)):
-        if value is None:
-            raise ValueError(f"{flag} is missing; a sweep needs --base, --data, --eval-data and --out")
-    if eval_data is None:
-        raise ValueError("a sweep chooses by validation loss; give held-out records with --eval-data")
-    assert base is not None
-    assert data is not None
-    assert out is not None
-    report = run_sweep(
-        base=base,
-        data=data,
-        out=out,
-        grid=grid,
-        eval_data=eval_data,
-        method=method or "lora",
-        settings=settings,
-        halving=halving,
-        at_once=at_once,
-        resume=resume,
-        force=force,
-        device=device,
-    )
-    by_loss = sorted(report["trials"], key=lambda line: (line["state"] != "finished", line["val_loss"] or float("inf")))
-    _print_table(by_loss)
-    print(f"the best is {report['best']}; its adapter is {out}", file=sys.stderr)
-
-
-def _print_table(lines: Sequence[Mapping[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table()
-    for column in lines[0]:
-        table.add_column(column, overflow="fold")
-    for line in lines:
-        cells = [f"{v:.4f}" if k.endswith("loss") and isinstance(v, float) else _text(v) for k, v in line.items()]
-        table.add_row(*cells)
-    Console().print(table)
