@@ -10,6 +10,7 @@ Ranks are padded with zeros to the largest. A zero row of A with a zero column o
 zero under AdamW, and so does the whole update of a job that doesn't adapt a layer.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.adamw import adamw_update_, read_steps
+from ...kernels.checks import has_values
 from .lora import LoRALinear, LowRank, base_gradient, lora_layers, module_key, run_base
 from .selection import choosing, registry_of
 
@@ -186,9 +188,13 @@ class AdapterStack:
         gradients = self.buffers["gradients"]
         norms = torch.linalg.vector_norm(gradients, dim=1)  # (K,)
         factors = (torch.tensor(limits, device=norms.device) / (norms + 1e-6)).clamp(max=1.0)
-        for row in ((factors < 1) & norms.isfinite()).nonzero().flatten().tolist():
-            gradients[row] *= factors[row]
-        return norms.tolist()
+        if not has_values(norms):  # memory is predicted: clipping takes none
+            return [1.0] * len(limits)
+        found, scales = torch.stack([norms, factors]).tolist()
+        for row, (norm, scale) in enumerate(zip(found, scales, strict=True)):
+            if scale < 1 and math.isfinite(norm):
+                gradients[row] *= factors[row]
+        return found
 
     @contextmanager
     def updating(self) -> Iterator[None]:

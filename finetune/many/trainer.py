@@ -258,7 +258,7 @@ class Trainer:
     def _updates(
         self, jobs: Sequence[Job], losses: Sequence[float], norms: Sequence[float]
     ) -> tuple[dict[str, dict[str, Any]], dict[str, Exception]]:
-        """The optimizers' steps, in as few calls as there are learning rates; the first figures of each job's line, or its error."""
+        """The optimizers' steps, one fused call for each learning rate; the first figures of each job's line, or its error."""
         assert self.stack is not None
         lines: dict[str, dict[str, Any]] = {}
         failed: dict[str, Exception] = {}
