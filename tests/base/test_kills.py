@@ -23,6 +23,8 @@ import hashlib, json, os, shutil, signal, sys
 from pathlib import Path
 import torch
 from graft.base.pretrain import run_pretrain
+from graft.finetune.many import run as many
+from graft.finetune.many.predict import Plan
 from graft.finetune.sft import run_sft
 from graft.base.runlog import read_metrics
 
@@ -32,8 +34,15 @@ torch.set_num_threads(1)
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
+# A prediction takes a second, and writes nothing.
+many.plan_jobs = lambda config, ready, **how: Plan(len(ready), how["at_once"], "cpu", 0, 0.0, 0.0, 1)
+
+
 def command(resume):
-    if job["stage"] == "pretrain":
+    if job["stage"] == "many":
+        jobs = [job["settings"] | {"data": job["data"], "out": str(out / name)} | own for name, own in job["jobs"].items()]
+        many.run_many(base=job["base"], jobs=jobs, at_once=2, resume=resume, device="cpu", progress=False)
+    elif job["stage"] == "pretrain":
         run_pretrain(data=job["data"], tokenizer=job["tokenizer"], out=out, settings=job["settings"], resume=resume,
                      device="cpu", progress=False)
     else:
@@ -90,9 +99,10 @@ def child(work):
 
 
 def outcome():
-    weights = hashlib.sha256((out / result).read_bytes()).hexdigest()
+    folders = [out / name for name in job.get("jobs", ["."])]
+    weights = [hashlib.sha256((folder / result).read_bytes()).hexdigest() for folder in folders]
     left = sorted(path.name for path in out.rglob(".*"))
-    return [weights, [line["loss"] for line in read_metrics(out / "metrics.jsonl")], left]
+    return [weights, [[line["loss"] for line in read_metrics(folder / "metrics.jsonl")] for folder in folders], left]
 
 
 counter = os.open(job["counter"], os.O_RDWR | os.O_CREAT)
@@ -138,8 +148,16 @@ def tokens(text_file: Path, tokenizer_dir: Path, tmp_path_factory: pytest.TempPa
     return folder
 
 
+# Jobs that train together, with unlike checkpoints, ranks and lengths: the third joins when one of the others has ended.
+JOBS = {
+    "a": {"seed": 1, "checkpoint_every": 3},
+    "b": {"seed": 2, "rank": 3, "steps": 6, "learning_rate": 1e-3},
+    "c": {"seed": 3, "batch_size": 1},
+}
+
+
 @pytest.mark.parametrize("kills", [N_DRAWN, pytest.param("all", marks=pytest.mark.exhaustive)])
-@pytest.mark.parametrize("stage", ["pretrain", "lora"])
+@pytest.mark.parametrize("stage", ["pretrain", "lora", "many"])
 def test_killed_at_a_file_operation(
     stage: str, kills: int | str, tokens: Path, tokenizer_dir: Path, base_dir: Path, tmp_path: Path
 ) -> None:
@@ -153,6 +171,9 @@ def test_killed_at_a_file_operation(
     else:
         job = {"base": str(base_dir), "data": str(rows), "settings": settings | {"rank": 2, "dropout": 0.5}}
         job |= {"result": "adapter_model.safetensors"}
+    if stage == "many":
+        job["settings"] = job["settings"] | {"steps": 4}
+        job |= {"jobs": JOBS}
     job |= {"stage": stage, "out": str(tmp_path / "out"), "counter": str(tmp_path / "counter"), "kills": kills}
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
