@@ -6,8 +6,8 @@ first thin the matrices out. How far the predictions are from the meant ones is 
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +16,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...base.checkpoint import write_json
-from ...base.model.huggingface import fingerprint
+from ...base.model.huggingface import empty_model, fingerprint, load_config
 from ...base.model.transformer import Transformer
 from ...base.tokenizer.tokenizer import Tokenizer
 from ..folders import replaced_folder
-from ..loading import load_model
+from ..loading import check_finite, load_model
+from .drift import check_drift, check_out, drift_of, held_out_rows, next_token_logp
 from .files import Adapter, check_fits, read_adapter, save_adapter
 from .lora import LoraConfig, LowRank, remove_adapter, wrapped
-from .merge import drift_of, next_token_logp
+from .merge import merge_into
 from .selection import use_adapters
 
 Layers = dict[str, tuple[Tensor, Tensor, float]]  # path -> A (R, in), B (out, R), scale
 METHODS = ("linear", "cat", "ties", "dare")
 REPORT = "merge.json"
 LARGEST_KL = 0.5  # nats a token between the result and the weighted sum that is meant
-TEXTS = (
-    "The river runs to the sea, and the sea is wide.",
-    "Is this message spam? You have won a prize, call now!",
-    "Write a short letter to a friend about the last summer.",
-)
+INTO = ("adapter", "base")
 
 
 def run_combine(
@@ -44,57 +41,103 @@ def run_combine(
     weights: Sequence[float] | None = None,  # None: equal ones
     method: str = "linear",
     out: Path | str,
+    into: str = "adapter",  # or base: a model folder that needs no adapter
     density: float = 0.5,  # ties, dare: the share of numbers that stay
     seed: int = 0,  # dare: which ones
-    text: Path | str | None = None,  # held-out text to compare predictions on; None: a few sentences
+    text: Path | str | None = None,  # held-out text or records to compare predictions on; None: a few prompts
     any_sum: bool = False,  # whether weights may add up to something else than 1
     allow_drift: bool = False,
     force: bool = False,
 ) -> dict[str, Any]:
-    """`graft.merge`: combine adapter folders into one PEFT folder `out`; returns the report, which merge.json holds too.
+    """`graft.merge`: combine adapter folders into one PEFT folder `out`, or into the base; returns the report, which merge.json
+    holds too.
 
-    `kl` is KL(result || weighted sum of the updates) in nats a token, `equal_tokens` the share of equal greedy tokens. Raises
-    ValueError for adapters of other bases or targets, weights that don't fit and, unless `allow_drift`, a kl above LARGEST_KL;
-    FileExistsError for an `out` that is not empty.
+    `kl` is KL(result || weighted sum of the updates) in nats a token, `equal_tokens` the share of equal greedy tokens, both of
+    what was written, read back. Raises ValueError for adapters of other bases or targets, weights that don't fit and, unless
+    `allow_drift`, a kl above LARGEST_KL; FileExistsError for an `out` that is not empty.
     """
-    out = Path(out)
+    base, out = Path(base), Path(out)
     shares = check_weights(adapters, weights, any_sum=any_sum)
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; choose {', '.join(METHODS)}")
+    for value, known, name in ((method, METHODS, "method"), (into, INTO, "into")):
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}; choose {', '.join(known)}")
     if out.resolve() in {Path(folder).resolve() for folder in (base, *adapters)}:
         raise ValueError(f"out {out} is the base or one of the adapters; choose another folder")
-    if out.exists() and any(out.iterdir()) and not force:
-        raise FileExistsError(f"{out} is not empty; choose another folder or --force")
+    check_out(out, {}, force=force)
     loaded = [read_adapter(folder) for folder in adapters]
-    model = load_model(base, dtype=None)
+    made_for = check_one_base(loaded)
+    model = empty_model(load_config(base))
     for adapter in loaded:
-        check_fits(adapter, model, fingerprint=fingerprint(model))
-    layers = combine(loaded, shares, method, density=density, seed=seed)
-    meant = combine(loaded, shares, "cat")
-    rows = held_out(Tokenizer.load(base), text, model.config.max_seq_len)
-    kl, equal = drift(model, layers, meant, rows)
+        check_fits(replace(adapter, copies={}), model)
+    result = _as_one(loaded, combine(loaded, shares, method, density=density, seed=seed), made_for)
+    meant = _as_one(loaded, combine(loaded, shares, "cat"), made_for)
     report = {
         "method": method,
         "adapters": [str(folder) for folder in adapters],
         "weights": shares,
-        "rank": max(a.shape[0] for a, _, _ in layers.values()),
-        "kl": kl,
-        "equal_tokens": equal,
-        "n_tokens": sum(len(row) for row in rows),
+        "rank": max(a.shape[0] for a, _, _ in result.layers.values()),
     }
-    if not kl <= LARGEST_KL and not allow_drift:
-        raise ValueError(
-            f"the combined adapter's predictions are {kl:.3f} nats a token from the weighted sum of the updates (at most "
-            f"{LARGEST_KL} is accepted; {equal:.1%} of greedy tokens are equal); use method cat, which is exact, or allow_drift"
+    if into == "base":
+        done, drift = merge_into(
+            base, result, meant, out, text=text, largest_kl=LARGEST_KL, allow_drift=allow_drift, report=report
         )
-    graft = {
-        key: value for key, value in loaded[0].graft.items() if key in ("base_fingerprint", "prompt_format", "method")
-    }
+        return report | asdict(done) | drift.figures(text)
+    return report | _write_combined(base, result, meant, out, text, report, allow_drift)
+
+
+def check_one_base(adapters: Sequence[Adapter]) -> str | None:
+    """The fingerprint of the base that they were trained on, if any says so. Raises ValueError for different ones."""
+    known = [(one, one.graft["base_fingerprint"]) for one in adapters if one.graft.get("base_fingerprint")]
+    for one, made_for in known[1:]:
+        if made_for != known[0][1]:
+            raise ValueError(
+                f"adapter {one.where} was trained on another base than {known[0][0].where} (fingerprint {made_for}, not "
+                f"{known[0][1]}); merge adapters of one base"
+            )
+    return known[0][1] if known else None
+
+
+def _as_one(adapters: Sequence[Adapter], layers: Layers, made_for: str | None) -> Adapter:
+    """Layers of one adapter, with the first one's chat template and what all were trained with."""
+    about = ("prompt_format", "method", "template_args")
+    graft: dict[str, Any] = {key: value for key, value in adapters[0].graft.items() if key in about}
+    graft |= {"base_fingerprint": made_for} if made_for else {}
+    return replace(
+        adapters[0], layers=layers, graft=graft | {"combined": [one.where for one in adapters]}, copies={},
+        where=" + ".join(one.where for one in adapters),
+    )  # fmt: skip
+
+
+def _write_combined(
+    base: Path,
+    result: Adapter,
+    meant: Adapter,
+    out: Path,
+    text: Path | str | None,
+    report: Mapping[str, Any],
+    allow_drift: bool,
+) -> dict[str, Any]:
+    """Write the combined adapter as a PEFT folder once its predictions have been compared; returns the figures."""
+    config = load_config(base)
+    rows = held_out_rows(Tokenizer.load(base), config, text, result)
+    model = load_model(base)
+    check_finite(model, where=base)
+    made_for = fingerprint(model)
+    for adapter in (result, meant):
+        check_fits(adapter, model, fingerprint=made_for)
+    expected = logp_with(model, meant.layers, rows)
     with replaced_folder(out) as folder:
-        write_adapter(model, layers, folder, base=base, graft=graft | {"combined": report["adapters"]},
-                      chat_template=loaded[0].chat_template)  # fmt: skip
-        write_json(folder / REPORT, report)
-    return report
+        write_adapter(model, result.layers, folder, base=base, graft=result.graft, chat_template=result.chat_template)
+        drift = drift_of(logp_with(model, read_adapter(folder).layers, rows), expected)
+        check_drift(
+            drift,
+            LARGEST_KL,
+            what="the combined adapter's predictions differ from the weighted sum of the updates",
+            way_out="use method cat, which is exact",
+            allow=allow_drift,
+        )
+        write_json(folder / REPORT, dict(report) | drift.figures(text))
+    return drift.figures(text)
 
 
 def check_weights(adapters: Sequence[object], weights: Sequence[float] | None, *, any_sum: bool) -> list[float]:
@@ -178,16 +221,6 @@ def _mixed(
 # --- how far apart -------------------------------------------------------------------------------------------------
 
 
-def held_out(tokenizer: Tokenizer, text: Path | str | None, max_seq_len: int) -> list[Tensor]:
-    """Rows of ids to compare predictions on. Raises ValueError for a file without text."""
-    texts = TEXTS if text is None else [Path(text).read_text(encoding="utf-8")]
-    ids = [torch.as_tensor(tokenizer.encode(one).tolist(), dtype=torch.int64) for one in texts]
-    rows = [row for whole in ids for row in whole.split(min(max_seq_len, 512))[:16] if len(row)]
-    if not rows:
-        raise ValueError(f"{text} holds no text to compare predictions on")
-    return rows
-
-
 def attach_layers(model: Transformer, name: str, layers: Layers) -> None:
     """Give the model an adapter of these layers; it acts where it is chosen."""
     device = model.model.embed_tokens.weight.device
@@ -195,34 +228,14 @@ def attach_layers(model: Transformer, name: str, layers: Layers) -> None:
         wrapped(model, path).add(name, LowRank(a.to(device), b.to(device), scale, trained=False))
 
 
-def drift(model: Transformer, layers: Layers, meant: Layers, rows: Sequence[Tensor]) -> tuple[float, float]:
-    """KL(base + layers || base + meant) in nats a token, and the share of equal greedy tokens. Leaves no adapter behind."""
-    attach_layers(model, "meant", meant)
+def logp_with(model: Transformer, layers: Layers, rows: Sequence[Tensor]) -> list[Tensor]:  # each (T, V)
+    """What the model predicts with an adapter of these layers, which is not left behind."""
+    attach_layers(model, "compared", layers)
     try:
-        with use_adapters(model, "meant"):
-            unmerged = next_token_logp(model, rows)
+        with use_adapters(model, "compared"):
+            return next_token_logp(model, rows)
     finally:
-        remove_adapter(model, "meant")
-    return _compare(model, layers, unmerged, rows)
-
-
-def drift_between(
-    model: Transformer, layers: Layers, other: Transformer, rows: Sequence[Tensor]
-) -> tuple[float, float]:
-    """The same between base + layers and another model."""
-    return _compare(model, layers, next_token_logp(other, rows), rows)
-
-
-def _compare(
-    model: Transformer, layers: Layers, expected: Sequence[Tensor], rows: Sequence[Tensor]
-) -> tuple[float, float]:
-    attach_layers(model, "result", layers)
-    try:
-        with use_adapters(model, "result"):
-            found = drift_of(next_token_logp(model, rows), expected)
-    finally:
-        remove_adapter(model, "result")
-    return found.kl, found.equal_greedy
+        remove_adapter(model, "compared")
 
 
 def write_adapter(

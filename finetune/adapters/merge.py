@@ -1,6 +1,6 @@
 """Fold an adapter into its base's weights: W' = W + scale * B A, in float32, so that nothing is left to add at run time."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -14,22 +14,14 @@ from ...base.model.transformer import Transformer
 from ...base.tokenizer.tokenizer import Tokenizer
 from ...quant.linear import NF4Linear
 from ...quant.merge import requantize
-from ..data.chat import encode_prompt
-from ..data.render import ChatTemplate
 from ..folders import carry_over, replaced_folder
-from ..generate import start_ids
 from ..loading import check_finite, check_token_ids, load_model, save_any
 from .bank import AdapterBank
+from .drift import Drift, check_drift, check_out, drift_from, held_out_rows, next_token_logp
 from .files import GRAFT, Adapter, check_fits, read_adapter
 
 REPORT = "merge.json"
 LARGEST_KL = 0.1  # nats a token: above, the merged model is another one than base and adapter
-PROMPTS = (
-    "The river runs to the sea, and the sea is wide.",
-    "Write a function that returns the sum of a list of numbers.",
-    "Is this message spam? You have won a prize, call now!",
-    "2 + 2 = 4, 3 + 5 =",
-)
 
 
 @dataclass(frozen=True)
@@ -38,15 +30,6 @@ class MergeReport:
 
     n_layers: int
     relative_error: float  # worst layer: rms of (requantized - exact) over rms of the update
-
-
-@dataclass(frozen=True)
-class Drift:
-    """How far the merged model's predictions are from those of base and adapter, on a few prompts."""
-
-    kl: float  # mean over positions of KL(merged || unmerged), in nats
-    equal_greedy: float  # share of positions where both give the same token the most probability
-    n_tokens: int  # positions compared
 
 
 def merge(model: Transformer, adapter: Adapter) -> MergeReport:
@@ -80,85 +63,77 @@ def untie(model: Transformer) -> Tensor:
     return model.lm_head.weight
 
 
-@torch.no_grad()
-def next_token_logp(model: Transformer, prompts: Sequence[Tensor]) -> list[Tensor]:  # each (T, V) float64
-    """Log-probabilities of each prompt's next tokens; a prompt is (T,) int64."""
-    device = model.model.embed_tokens.weight.device
-    return [model(ids[None].to(device))[0].cpu().double().log_softmax(-1) for ids in prompts]
-
-
-def drift_of(merged: Sequence[Tensor], unmerged: Sequence[Tensor]) -> Drift:
-    """Two models' log-probabilities of the same prompts, each (T, V) -> how far apart they are.
-
-    KL(p || q) = sum of p (log p - log q): 0 where the two agree.
-    """
-    p, q = torch.cat(list(merged)), torch.cat(list(unmerged))
-    kl = (p.exp() * (p - q)).sum(-1).mean().item()
-    return Drift(
-        kl if not kl < 0 else 0.0,  # rounding may leave -1e-17
-        (p.argmax(-1) == q.argmax(-1)).double().mean().item(),
-        p.shape[0],
-    )
-
-
-def prompts_for(tokenizer: Tokenizer, adapter: Adapter, max_seq_len: int) -> list[Tensor]:
-    """PROMPTS as ids, in the form that the adapter was trained on: as a chat's turn, or as plain text."""
-    template = ChatTemplate.of(tokenizer, adapter.chat_template)
-    is_chat = adapter.graft.get("prompt_format", "text") == "chat"
-    return [
-        torch.as_tensor(
-            encode_prompt([{"role": "user", "content": text}], tokenizer, template).tolist()
-            if is_chat
-            else start_ids(encode_prompt(text, tokenizer).tolist(), tokenizer)
-        )[:max_seq_len]
-        for text in PROMPTS
-    ]
-
-
 def run_merge(
-    base: Path | str, adapter: Path | str, out: Path | str, *, force: bool = False, allow_drift: bool = False
+    base: Path | str,
+    adapter: Path | str,
+    out: Path | str,
+    *,
+    text: Path | str | None = None,  # held-out text or records to compare predictions on; None: a few prompts
+    force: bool = False,
+    allow_drift: bool = False,
 ) -> tuple[MergeReport, Drift]:
     """Merge an adapter folder into its base folder and write a model folder: `graft adapter merge`.
 
-    A base in 4 bits stays in 4 bits. The merged model's predictions are compared with those of base and adapter, and the
-    figures are written to merge.json. Raises ValueError for weights that are not finite and, unless `allow_drift`, for
+    A base in 4 bits stays in 4 bits. What was written is read back, and its predictions are compared with those of base and
+    adapter; the figures are in merge.json. Raises ValueError for weights that are not finite and, unless `allow_drift`, for
     predictions that are further apart than LARGEST_KL; FileExistsError for an `out` that is not empty. `out` is replaced
     when the new folder is whole.
     """
     base, out = Path(base), Path(out)
     if out.resolve() in (base.resolve(), Path(adapter).resolve()):
         raise ValueError(f"--out {out} is the base or the adapter itself; choose another folder")
-    if out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"{out} is a file; give a folder")
-    if out.exists() and any(out.iterdir()) and not force:
-        raise FileExistsError(f"{out} is not empty; choose another folder or --force")
+    check_out(out, {}, force=force)
     loaded = read_adapter(adapter)
-    tokenizer = Tokenizer.load(base)
-    check_token_ids(tokenizer, load_config(base), where=base)
-    prompts = prompts_for(tokenizer, loaded, load_config(base).max_seq_len)
+    return merge_into(base, loaded, loaded, out, text=text, largest_kl=LARGEST_KL, allow_drift=allow_drift)
+
+
+def merge_into(
+    base: Path,
+    adapter: Adapter,
+    meant: Adapter,  # whose predictions the result should have; the adapter itself, or a sum that it approximates
+    out: Path,
+    *,
+    text: Path | str | None,
+    largest_kl: float,
+    allow_drift: bool,
+    report: Mapping[str, object] | None = None,  # more for merge.json
+) -> tuple[MergeReport, Drift]:
+    """`run_merge` for adapters that were read already. One model is in memory at a time."""
+    tokenizer, config = Tokenizer.load(base), load_config(base)
+    check_token_ids(tokenizer, config, where=base)
+    rows = held_out_rows(tokenizer, config, text, adapter)
+    expected = unmerged_logp(base, meant, rows)
     model = load_model(base, dtype=None)
-    check_finite(model, where=base)
-    bank = AdapterBank(model)
-    bank.load("merged", adapter)
-    bank.use("merged")
-    unmerged = next_token_logp(model, prompts)
-    bank.unload("merged")  # layers are plain linears again
-    report = merge(model, loaded)
-    check_finite(model, where=f"{base} with {adapter} merged")
-    drift = drift_of(next_token_logp(model, prompts), unmerged)
-    if not drift.kl <= LARGEST_KL and not allow_drift:
-        raise ValueError(
-            f"the merged model's predictions differ from those of base and adapter by {drift.kl:.4f} nats a token (at most "
-            f"{LARGEST_KL} is accepted; {drift.equal_greedy:.1%} of greedy tokens are equal): the base's "
-            "number format has no room for the update; merge into the base in full precision, or pass --allow-drift"
-        )
-    if loaded.chat_template is not None:
-        tokenizer.chat_template = loaded.chat_template
+    done = merge(model, adapter)
+    check_finite(model, where=f"{base} with {adapter.where} merged")
+    if adapter.chat_template is not None:
+        tokenizer.chat_template = adapter.chat_template
     with replaced_folder(out) as folder:
         tokenizer.save(folder)
-        if loaded.graft:
-            write_json(folder / GRAFT, {key: value for key, value in loaded.graft.items() if key != "base_fingerprint"})
+        if adapter.graft:
+            write_json(
+                folder / GRAFT, {key: value for key, value in adapter.graft.items() if key != "base_fingerprint"}
+            )
         save_any(model, folder, stored=read_json(base / "config.json").get("quantization_config"))
         carry_over(base, folder)
-        write_json(folder / REPORT, asdict(report) | asdict(drift))
-    return report, drift
+        del model
+        drift = drift_from(expected, load_model(folder), rows)
+        check_drift(
+            drift,
+            largest_kl,
+            what="the merged model's predictions differ from those of base and adapter",
+            way_out="the base's number format has no room for the update; merge into the base in full precision",
+            allow=allow_drift,
+        )
+        write_json(folder / REPORT, dict(report or {}) | asdict(done) | drift.figures(text))
+    return done, drift
+
+
+def unmerged_logp(base: Path, adapter: Adapter, rows: Sequence[Tensor]) -> list[Tensor]:  # each (T, V)
+    """What base and adapter predict, in float32. Raises ValueError for a base with NaN, or one that is not the adapter's."""
+    model = load_model(base)
+    check_finite(model, where=base)
+    bank = AdapterBank(model)
+    bank.add("unmerged", adapter)
+    bank.use("unmerged")
+    return next_token_logp(model, rows)

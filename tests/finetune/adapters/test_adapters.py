@@ -15,9 +15,10 @@ from torch import nn
 from graft.base.checkpoint import load_tensors, save_tensors
 from graft.base.model.transformer import Transformer
 from graft.finetune.adapters.bank import AdapterBank
+from graft.finetune.adapters.drift import drift_of
 from graft.finetune.adapters.files import read_adapter, save_adapter
 from graft.finetune.adapters.lora import LoraConfig, attach_lora, lora_layers, remove_adapter
-from graft.finetune.adapters.merge import drift_of, merge, run_merge
+from graft.finetune.adapters.merge import merge, run_merge
 from graft.finetune.loading import load_model
 from graft.finetune.quantize import run_quantize
 
@@ -207,8 +208,8 @@ def test_drift_by_hand() -> None:
     p, q = torch.tensor([[0.75, 0.25], [0.5, 0.5]]).log(), torch.full((2, 2), 0.5).log()
     drift = drift_of([p[:1], p[1:]], [q[:1], q[1:]])
     assert drift.kl == pytest.approx((0.75 * math.log(1.5) + 0.25 * math.log(0.5)) / 2, rel=1e-6)
-    assert (drift.equal_greedy, drift.n_tokens) == (1.0, 2)
-    assert drift_of([p.flip(-1)], [p]).equal_greedy == 0.5
+    assert (drift.equal_tokens, drift.n_tokens) == (1.0, 2)
+    assert drift_of([p.flip(-1)], [p]).equal_tokens == 0.5
 
 
 def test_a_merge_says_how_far_it_is_from_what_was_merged(
@@ -217,7 +218,7 @@ def test_a_merge_says_how_far_it_is_from_what_was_merged(
     """Law: the figures are in merge.json; too much drift is refused unless allowed, and leaves the old folder as it was."""
     _, drift = run_merge(base_dir, two_adapters[0], tmp_path / "merged")
     assert 0 <= drift.kl < 1e-6
-    assert drift.equal_greedy == 1
+    assert drift.equal_tokens == 1
     written = json.loads((tmp_path / "merged/merge.json").read_text())
     assert written["kl"] == drift.kl
     assert written["n_tokens"] == drift.n_tokens > 20

@@ -158,7 +158,10 @@ def test_bad_merges(base_dir: Path, folders: list[Path], tmp_path: Path, monkeyp
             graft.merge(**({"base": base_dir, "adapters": folders, "out": out} | options))
         assert not out.exists()
     monkeypatch.setattr(combine, "LARGEST_KL", 1e-9)
-    with pytest.raises(ValueError, match=r"nats a token from the weighted sum .*; use method cat, which is exact"):
+    with pytest.raises(
+        ValueError,
+        match=r"differ from the weighted sum of the updates by .*: use method cat, which is exact, or",
+    ):
         graft.merge(base=base_dir, adapters=folders, out=out)
     assert not out.exists()
     out.mkdir()
@@ -181,7 +184,7 @@ def test_extract_finds_a_merged_adapter_again(base_dir: Path, folders: list[Path
     found = read_adapter(tmp_path / "found").layers
     for path, (a, b, scale) in read_adapter(folders[0]).layers.items():
         torch.testing.assert_close(found[path][1] @ found[path][0], scale * (b @ a), atol=1e-5, rtol=1e-3)
-    half = run_extract(base=base_dir, tuned=tmp_path / "tuned", out=tmp_path / "half", rank=2)
+    half = run_extract(base=base_dir, tuned=tmp_path / "tuned", out=tmp_path / "half", rank=2, allow_drift=True)
     assert 0.3 < half["kept"] < 0.99
     assert half["kl"] > report["kl"]
 
@@ -198,7 +201,7 @@ def test_bad_extracts(base_dir: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         model.model.norm.weight += 1
     save_model(model, tmp_path / "normed")
-    report = run_extract(base=base_dir, tuned=tmp_path / "normed", out=tmp_path / "a", rank=1)
+    report = run_extract(base=base_dir, tuned=tmp_path / "normed", out=tmp_path / "a", rank=1, allow_drift=True)
     assert report["left_out"] == ["model.norm.weight"]
     for options, message in (
         ({"rank": 0}, "rank=0 must be >= 1"),
