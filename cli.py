@@ -450,7 +450,9 @@ def generate(
     prompt_file: Annotated[
         Path | None, typer.Option("--prompt-file", help="A prompt a line; in .jsonl a JSON string each.")
     ] = None,
-    adapter: Annotated[Path | None, typer.Option("--adapter", help="Adapter folder in PEFT's layout.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", help="Adapter folder in PEFT's layout, or several: A:0.7,B:0.3.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens")] = 64,
     temperature: Annotated[float, typer.Option("--temperature", help="0 takes the most probable token.")] = 0.0,
     top_k: Annotated[int | None, typer.Option("--top-k")] = None,
@@ -582,7 +584,9 @@ def evaluate(
     ],
     adapter: Annotated[
         list[str] | None,
-        typer.Option("--adapter", help="Adapter folder, or NAME=DIR; several are compared with the base."),
+        typer.Option(
+            "--adapter", help="Adapter folder, A:0.7,B:0.3, or NAME=either; several are compared with the base."
+        ),
     ] = None,
     score: Annotated[
         str, typer.Option("--score", help="exact: the answer it writes; likelihood: its most probable of few answers.")
@@ -646,7 +650,8 @@ def _adapter_folders(given: list[str]) -> dict[str, Path]:
     for text in given:
         name, equals, folder = text.partition("=")
         if not equals or Path(text).exists():
-            name, folder = Path(text).resolve().name, text
+            is_stack = ":" in text and not Path(text).exists()
+            name, folder = text if is_stack else Path(text).resolve().name, text
         if not name or name in folders:
             raise ValueError(f"--adapter {text}: the name {name!r} is empty or given twice; write NAME=DIR")
         folders[name] = Path(folder)

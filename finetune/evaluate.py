@@ -16,6 +16,7 @@ from ..base.model.transformer import Transformer
 from ..base.text.documents import read_documents
 from ..base.tokenizer.tokenizer import Tokenizer
 from .adapters.bank import AdapterBank
+from .adapters.combine import read_stack
 from .data.chat import ChatTemplate, encode_prompt, encode_whole, split_answer
 from .data.dataset import DatasetOptions, encode_dataset
 from .data.packing import collate_padded
@@ -109,7 +110,7 @@ def compare(
     check_finite(model, where=base)
     bank = AdapterBank(model)
     for name, folder in adapters.items():
-        bank.load(name, folder)
+        bank.add(name, read_stack(folder))
     records = _read(specs, tokenizer, chosen.fields)[:limit]
     found = {}
     for name in [*([None] if with_base else []), *adapters]:

@@ -15,7 +15,8 @@ from ..base.model.transformer import Transformer
 from ..base.text.printable import printable
 from ..base.tokenizer.tokenizer import Tokenizer
 from .adapters.bank import AdapterBank
-from .adapters.files import GRAFT, template_args_of
+from .adapters.combine import read_stack, stacked_adapter
+from .adapters.files import GRAFT, Adapter, template_args_of
 from .data.chat import ChatTemplate, encode_prompt
 from .data.records import Message
 from .data.shape import in_shape
@@ -23,7 +24,7 @@ from .data.templates import template_source
 from .generate import Answer, generate_answers, start_ids
 from .loading import check_finite, check_token_ids, load_model
 
-HELP = "/adapter NAME swaps, /adapters lists, /base turns them off, /new forgets the talk, /quit ends"
+HELP = "/adapter NAME swaps (A:0.7,B:0.3 adds up), /adapters lists, /base turns them off, /new forgets the talk, /quit ends"
 
 
 class Session:
@@ -57,13 +58,20 @@ class Session:
         )
 
     def load(self, name: str, folder: Path | str) -> None:
-        """Load an adapter and use it."""
-        self.bank.load(name, folder)
+        """Load an adapter, or a stack such as a:0.7,b:0.3 of folders, and use it."""
+        self.bank.add(name, read_stack(folder))
         self.use(name)
 
     def use(self, name: str | None) -> None:
-        """Swap; None is the bare base."""
+        """Swap; None is the bare base. A stack of loaded adapters, such as spam:0.7,style:0.3, is made when it is first used."""
+        if name is not None and name not in self.bank.adapters and ":" in name:
+            self.bank.add(name, stacked_adapter(name, self._loaded))
         self.bank.use(name)
+
+    def _loaded(self, name: str) -> Adapter:
+        if name not in self.bank.adapters:
+            raise ValueError(f"no adapter {name!r} is loaded; loaded are: {', '.join(self.bank.names) or 'none'}")
+        return self.bank.adapters[name]
 
     @property
     def is_chat(self) -> bool:

@@ -287,4 +287,14 @@ def stacked_adapter(spec: str, load: Callable[[str], Adapter]) -> Adapter:
     """
     weights = parse_stack(spec)
     adapters = [load(name) for name in weights]
-    return replace(adapters[0], layers=combine(adapters, list(weights.values()), "cat"), where=spec, copies={})
+    made_for = check_one_base(adapters)
+    one = _as_one(adapters, combine(adapters, list(weights.values()), "cat"), made_for)
+    return replace(one, where=spec)
+
+
+def read_stack(spec: Path | str) -> Adapter:
+    """An adapter folder, or several with weights, such as runs/spam:0.7,runs/style:0.3. Raises as read_adapter does, and
+    ValueError for adapters of different bases or targets."""
+    if not Path(spec).exists() and ":" in str(spec):
+        return stacked_adapter(str(spec), read_adapter)
+    return read_adapter(spec)

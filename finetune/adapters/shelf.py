@@ -6,6 +6,7 @@ with bank.rows([shelf.take("spam"), shelf.take("spam:0.7,style:0.3")]): ...
 
 from pathlib import Path
 
+from ...base.model.transformer import Transformer
 from .bank import AdapterBank
 from .combine import stacked_adapter
 from .files import CONFIG, Adapter, read_adapter
@@ -47,7 +48,7 @@ class AdapterShelf:
             self._sizes[spec] = self._sizes.pop(spec)  # now the most recent
             return spec
         adapter = stacked_adapter(spec, self._read) if ":" in spec else self._read(spec)
-        size = self._resident_bytes(adapter)
+        size = resident_bytes(adapter, self.bank.model)
         self._make_room(spec, size)
         self.bank.add(spec, adapter)
         self._sizes[spec] = size
@@ -60,11 +61,6 @@ class AdapterShelf:
     def unpin(self, spec: str) -> None:
         """It may leave again when room is needed."""
         self.pinned.discard(spec)
-
-    def _resident_bytes(self, adapter: Adapter) -> int:
-        """Bytes in the base's dtype, and those of the copy that the bank keeps as it was read."""
-        width = self.bank.model.model.embed_tokens.weight.element_size()
-        return adapter.n_bytes + sum((a.numel() + b.numel()) * width for a, b, _ in adapter.layers.values())
 
     def _read(self, name: str) -> Adapter:
         folder = self.folder / name
@@ -94,3 +90,9 @@ class AdapterShelf:
         for name in leaving:
             del self._sizes[name]
             self.bank.unload(name)
+
+
+def resident_bytes(adapter: Adapter, model: Transformer) -> int:
+    """Bytes of a loaded adapter: in the base's dtype, and the copy that the bank keeps as it was read."""
+    width = model.model.embed_tokens.weight.element_size()
+    return adapter.n_bytes + sum((a.numel() + b.numel()) * width for a, b, _ in adapter.layers.values())

@@ -7,6 +7,7 @@ a client sends is looked up among those found, and never made part of a path.
 
 import threading
 from collections import OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -15,8 +16,10 @@ from ...base.json_fields import read_json
 from ...base.model.transformer import Transformer
 from ...base.tokenizer.tokenizer import Tokenizer
 from ..adapters.bank import AdapterBank
+from ..adapters.combine import parse_stack, stacked_adapter
 from ..adapters.files import CONFIG, GRAFT, Adapter, read_adapter
 from ..adapters.selection import RowSelection
+from ..adapters.shelf import resident_bytes
 from ..data.chat import ChatTemplate
 from ..data.stop import stop_ids
 from .errors import ApiError
@@ -57,9 +60,12 @@ class Models:
         folder: Path | None = None,  # its subfolders that hold an adapter are offered
         named: dict[str, Path] | None = None,  # adapters elsewhere
         max_loaded: int = 64,  # adapters in memory; the least recently used one goes
+        budget_bytes: int | None = None,  # of their weights; None: no limit
+        pinned: Collection[str] = (),  # names that stay once they are loaded
     ) -> None:
         self.base_name = Path(base).resolve().name
-        self.folder, self.max_loaded = folder, max_loaded
+        self.folder, self.max_loaded, self.budget_bytes = folder, max_loaded, budget_bytes
+        self.pinned = frozenset(pinned)
         self.bank, self.tokenizer = AdapterBank(model), tokenizer
         self._named = dict(named or {})
         self._unloaded: set[str] = set()  # names that a client took out of service
@@ -67,10 +73,15 @@ class Models:
             raise FileNotFoundError(f"the adapters' folder {folder} does not exist")
         if self.base_name in self.names()[1:]:
             raise ValueError(f"an adapter has the base's name {self.base_name!r}; rename one of the two folders")
+        if unknown := sorted(self.pinned - set(self.names())):
+            raise ValueError(
+                f"pinned adapter {unknown[0]!r} does not exist; there are {', '.join(self.names()[1:]) or 'none'}"
+            )
         facts = read_json(Path(base) / GRAFT) if (Path(base) / GRAFT).exists() else {}
         is_chat = facts.get("prompt_format") == "chat" or (not facts and tokenizer.chat_template is not None)
         self.base = self._served(None, None, is_chat)
         self._loaded: OrderedDict[str, Served] = OrderedDict()  # the most recently used last
+        self._sizes: dict[str, int] = {}
         self._retired: list[str] = []  # internal names of versions that only running requests still use
         self._versions = count(1)
         self._lock = threading.Lock()
@@ -111,9 +122,14 @@ class Models:
             self._loaded.move_to_end(name)
             return Lease(served, self.bank.rows([served.internal]))
 
-    def find(self, name: str) -> Path:
-        """The folder of an adapter. Raises ApiError 404 that lists the names there are."""
-        folder = None if name in self._unloaded else self._folders().get(name)
+    def find(self, name: str) -> Path | str:
+        """The folder of an adapter, or the spec of a stack such as spam:0.7,style:0.3. Raises ApiError 404 that lists the names
+        there are."""
+        folder: Path | str | None = None if name in self._unloaded else self._folders().get(name)
+        if folder is None and (parts := _parts(name)):
+            for part in parts:
+                self.find(part)
+            folder = name
         if folder is None:
             shown = name if len(name) <= 60 else f"{name[:57]}..."
             known = self.names()
@@ -126,8 +142,15 @@ class Models:
             )
         return folder
 
-    def read(self, name: str, folder: Path) -> Adapter:
-        """An adapter's files. Raises ApiError 500, as the client can't mend them."""
+    def read(self, name: str, folder: Path | str) -> Adapter:
+        """An adapter's files, or the weighted sum that a stack's spec means. Raises ApiError 500, as the client can't mend them,
+        and 400 for adapters that don't add up or don't fit into the budget."""
+        if isinstance(folder, str):
+            folders = self._folders()
+            try:
+                return stacked_adapter(folder, lambda part: self.read(part, folders[part]))
+            except ValueError as error:
+                raise ApiError(400, str(error), param="model") from None
         try:
             return read_adapter(folder)
         except (ValueError, OSError) as error:
@@ -154,6 +177,14 @@ class Models:
         """Put an adapter in service, in place of an older version of that name. `folder`: where it lies, if a client named
         it. Raises ApiError 409 when it was made for another base."""
         internal = f"{name}#{next(self._versions)}"
+        size = resident_bytes(adapter, self.bank.model)
+        if self.budget_bytes is not None and size > self.budget_bytes:
+            raise ApiError(
+                400,
+                f"adapter {name!r} takes {size:,} bytes, more than the server's whole budget of {self.budget_bytes:,}; raise "
+                "--adapter-budget",
+                param="model",
+            )
         try:
             served = self._served(internal, adapter.chat_template, adapter.graft.get("prompt_format", "chat") == "chat")
             self.bank.add(internal, adapter)
@@ -164,14 +195,26 @@ class Models:
             older = self._loaded.pop(name, None)
             if older is not None:
                 self._retired.append(str(older.internal))
-            self._loaded[name] = served
+            self._loaded[name], self._sizes[name] = served, size
             self._unloaded.discard(name)
             if folder is not None:
                 self._named[name] = folder
-            while len(self._loaded) > self.max_loaded:
-                _, oldest = self._loaded.popitem(last=False)
-                self._retired.append(str(oldest.internal))
+            for other in [other for other in self._loaded if name in _parts(other)]:
+                self._retire(other)  # a stack of the older version
+            for oldest in list(self._loaded):
+                if not self._is_too_much():
+                    break
+                if oldest not in self.pinned and oldest != name:
+                    self._retire(oldest)
         self.sweep()
+
+    def _is_too_much(self) -> bool:
+        """Whether more adapters are loaded than are wanted, pinned ones included."""
+        n_bytes = sum(self._sizes[name] for name in self._loaded)
+        return len(self._loaded) > self.max_loaded or (self.budget_bytes is not None and n_bytes > self.budget_bytes)
+
+    def _retire(self, name: str) -> None:
+        self._retired.append(str(self._loaded.pop(name).internal))
 
     def detach(self, name: str) -> None:
         """Take an adapter out of service; requests that run end as they began. Raises ApiError 404."""
@@ -180,9 +223,8 @@ class Models:
             raise ApiError(400, f"{name!r} is the base; only adapters can be unloaded", param="lora_name")
         with self._lock:
             self._unloaded.add(name)
-            served = self._loaded.pop(name, None)
-            if served is not None:
-                self._retired.append(str(served.internal))
+            for other in [other for other in self._loaded if other == name or name in _parts(other)]:
+                self._retire(other)
         self.sweep()
 
     def sweep(self) -> None:
@@ -195,3 +237,11 @@ class Models:
             for internal in gone:
                 self.bank.unload(internal)
             self._retired = [internal for internal in self._retired if internal not in gone]
+
+
+def _parts(name: str) -> list[str]:
+    """The adapters of a stack such as spam:0.7,style:0.3; none of a plain name."""
+    try:
+        return list(parse_stack(name))
+    except ValueError:
+        return []

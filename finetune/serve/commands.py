@@ -29,6 +29,12 @@ def serve(
     max_batch: Annotated[int, typer.Option("--max-batch", help="Answers decoded at once.")] = 8,
     max_queue: Annotated[int, typer.Option("--max-queue", help="Answers that may wait; more get 429.")] = 64,
     max_adapters: Annotated[int, typer.Option("--max-adapters", help="Adapters kept in memory.")] = 64,
+    adapter_budget: Annotated[
+        str | None, typer.Option("--adapter-budget", help=r"Memory for adapters, such as 512MiB. \[default: no limit]")
+    ] = None,
+    pin: Annotated[
+        list[str] | None, typer.Option("--pin", help="Adapter that stays in memory; can be repeated.")
+    ] = None,
     max_body_bytes: Annotated[int, typer.Option("--max-body-bytes", help="Largest request.")] = 2 << 20,
     prefix_cache_mib: Annotated[
         int, typer.Option("--prefix-cache-mib", help="Memory for prompts read before; 0 turns it off.")
@@ -48,6 +54,7 @@ def serve(
 
     if find_spec("fastapi") is None or find_spec("uvicorn") is None:
         raise ValueError("graft serve needs FastAPI and uvicorn: pip install 'graftlm[serve]'")
+    from ..memory.units import parse_bytes
     from ..session import named_folders
     from .app import Limits
     from .server import ServeConfig, run_serve
@@ -63,6 +70,8 @@ def serve(
             allow_adapter_changes=allow_adapter_changes,
             max_batch=max_batch,
             max_adapters=max_adapters,
+            adapter_budget=None if adapter_budget is None else parse_bytes(adapter_budget),
+            pinned=tuple(pin or []),
             prefix_cache_mib=prefix_cache_mib,
             limits=Limits(max_queue=max_queue, max_body_bytes=max_body_bytes, timeout_s=timeout),
             dtype=dtype,

@@ -31,6 +31,8 @@ class ServeConfig:
     allow_adapter_changes: bool = False
     max_batch: int = 8  # rows decoded at once
     max_adapters: int = 64  # in memory
+    adapter_budget: int | None = None  # bytes of their weights; None: no limit
+    pinned: tuple[str, ...] = ()  # adapters that stay in memory once they are loaded
     prefix_cache_mib: int = 256  # 0: none
     limits: Limits = field(default_factory=Limits)
     drain_s: int = 30  # after SIGTERM, running answers have so long to end
@@ -91,6 +93,8 @@ def run_serve(config: ServeConfig) -> None:
             folder=config.adapters,
             named=dict(config.named),
             max_loaded=config.max_adapters,
+            budget_bytes=config.adapter_budget,
+            pinned=config.pinned,
         )
         worker = Worker(models, max_batch=config.max_batch, prefix_cache_bytes=config.prefix_cache_mib << 20)
         app = create_app(

@@ -22,7 +22,7 @@ from graft.finetune.adapters.extract import low_rank, run_extract
 from graft.finetune.adapters.files import read_adapter, save_adapter
 from graft.finetune.adapters.lora import LoraConfig, attach_lora, linears, lora_layers
 from graft.finetune.adapters.merge import run_merge
-from graft.finetune.adapters.shelf import AdapterShelf
+from graft.finetune.adapters.shelf import AdapterShelf, resident_bytes
 from graft.finetune.loading import load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -227,7 +227,7 @@ def shelf_of(base_dir: Path, tmp_path: Path) -> Callable[..., AdapterShelf]:
 
     def make(n: float) -> AdapterShelf:
         bank = AdapterBank(load_model(base_dir))
-        size = AdapterShelf(bank, tmp_path / "all", budget_bytes=1)._resident_bytes(read_adapter(tmp_path / "all/a"))
+        size = resident_bytes(read_adapter(tmp_path / "all/a"), bank.model)
         return AdapterShelf(bank, tmp_path / "all", budget_bytes=int(n * size))
 
     return make
