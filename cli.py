@@ -330,6 +330,9 @@ def sft(
     quant_backend: Annotated[
         str | None, typer.Option("--quant-backend", help="With --qlora: graft or bitsandbytes, to compare.")
     ] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option("--calibrate", help="With --qlora: text file by which the 4-bit codes are chosen.")
+    ] = None,
     settings: Settings = None,
     seed: Seed = None,
     steps: Steps = None,
@@ -360,6 +363,7 @@ def sft(
         **lora_keys,
         **loop,
         quant_backend=quant_backend,
+        calibrate=None if calibrate is None else str(calibrate),
         max_seq_len=max_seq_len,
         on_too_long=on_too_long,
         on_empty=on_empty,

@@ -9,9 +9,10 @@ import shutil
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
@@ -25,6 +26,13 @@ from .checkpoint import flush, naming, write_file, write_json
 from .json_fields import read_json
 from .settings import plain
 
+# Files that some reader loads from a folder by their names alone: an older one would be read beside or in place of new ones.
+LOADED = (
+    "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json", "config.json",
+    "generation_config.json", "adapter_config.json", "adapter_model.*", "tokenizer.json", "tokenizer.model",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.*",
+    "graft.json",
+)  # fmt: skip
 RUN_FILE, METRICS_FILE, SUMMARY_FILE = "run.json", "metrics.jsonl", "summary.json"
 CHECKPOINTS, REPLACED = "checkpoints", "replaced"
 
@@ -67,6 +75,7 @@ class RunFolder:
         except BaseException:
             self.close()
             raise
+        self.forced = force or bool(state and state.get("forced"))
         self.previous = state if resume else None
         self._ours = state is not None
 
@@ -136,6 +145,7 @@ class RunFolder:
             "command": sys.argv,
             "versions": versions(),
             "config": plain(config),
+            **({"forced": True} if self.forced else {}),  # what the folder held before goes at the end
         }
         replaced = self.folder / REPLACED / RUN_FILE
         if self.previous is None or self.previous.get("status") == "starting":
@@ -196,6 +206,8 @@ class RunFolder:
         assert self._state is not None, "start comes first"
         write_json(self.folder / SUMMARY_FILE, finite(plain(summary)))
         self._remove_replaced()
+        if self.forced and self._files:
+            remove_others(self.folder, self._files)
         self._state |= {"status": "finished", "files": self._files}
         write_json(self.folder / RUN_FILE, self._state)
         self.close()
@@ -310,6 +322,13 @@ def _release(key: str) -> None:
     if fcntl is not None and descriptor is not None:
         fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing alone would leave it to forked children
         os.close(descriptor)
+
+
+def remove_others(folder: Path, written: Collection[str]) -> None:
+    """Remove the files of a folder that a reader would load and that were not written now."""
+    for path in folder.iterdir():
+        if path.name not in written and path.is_file() and any(fnmatch(path.name, pattern) for pattern in LOADED):
+            path.unlink()
 
 
 def finite(line: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,15 +10,9 @@ from typing import Any
 
 from ..base.checkpoint import write_file, write_json
 from ..base.json_fields import read_json
+from ..base.runlog import remove_others
 
 GENERATION = "generation_config.json"
-# Files that some reader loads from a model folder by their names alone. Older ones beside new weights would be read in their
-# place (transformers takes model.safetensors before an index) or on top of them (adapter_config.json).
-LOADED = (
-    "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json", "config.json",
-    GENERATION, "adapter_config.json", "adapter_model.*", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.*", "graft.json",
-)  # fmt: skip
 LICENSES = ("LICENSE*", "NOTICE*", "USE_POLICY*")  # what binds the base binds what is made of it
 
 
@@ -43,9 +37,7 @@ def replaced_folder(out: Path | str) -> Iterator[Path]:
         # config.json last: until it changes, the folder is the older model's or refused for weights that do not fit
         for name in sorted(written, key="config.json".__eq__):
             os.replace(temporary / name, out / name)
-        for path in out.iterdir():
-            if path.name not in written and path.is_file() and any(fnmatch(path.name, pattern) for pattern in LOADED):
-                path.unlink()
+        remove_others(out, written)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..base.json_fields import read_json
 from ..base.model.huggingface import load_config
+from ..base.model.transformer import Transformer
 from ..base.tokenizer.tokenizer import Tokenizer
 from ..quant.blockwise import check_weight
 from ..quant.calibrate import calibrate_
@@ -30,6 +31,7 @@ def run_quantize(
     out: Path | str,
     *,
     calibrate: Path | str | None = None,  # UTF-8 text like that which the model will see; None: the nearest codes
+    calibration_rows: int | None = None,  # of that text, at most; None: CALIBRATION_ROWS
     double_quant: bool = True,
     force: bool = False,
 ) -> dict[str, Any]:
@@ -55,7 +57,9 @@ def run_quantize(
     tokenizer = Tokenizer.load(base)
     config = load_config(base)
     check_token_ids(tokenizer, config, where=base)
-    rows = None if calibrate is None else calibration_rows(tokenizer, Path(calibrate), config.max_seq_len)
+    rows = None
+    if calibrate is not None:
+        rows = rows_of_text(tokenizer, Path(calibrate), config.max_seq_len, calibration_rows or CALIBRATION_ROWS)
     model = load_model(base, dtype=None, quantize="nf4", double_quant=double_quant)
     layers = {path: module for path, module in model.named_modules() if isinstance(module, NF4Linear)}
     for name, tensor in model.named_parameters():
@@ -64,8 +68,7 @@ def run_quantize(
         except ValueError as error:
             raise ValueError(f"{base}: {name}: {error}") from None
     if rows is not None:
-        blocks = [(f"model.layers.{i}", block) for i, block in enumerate(model.model.layers)]
-        calibrate_(model, blocks, [row[None] for row in rows], weight_reader(base))
+        calibrate_model_(model, base, rows)
     keep = (*KEEP, "shared_expert_gate") if config.d_shared_expert else KEEP
     settings = quantization_config(double_quant=double_quant, compute_dtype=torch.bfloat16, keep=keep)
     with replaced_folder(out) as folder:
@@ -89,7 +92,16 @@ def run_quantize(
 quantize = run_quantize  # the public name: graft.quantize
 
 
-def calibration_rows(tokenizer: Tokenizer, path: Path, max_seq_len: int) -> Tensor:  # (rows, length) int64
+def calibrate_model_(model: Transformer, base: Path | str, rows: Tensor) -> None:
+    """Choose the codes of a model in 4 bits again by its full-precision folder and rows of text, in place."""
+    blocks = [(f"model.layers.{i}", block) for i, block in enumerate(model.model.layers)]
+    device = model.model.embed_tokens.weight.device
+    calibrate_(model, blocks, [row[None].to(device) for row in rows], weight_reader(base))
+
+
+def rows_of_text(
+    tokenizer: Tokenizer, path: Path, max_seq_len: int, most: int = CALIBRATION_ROWS
+) -> Tensor:  # (rows, length) int64
     """Rows of tokens from all over the text (its first 16 MiB), without overlap where there is enough of it."""
     length = min(max_seq_len, CALIBRATION_LENGTH)
     try:
@@ -98,7 +110,7 @@ def calibration_rows(tokenizer: Tokenizer, path: Path, max_seq_len: int) -> Tens
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start}; give plain text for calibration") from None
     ids = torch.from_numpy(np.asarray(tokenizer.encode(text)).astype(np.int64))
-    n_rows = min(CALIBRATION_ROWS, len(ids) // length)
+    n_rows = min(most, len(ids) // length)
     if n_rows < 2:
         raise ValueError(
             f"{path} has {len(ids)} tokens; calibration needs at least {2 * length} (two rows of {length}), and "

@@ -42,6 +42,7 @@ from .folders import carry_over
 from .loading import check_token_ids, load_model, weight_bytes
 from .memory.report import print_prediction
 from .optimizers import OPTIMIZERS, PAGED_OPTIMIZERS
+from .quantize import calibrate_model_, rows_of_text
 
 Method = Literal["full", "lora", "qlora"]
 METHODS = ("full", "lora", "qlora")
@@ -72,6 +73,7 @@ class QuantOptions:
     """What is held in few bits, and how."""
 
     double_quant: bool = True  # QLoRA: quantize the quantization constants too
+    calibrate: str | None = None  # QLoRA: text file by which the 4-bit codes are chosen; none: the nearest codes
     quant_backend: str = "graft"  # QLoRA: or bitsandbytes, whose layers give the same results, to compare
     paged: bool = False  # optimizer=adamw8bit: keep its moments in the host's memory, a GPU reads them in each step
 
@@ -334,6 +336,11 @@ def stored_in_4_bits(config: Run) -> dict[str, Any] | None:
         raise ValueError(f"{base} is in 4 bits and can't be fully fine-tuned; use --qlora, or its full base")
     if backend != "graft" and config.method != "qlora":
         raise ValueError(f"quant_backend={backend} is about QLoRA; add --qlora, or leave it out")
+    if config.quant.calibrate and (config.method != "qlora" or stored or backend != "graft"):
+        reason = f"{base} is in 4 bits already" if stored else "it chooses the codes of QLoRA's base"
+        raise ValueError(
+            f"calibrate={config.quant.calibrate}: {reason}; give a full-precision base with --qlora, or leave it out"
+        )
     if config.quant.paged and config.train.optimizer != "adamw8bit":
         raise ValueError("paged=true is about optimizer=adamw8bit; set that too, or leave it out")
     if stored and backend != "graft":
@@ -370,6 +377,9 @@ def load_base(config: Run, device: str) -> Transformer:
             quantize=quantize,
             double_quant=config.quant.double_quant,
         )
+        if config.quant.calibrate and quantize:
+            rows = rows_of_text(Tokenizer.load(base), Path(config.quant.calibrate), model.config.max_seq_len)
+            calibrate_model_(model, base, rows)
         if is_peer:  # bitsandbytes quantizes whole layers, so the base is held in full precision first
             double_quant, backend = config.quant.double_quant, config.quant.quant_backend
             quantize_linears_(model, double_quant=double_quant, backend=backend)

@@ -159,7 +159,8 @@ def calibrate_(
                     )
                 )
                 n_layers += 1
-        calls = [((hidden_states(block(*args, **kwargs)), *args[1:]), kwargs) for args, kwargs in calls]
+        for i, (args, kwargs) in enumerate(calls):  # in place: the hidden states are the most that is held
+            calls[i] = (hidden_states(block(*args, **kwargs)), *args[1:]), kwargs
         on_block(done)
     return n_layers
 

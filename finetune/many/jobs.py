@@ -23,7 +23,9 @@ from ..sft import PARTS
 
 OWN_KEYS = ("data", "out", "eval_data", "base", "method")  # of a job, beside the keys of a config
 # What the base or the pass over it has only one of.
-SHARED_KEYS = ("base", "method", "dtype", "checkpointing", "double_quant", "quant_backend", "optimizer", "paged")
+SHARED_KEYS = (
+    "base", "method", "dtype", "checkpointing", "double_quant", "quant_backend", "optimizer", "paged", "calibrate",
+)  # fmt: skip
 STACKED = ("rank", "alpha", "dropout", "targets", "rank_stabilized")  # of LoraConfig: what the stack carries
 
 

@@ -113,6 +113,23 @@ def test_a_folder_that_is_not_ours_keeps_everything(tmp_path: Path) -> None:
     del run
 
 
+def test_a_forced_run_leaves_no_older_file_that_a_reader_would_load(tmp_path: Path) -> None:
+    """Law: when the new results are in place, also by way of a resumption, others that are loaded by their names go; notes stay."""
+    for name in ("config.json", "model.safetensors", "adapter_config.json", "notes.txt", "LICENSE"):
+        (tmp_path / name).write_text("older")
+    started(tmp_path, force=True).close()
+    run = started(tmp_path, resume=True)
+    with run.results() as folder:
+        (folder / "config.json").write_text("new")
+        (folder / "model-00001-of-00002.safetensors").write_text("new")
+    assert (tmp_path / "adapter_config.json").exists()
+    run.finish({})
+    loaded = {path.name: path.read_text() for path in tmp_path.iterdir() if path.suffix in (".json", ".safetensors")}
+    assert loaded.keys() - {"run.json", "summary.json"} == {"config.json", "model-00001-of-00002.safetensors"}
+    assert loaded["config.json"] == "new"
+    assert {"notes.txt", "LICENSE"} <= {path.name for path in tmp_path.iterdir()}
+
+
 def test_killed_while_starting_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Law: a --force that dies while it clears the folder is resumed as the new run, without the old one's checkpoints."""
     started(tmp_path / "a").finish({})
