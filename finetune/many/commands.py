@@ -64,9 +64,10 @@ def _run_jobs(
     how: dict[str, Any],  # resume, force, device, and at_once or fit
 ) -> None:
     asked = [dict(settings) | ({"eval_data": eval_data} if eval_data else {}) | job for job in read_jobs(file)]
-    base = base or asked[0].get("base")
-    if base is None:
+    named = base or asked[0].get("base")
+    if named is None:
         raise ValueError(f"--base is missing, and {file} names no base")
+    base = Path(str(named))
     method = method or str(asked[0].get("method", "lora"))
     if how.pop("fit", False):
         _print_plan(base, asked, method, how)

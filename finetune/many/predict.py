@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -115,6 +116,7 @@ def plan_jobs(
     budget = free_bytes(device) if budget is None else budget
     worst = sorted((_load(job, job.longest) for job in jobs), key=lambda load: -load.rows * load.length)
 
+    @cache
     def peak(n: int) -> int:
         return predict_bytes(config, worst[:n], shared, device=device, joins_later=n < len(jobs))
 
@@ -168,7 +170,7 @@ def predict_bytes(
 def _count(config: ModelConfig, loads: Sequence[Load], shared: Shared, kind: str, joins_later: bool) -> Counted:
     counter = new_counter(kind)
     names = [str(i) for i in range(len(loads))]
-    parts = [_zeros(load) for load in loads]
+    parts = [micro_batch_of(load) for load in loads]
     batch, counts = together(parts, packed=worth_packing(parts, kind))
     with predicting("cuda" if kind == "cuda" else "cpu"):
         model = shaped_model(config, shared.settings(), bare=True)
@@ -178,7 +180,7 @@ def _count(config: ModelConfig, loads: Sequence[Load], shared: Shared, kind: str
             add_workspace(counter, backward=True)
         with counter:
             counter.enter("joining", "", "adapters")
-            stack, rows = _stack(model, loads, names)
+            stack, rows = attach_all(model, loads, names)
             if joins_later:
                 stack.set_jobs(names, stack.generators)
             for buffer, of_kind in (
@@ -196,17 +198,17 @@ def _count(config: ModelConfig, loads: Sequence[Load], shared: Shared, kind: str
                 total.backward()
             del total, losses
             counter.enter("update", "", "temporaries")
-            _update(stack, rows)
+            update_all(stack, rows)
     kept = [counter.kept[i] for i in range(config.n_layers)]
     return Counted(config.n_layers, sizes, kept, counter.peaks)
 
 
-def _zeros(load: Load) -> dict[str, Tensor]:
+def micro_batch_of(load: Load) -> dict[str, Tensor]:
     """A micro-batch of one job in which every position carries loss."""
     return {name: torch.zeros(load.rows, load.length, dtype=torch.int64) for name in ("ids", "targets")}
 
 
-def _stack(model: Transformer, loads: Sequence[Load], names: Sequence[str]) -> tuple[AdapterStack, list[StackRow]]:
+def attach_all(model: Transformer, loads: Sequence[Load], names: Sequence[str]) -> tuple[AdapterStack, list[StackRow]]:
     """The jobs' adapters on the model, as Trainer puts them there."""
     for name, load in zip(names, loads, strict=True):
         attach_lora(model, load.lora, name=name)
@@ -217,7 +219,7 @@ def _stack(model: Transformer, loads: Sequence[Load], names: Sequence[str]) -> t
     return stack, rows
 
 
-def _update(stack: AdapterStack, rows: Sequence[StackRow]) -> None:
+def update_all(stack: AdapterStack, rows: Sequence[StackRow]) -> None:
     stack.clip_([1.0] * len(rows))
     with stack.updating():
         for row in rows:
@@ -246,8 +248,8 @@ def _timed(config: ModelConfig, loads: Sequence[Load], shared: Shared, device: s
         place_(model, device)
     model.checkpointing = shared.checkpointing
     loads = [replace(load, lora=replace(load.lora, targets=_short(load.lora.targets))) for load in loads]
-    stack, rows = _stack(model, loads, [str(i) for i in range(len(loads))])
-    parts = [_zeros(load) for load in loads]
+    stack, rows = attach_all(model, loads, [str(i) for i in range(len(loads))])
+    parts = [micro_batch_of(load) for load in loads]
     taken = []
     for _ in range(1 + PROBES):  # the first warms up
         began = time.perf_counter()
@@ -257,7 +259,7 @@ def _timed(config: ModelConfig, loads: Sequence[Load], shared: Shared, device: s
             with autocast(shared.dtype, device):
                 total, _ = weighted_loss(model, moved, torch.full((sum(counts),), 1e-3, device=device))
             total.backward()
-        _update(stack, rows)
+        update_all(stack, rows)
         if on_gpu:
             torch.cuda.synchronize(device)
         taken.append(time.perf_counter() - began)

@@ -343,6 +343,13 @@ def test_calibrated_codes(base_dir: Path, nf4_dir: Path, text_file: Path, tmp_pa
     with torch.no_grad():
         full, near, far = (load_model(folder)(rows) for folder in (base_dir, tmp_path / "ours", nf4_dir))
     assert (near - full).square().mean() < 0.8 * (far - full).square().mean()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
+    for module in theirs.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.compute_dtype = torch.float32
+    theirs.train()  # in eval mode its CPU path repacks the weights and multiplies in bfloat16
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(rows).logits, near, atol=1e-4 * near.abs().max().item(), rtol=0)
 
 
 def test_texts_that_cannot_calibrate(base_dir: Path, tmp_path: Path) -> None:

@@ -12,17 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 import graft
-from graft.base.model.config import ModelConfig
-from graft.base.model.transformer import Transformer
 from graft.base.runlog import read_metrics
-from graft.finetune.adapters.lora import LoraConfig, attach_lora
-from graft.finetune.adapters.stacked import AdapterStack, Segment, StackRow, segments_of
-from graft.finetune.many.batch import together, weighted_loss
+from graft.finetune.adapters.stacked import Segment, segments_of
+from graft.finetune.many.batch import together
 from graft.finetune.many.jobs import read_jobs
-from graft.finetune.many.predict import Load, Shared, predict_bytes
 from graft.finetune.many.sweep import parse_grid, run_sweep
 from graft.finetune.many.trainer import Trainer
-from graft.finetune.memory.measure import cpu_allocations
 from graft.finetune.quantize import run_quantize
 
 WORDS = [
@@ -405,7 +400,16 @@ def test_the_command_line(base_dir: Path, data: list[Path], tmp_path: Path) -> N
     done = run_graft("sft", *map(str, flags), "--sweep", "rank=2,4")
     assert done.returncode == 0, done.stderr
     assert "the best is rank=" in done.stderr
+    done = run_graft("sft", "--jobs", str(jobs), "--fit", "--force")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].startswith("predicted peak memory of tensors: ")
+    assert "2 of 2 jobs fit into " in done.stdout
+    assert len(losses(tmp_path / "1")) == 2  # as it was
     for words, message in (
+        (
+            ["--jobs", str(jobs), "--fit", "--at-once", "2"],
+            "--fit finds out how many fit at once; leave --at-once 2 out",
+        ),
         (["--jobs", str(jobs), "--sweep", "rank=2"], "--jobs and --sweep exclude each other"),
         (["--jobs", str(jobs), "--halving"], "--halving chooses among the trials of a sweep"),
         (["--halving"], "--halving, --at-once and --fit are about many adapters"),
@@ -415,30 +419,3 @@ def test_the_command_line(base_dir: Path, data: list[Path], tmp_path: Path) -> N
         done = run_graft("sft", *words)
         assert done.returncode == 1
         assert message in done.stderr
-
-
-def test_memory_is_predicted() -> None:
-    """Parity: the peak of a step of 8 adapters, as PyTorch's allocator counts it, within 1%; it grows by the adapters."""
-    config = ModelConfig(
-        vocab_size=512, d_model=128, n_layers=3, n_heads=4, n_kv_heads=2, d_head=32, d_ff=256, max_seq_len=64
-    )
-    lora = LoraConfig(rank=8)
-    predicted = {n: predict_bytes(config, [Load(lora, 1, 64)] * n, Shared("lora"), device="cpu") for n in (1, 8, 9)}
-    parts = [{name: torch.zeros(1, 64, dtype=torch.int64) for name in ("ids", "targets")} for _ in range(8)]
-    with cpu_allocations() as peak:
-        model = Transformer(config).requires_grad_(False).train()
-        for i in range(8):
-            attach_lora(model, lora, name=str(i))
-        stack = AdapterStack(model, [str(i) for i in range(8)], [torch.Generator() for _ in range(8)])
-        rows = [StackRow(stack, str(i), "default", betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0) for i in range(8)]
-        batch, counts = together(parts, packed=True)
-        with stack.training(counts):
-            weighted_loss(model, batch, torch.full((8 * 64,), 1 / 64))[0].backward()
-        stack.clip_([1.0] * 8)
-        with stack.updating():
-            for row in rows:
-                row.step(1e-3)
-    assert predicted[8] == pytest.approx(peak[0], rel=0.01)
-    n_adapter = sum(8 * (layer.in_features + layer.out_features) for layer in stack.registry.layers.values())
-    longer = predicted[9] - predicted[8]
-    assert longer - 16 * n_adapter < (predicted[8] - 8 * 16 * n_adapter) / 4  # one more adapter and its row
