@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+MODELS = ("gpu_many", "gpu_memory")  # scripts of bench/ that measure whole models, after the kernels
 NUMERICS_S = 200  # at most, of the whole time
 
 
 def main() -> int:
     names = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/bench.py"))
-    if (ROOT / "bench" / "gpu_memory.py").exists():
-        names.append("gpu_memory")
+    names += [name for name in MODELS if (ROOT / "bench" / f"{name}.py").exists()]
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=f"of {', '.join(names)}; all when left out")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, in Triton's interpreter where there is no GPU")
@@ -41,8 +41,8 @@ def main() -> int:
         parser.error("no CUDA device is visible; bench/gpu.sh --tiny runs the same steps without one")
     deadline = time.monotonic() + args.seconds
     rows = [] if args.no_numerics else [numerics(args.kernels, deadline)]
-    # whole models' memory comes last and takes what time is left; tiny sizes have nothing to say there unless asked for
-    for name in args.kernels or [name for name in names if not (args.tiny and name == "gpu_memory")]:
+    # whole models come last and take what time is left; tiny sizes have nothing to say there unless asked for
+    for name in args.kernels or [name for name in names if not (args.tiny and name in MODELS)]:
         began = time.monotonic()
         rows += bench(name, args.tiny, deadline)
         print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
@@ -96,9 +96,9 @@ def bench(name: str, tiny: bool, deadline: float) -> list[dict[str, Any]]:
 
 def run_one(name: str, tiny: bool, out: Path) -> int:
     """In the process of its own: bench(quick) of one kernel, as JSON."""
-    if name == "gpu_memory":
+    if name in MODELS:
         sys.path.insert(0, str(ROOT / "bench"))
-        module = import_module("gpu_memory")
+        module = import_module(name)
     else:
         module = import_module(f"graft.kernels.{name}.bench")
     out.write_text(json.dumps(module.bench(tiny)))

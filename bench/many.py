@@ -158,17 +158,23 @@ def memory(config: ModelConfig) -> None:
         for n_jobs in (1, 8):
             loads, shared = [Load(LORA, 1, 32)] * n_jobs, Shared(method)
             predicted = predict_bytes(config, loads, shared, device="cpu")
-            with cpu_allocations() as peak:
-                model = shaped_model(config, shared.settings(), bare=True)
-                place_(model, "cpu")
-                stack, rows = attach_all(model, loads, [str(i) for i in range(n_jobs)])
-                batch, counts = together([micro_batch_of(load) for load in loads], packed=True)
-                with stack.training(counts):
-                    weighted_loss(model, batch, torch.full((sum(counts),), 1e-3))[0].backward()
-                update_all(stack, rows)
-            measured[n_jobs] = peak[0]
-            said.append(f"K = {n_jobs}: {peak[0] / 2**20:.2f} MiB, predicted {predicted / peak[0] - 1:+.2%}")
+            measured[n_jobs] = measured_bytes(config, loads, shared)
+            error = predicted / measured[n_jobs] - 1
+            said.append(f"K = {n_jobs}: {measured[n_jobs] / 2**20:.2f} MiB, predicted {error:+.2%}")
         print(f"memory, {method}: {'; '.join(said)}, bar 1%; {measured[8] / measured[1]:.2f}x of one", flush=True)
+
+
+def measured_bytes(config: ModelConfig, loads: list[Load], shared: Shared) -> int:
+    """The most that PyTorch's CPU allocator had out in a step of these jobs."""
+    with cpu_allocations() as peak:
+        model = shaped_model(config, shared.settings(), bare=True)
+        place_(model, "cpu")
+        stack, rows = attach_all(model, loads, [str(i) for i in range(len(loads))])
+        batch, counts = together([micro_batch_of(load) for load in loads], packed=True)
+        with stack.training(counts):
+            weighted_loss(model, batch, torch.full((sum(counts),), 1e-3))[0].backward()
+        update_all(stack, rows)
+    return peak[0]
 
 
 # --- whole runs on a base folder -----------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from graft.finetune.adapters.merge import run_merge
 from graft.finetune.folders import carry_over
 from graft.finetune.loading import load_model
 
-SETTINGS = {"rank": 8, "learning_rate": 3e-4, "max_seq_len": 96, "on_too_long": "cut", "warmup_steps": 0}
+SETTINGS = {"rank": 8, "learning_rate": 1e-4, "max_seq_len": 96, "on_too_long": "cut", "warmup_steps": 0}
 
 
 def losses(folder: Path) -> list[float]:

@@ -199,8 +199,9 @@ class Models:
             self._unloaded.discard(name)
             if folder is not None:
                 self._named[name] = folder
-            for other in [other for other in self._loaded if name in _parts(other)]:
-                self._retire(other)  # a stack of the older version
+            if older is not None or folder is not None:
+                for other in [other for other in self._loaded if name in _parts(other)]:
+                    self._retire(other)  # a stack of the older version
             for oldest in list(self._loaded):
                 if not self._is_too_much():
                     break

@@ -61,7 +61,7 @@ def test_the_least_recent_leaves_within_the_budget(models_of: Callable[..., Mode
     lease.close()
     models.sweep()
     assert loaded(models) == [a, d]
-    with pytest.raises(ApiError, match="more than the server's whole budget of .*; raise --adapter-budget"):
+    with pytest.raises(ApiError, match=r"more than the server's whole budget of .*; raise --adapter-budget"):
         load(models_of(0.5), a)
     with pytest.raises(ValueError, match="pinned adapter 'nobody' does not exist; there are "):
         models_of(pinned=["nobody"])
@@ -81,6 +81,8 @@ def test_a_stack_is_served(models_of: Callable[..., Models], adapters_dir: Path,
         with use_adapters(models.bank.model, models.bank.names[0]):
             torch.testing.assert_close(models.bank.model(IDS), expected(IDS), atol=1e-4, rtol=1e-4)
     load(models, a)
+    assert len(loaded(models)) == 2
+    load(models, a)  # a new version
     assert loaded(models) == [a]
     load(models, stack)
     models.detach(b)
