@@ -23,6 +23,7 @@ _HOME = {  # name -> module, or module:attribute where the two names differ
     "sft_many": "finetune.many.run",
     "merge": "finetune.adapters.combine:run_combine",
     "AdapterBank": "finetune.adapters.bank",
+    "AdapterShelf": "finetune.adapters.shelf",
     "adapters_off": "finetune.adapters.selection",
     "quantize": "finetune.quantize",
     "estimate_memory": "finetune.memory.predict",
@@ -30,6 +31,7 @@ _HOME = {  # name -> module, or module:attribute where the two names differ
 }
 __all__ = [
     "AdapterBank",
+    "AdapterShelf",
     "Engine",
     "ModelConfig",
     "Sampling",
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
     from .finetune.adapters.bank import AdapterBank
     from .finetune.adapters.combine import run_combine as merge
     from .finetune.adapters.selection import adapters_off
+    from .finetune.adapters.shelf import AdapterShelf
     from .finetune.align.run_dpo import dpo
     from .finetune.align.run_grpo import grpo
     from .finetune.evaluate import run_evaluate as evaluate
