@@ -66,6 +66,19 @@ def test_bytes_meet_the_allocator(name: str) -> None:
     assert predicted == pytest.approx(peak[0], rel=0.01)
 
 
+def test_a_job_that_joins_later_may_be_the_peak() -> None:
+    """Parity: a job that takes another's place needs the stack's old buffers and the new ones for a moment."""
+    loads = [Load(LoraConfig(rank=64), 1, 2)] * 4
+    predicted = [
+        predict_bytes(CONFIG, loads, Shared("lora"), device="cpu", joins_later=later) for later in (False, True)
+    ]
+    with cpu_allocations() as peak:
+        stack, _ = attach_all(Transformer(CONFIG), loads, list("0123"))
+        stack.set_jobs(list("0123"), stack.generators)
+    assert predicted[1] == pytest.approx(peak[0], rel=0.01)
+    assert predicted[1] > 1.2 * predicted[0]
+
+
 def test_extrapolation_over_layers_is_exact() -> None:
     """Law: from 3 and 4 layers to 7, the bytes are those of all 7."""
     config = replace(CONFIG, n_layers=7)

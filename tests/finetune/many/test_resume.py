@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 import graft
 from graft.base.runlog import read_metrics
 from graft.base.train import checkpoints_in
+from graft.finetune.many import commit, sweep
 from graft.finetune.many import run as many
-from graft.finetune.many import sweep
 from graft.finetune.many.commit import drop_unfinished
 from graft.finetune.many.predict import Plan
 from graft.finetune.many.trainer import Trainer
@@ -154,6 +154,7 @@ def test_a_job_that_failed_keeps_nobody_back(
             graft.sft_many(base=base_dir, jobs=jobs)
     kept = checkpoints_in(tmp_path / "one/a/checkpoints")
     assert kept
+    monkeypatch.setattr(commit, "remove_checkpoint", lambda path: pytest.fail(f"{path} was dropped"))
     summaries = graft.sft_many(base=base_dir, jobs=jobs, resume=True)
     assert "loss nan" in summaries[1]["error"]
     assert summaries[0]["steps"] == 6
