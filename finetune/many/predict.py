@@ -19,7 +19,7 @@ from ..adapters.lora import LoraConfig, attach_lora
 from ..adapters.selection import registry_of
 from ..adapters.stacked import AdapterStack, StackRow
 from ..memory.fit import largest
-from ..memory.predict import Counted, add_workspace, device_kind, free_bytes, new_counter, over_layers
+from ..memory.predict import Counted, add_workspace, device_kind, free_bytes, new_counter, over_layers, with_groups
 from ..memory.settings import MemorySettings
 from ..memory.step import place_, shaped_model, watched
 from ..memory.units import say_bytes
@@ -233,12 +233,9 @@ def update_all(stack: AdapterStack, rows: Sequence[StackRow]) -> None:
 def step_seconds(config: ModelConfig, loads: Sequence[Load], shared: Shared, *, device: str) -> float:
     """Wall seconds of one step of these jobs on this machine: steps of 1 and 2 layers with random weights are timed, and
     what the second layer adds is added for the rest."""
-    one, two = (_timed(_with_layers(config, n), loads, shared, device) for n in (1, 2))
+    fewer = [with_groups(config, 0, 1, config.n_layers, keep=min(n, config.n_layers)) for n in (1, 2)]
+    one, two = (_timed(few, loads, shared, device) for few in fewer)
     return one + (config.n_layers - 1) * max(two - one, 0.0)
-
-
-def _with_layers(config: ModelConfig, n: int) -> ModelConfig:
-    return replace(config, n_layers=n, sliding_layers=config.sliding_layers and config.sliding_layers[:n])
 
 
 def _timed(config: ModelConfig, loads: Sequence[Load], shared: Shared, device: str) -> float:
