@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
+from ...base.hub import model_folder, name_of
 from ...base.json_fields import read_json
 from ...base.model.transformer import Transformer
 from ...base.tokenizer.tokenizer import Tokenizer
@@ -58,7 +59,8 @@ class Models:
         named: dict[str, Path] | None = None,  # adapters elsewhere
         max_loaded: int = 64,  # adapters in memory; the least recently used one goes
     ) -> None:
-        self.base_name = Path(base).resolve().name
+        base = model_folder(base)
+        self.base_name = name_of(base) or base.resolve().name
         self.folder, self.max_loaded = folder, max_loaded
         self.bank, self.tokenizer = AdapterBank(model), tokenizer
         self._named = dict(named or {})
@@ -67,7 +69,7 @@ class Models:
             raise FileNotFoundError(f"the adapters' folder {folder} does not exist")
         if self.base_name in self.names()[1:]:
             raise ValueError(f"an adapter has the base's name {self.base_name!r}; rename one of the two folders")
-        facts = read_json(Path(base) / GRAFT) if (Path(base) / GRAFT).exists() else {}
+        facts = read_json(base / GRAFT) if (base / GRAFT).exists() else {}
         is_chat = facts.get("prompt_format") == "chat" or (not facts and tokenizer.chat_template is not None)
         self.base = self._served(None, None, is_chat)
         self._loaded: OrderedDict[str, Served] = OrderedDict()  # the most recently used last
