@@ -23,6 +23,7 @@ _HOME = {  # name -> module, or module:attribute where the two names differ
     "sft_many": "finetune.many",
     "merge": "finetune.adapters.combine:run_combine",
     "AdapterBank": "finetune.adapters.bank",
+    "Callback": "base.callbacks",
     "adapters_off": "finetune.adapters.selection",
     "quantize": "finetune.quantize",
     "estimate_memory": "finetune.memory.predict",
@@ -30,6 +31,7 @@ _HOME = {  # name -> module, or module:attribute where the two names differ
 }
 __all__ = [
     "AdapterBank",
+    "Callback",
     "Engine",
     "ModelConfig",
     "Sampling",
@@ -51,6 +53,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .base.callbacks import Callback
     from .base.generate.engine import Engine
     from .base.generate.sampling import Sampling
     from .base.model.config import ModelConfig

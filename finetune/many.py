@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..base.checkpoint import random_state, set_random_state
 from ..base.device import explain_device, peak_bytes, reset_peak, resolve_device
 from ..base.evaluate import mean_loss
+from ..base.hub import name_of
 from ..base.loss import n_labels
 from ..base.model.config import ModelConfig
 from ..base.model.huggingface import empty_model, fingerprint, load_config
@@ -449,7 +450,8 @@ class Trainer:
         for job in [job for job in joined if job in self.active]:
             result = job.history.result if job.history else None
             if result and (
-                job.step >= job.config.train.steps or is_out_of_patience(result.evals, job.config.train.patience)
+                job.step >= job.config.train.steps
+                or is_out_of_patience(result.evals, job.config.train.patience, job.config.train.best_by)
             ):
                 self._finish(job)
 
@@ -471,6 +473,7 @@ class Trainer:
                     job.run,
                     job.scaler,
                     evaluate=(lambda: {"val_loss": self.val_loss(job)}) if job.val else None,
+                    export=lambda folder: self._save(job, folder),
                 )
         except (ValueError, OSError) as error:
             self._fail(job, error)
@@ -504,6 +507,20 @@ class Trainer:
         print(f"job {job.name} left: {error}", file=sys.stderr)
         self._leave(job)
 
+    def _save(self, job: Job, folder: Path) -> None:
+        """Write a job's adapter as its weights are now."""
+        assert job.config.lora is not None
+        base = job.config.inputs["base"].path
+        save_adapter(
+            self.model,
+            folder,
+            job.config.lora,
+            base=name_of(base) or str(base.resolve()),
+            name=job.name,
+            graft=made_with(job.records, self.made_for, job.config.method),
+            chat_template=job.template.source if job.template is not None else None,
+        )
+
     def _finish(self, job: Job) -> None:
         """Write what a solo run leaves, and let the job go."""
         assert job.history is not None
@@ -513,17 +530,8 @@ class Trainer:
             job.history.take_best()
             result = job.history.result
             result.seconds = time.perf_counter() - job.began
-            base = job.config.inputs["base"].path
             with job.run.results() as folder:
-                save_adapter(
-                    self.model,
-                    folder,
-                    job.config.lora,
-                    base=str(base.resolve()),
-                    name=job.name,
-                    graft=made_with(job.records, self.made_for, job.config.method),
-                    chat_template=job.template.source if job.template is not None else None,
-                )
+                self._save(job, folder)
             trained = [tensor for _, tensor in job.row.named]
             job.summary |= {
                 "method": job.config.method,
