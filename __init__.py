@@ -24,6 +24,7 @@ _HOME = {  # name -> module, or module:attribute where the two names differ
     "merge": "finetune.adapters.combine:run_combine",
     "AdapterBank": "finetune.adapters.bank",
     "AdapterShelf": "finetune.adapters.shelf",
+    "Callback": "base.callbacks",
     "adapters_off": "finetune.adapters.selection",
     "quantize": "finetune.quantize",
     "estimate_memory": "finetune.memory.predict",
@@ -32,6 +33,7 @@ _HOME = {  # name -> module, or module:attribute where the two names differ
 __all__ = [
     "AdapterBank",
     "AdapterShelf",
+    "Callback",
     "Engine",
     "ModelConfig",
     "Sampling",
@@ -53,6 +55,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .base.callbacks import Callback
     from .base.generate.engine import Engine
     from .base.generate.sampling import Sampling
     from .base.model.config import ModelConfig

@@ -27,6 +27,7 @@ from .finetune.align import commands as align
 from .finetune.data.commands import inspect as inspect_records
 from .finetune.memory.commands import plan, vram_app
 from .finetune.serve.commands import serve
+from .finetune.sft_commands import sft
 
 # The pipeline's order; --help lists the commands so, in panels.
 ORDER = {
@@ -90,6 +91,7 @@ data_app.command("inspect")(inspect_records)
 app.add_typer(data_app, name="data", rich_help_panel=PANEL["data"])
 app.add_typer(adapter_app, name="adapter", rich_help_panel=PANEL["adapter"])
 app.add_typer(vram_app, name="vram", rich_help_panel=PANEL["vram"])
+app.command("sft", rich_help_panel=PANEL["sft"])(sft)
 app.command("plan", rich_help_panel=PANEL["plan"])(plan)
 app.command("dpo", rich_help_panel=PANEL["dpo"])(align.dpo)
 app.command("grpo", rich_help_panel=PANEL["grpo"])(align.grpo)
@@ -174,7 +176,7 @@ def demo(
 @app.command("config", rich_help_panel=PANEL["config"])
 def show_config(
     stage: Annotated[
-        str | None, typer.Argument(help="pretrain, sft, dpo, reward, grpo or ppo; all if not given.")
+        str | None, typer.Argument(help="pretrain, sft, dpo, reward, grpo, ppo; recipes; all stages if not given.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -192,6 +194,11 @@ def show_config(
 
     from .base.settings import describe
 
+    if stage == "recipes":
+        from .finetune.recipes.listing import print_recipes
+
+        print_recipes(as_json=as_json)
+        return
     stages = ("pretrain", "sft", *ORDER["4. Align"])
     if stage not in (None, *stages):
         raise ValueError(f"unknown stage {stage!r}; choose {', '.join(stages[:-1])} or {stages[-1]}")
@@ -265,160 +272,6 @@ def pretrain(
         force=force,
         device=device,
         predict=print_prediction,
-    )
-    _print_summary(out, summary)
-
-
-@app.command(rich_help_panel=PANEL["sft"])
-def sft(
-    base: Annotated[Path | None, typer.Option("--base", help="Model folder in Hugging Face's layout.")] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--data", help="Records (JSON, JSONL, CSV, Parquet): file, folder or glob, =WEIGHT; can be repeated."
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for the result; must be new, or use --resume or --force.")
-    ] = None,
-    config: Config = None,
-    jobs: Annotated[
-        Path | None,
-        typer.Option("--jobs", help="TOML of [defaults] and [[jobs]]: many adapters at once on one base."),
-    ] = None,
-    sweep: Annotated[
-        list[str] | None,
-        typer.Option("--sweep", help="key=value,value,...: train the grid at once, keep the best; can be repeated."),
-    ] = None,
-    halving: Annotated[
-        bool, typer.Option("--halving", help="With --sweep: drop the worse half again and again on the way.")
-    ] = False,
-    at_once: Annotated[
-        int | None, typer.Option("--at-once", help="Adapters in training at a time, with --jobs or --sweep.")
-    ] = None,
-    fit: Annotated[
-        bool,
-        typer.Option("--fit", help="With --jobs or --sweep: say what they will need and how many fit; train nothing."),
-    ] = False,
-    lora: Annotated[bool, typer.Option("--lora", help="Train an adapter on the frozen base.")] = False,
-    qlora: Annotated[bool, typer.Option("--qlora", help="Train an adapter on the base in 4 bits.")] = False,
-    rank: Annotated[int | None, typer.Option("--rank", help=r"Rank of the adapter. \[default: 16]")] = None,
-    alpha: Annotated[
-        float | None, typer.Option("--alpha", help=r"The update is scaled by alpha / rank. \[default: 32]")
-    ] = None,
-    dropout: Annotated[
-        float | None, typer.Option("--dropout", help=r"On the adapter's input, while training. \[default: 0]")
-    ] = None,
-    targets: Annotated[
-        str | None, typer.Option("--targets", help=r"Linears to adapt, such as q_proj,v_proj. \[default: all-linear]")
-    ] = None,
-    adapter: Annotated[
-        Path | None, typer.Option("--adapter", help="With --lora or --qlora: go on from this adapter.")
-    ] = None,
-    eval_data: Annotated[
-        list[str] | None, typer.Option("--eval-data", help="Held-out records for a validation loss; can be repeated.")
-    ] = None,
-    max_seq_len: Annotated[
-        int | None, typer.Option("--max-seq-len", help=r"Tokens a record may have. \[default: the base's]")
-    ] = None,
-    on_too_long: OnTooLong = None,
-    on_empty: OnEmpty = None,
-    special_tokens: SpecialTokens = None,
-    chat_template: ChatTemplateName = None,
-    template_arg: TemplateArg = None,
-    field: Field = None,
-    quant_backend: Annotated[
-        str | None, typer.Option("--quant-backend", help="With --qlora: graft or bitsandbytes, to compare.")
-    ] = None,
-    calibrate: Annotated[
-        Path | None, typer.Option("--calibrate", help="With --qlora: text file by which the 4-bit codes are chosen.")
-    ] = None,
-    settings: Settings = None,
-    seed: Seed = None,
-    steps: Steps = None,
-    epochs: Annotated[
-        float | None, typer.Option("--epochs", help=r"Passes over the records, without --steps. \[default: 3]")
-    ] = None,
-    batch_size: BatchSize = None,
-    learning_rate: LearningRate = None,
-    device: Device = "auto",
-    resume: Resume = False,
-    force: Force = False,
-) -> None:
-    """Fine-tune a base on records: every weight by default, or an adapter with --lora or --qlora.
-
-    Example: graft sft --base runs/demo/base --data runs/demo/data/spam/train.jsonl --out runs/spam --lora --steps 60
-    """
-    from .finetune.data.commands import parse_fields, parse_template_args
-    from .finetune.sft import run_sft
-
-    if lora and qlora:
-        raise ValueError("--lora and --qlora exclude each other; QLoRA is LoRA on a base in 4 bits")
-    names = [t.strip() for t in targets.split(",") if t.strip()] if targets else None
-    lora_keys = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": names}
-    loop = {"seed": seed, "steps": steps, "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
-    given = _settings(
-        config,
-        settings,
-        **lora_keys,
-        **loop,
-        quant_backend=quant_backend,
-        calibrate=None if calibrate is None else str(calibrate),
-        max_seq_len=max_seq_len,
-        on_too_long=on_too_long,
-        on_empty=on_empty,
-        special_tokens=special_tokens,
-        chat_template=chat_template,
-        template_args=parse_template_args(template_arg) if template_arg else None,
-        fields=parse_fields(field) if field else None,
-    )
-    flag = "lora" if lora else "qlora" if qlora else None
-    method = given.pop("method", None)
-    if flag is not None and method not in (None, flag):
-        raise ValueError(f"--{flag} and method={method!r} contradict each other; give one")
-    if jobs is not None or sweep:
-        from .finetune.many.commands import many_from_flags
-
-        many_from_flags(
-            jobs=jobs,
-            sweep=sweep or [],
-            halving=halving,
-            at_once=at_once,
-            fit=fit,
-            base=base,
-            data=data or [],
-            out=out,
-            eval_data=eval_data or [],
-            method=None if flag is None and method is None else str(flag or method),
-            settings=given,
-            resume=resume,
-            force=force,
-            device=device,
-        )
-        return
-    if halving or at_once is not None or fit:
-        raise ValueError(
-            "--halving, --at-once and --fit are about many adapters; add --sweep or --jobs, or leave them out"
-        )
-    if base is None or not data or out is None:
-        missing = next(flag for flag, value in (("--base", base), ("--data", data), ("--out", out)) if value is None)
-        raise ValueError(f"{missing} is missing; graft sft needs --base, --data and --out, or --jobs FILE")
-    method = str(flag or method or "full")
-    if method == "full":
-        for name, value in {**lora_keys, "adapter": adapter}.items():
-            if value is not None:
-                raise ValueError(f"--{name} is about an adapter; add --lora or --qlora, or leave it out")
-    summary = run_sft(
-        base=base,
-        data=data,
-        out=out,
-        method=method,
-        settings=given,
-        eval_data=eval_data or None,
-        adapter=adapter,
-        resume=resume,
-        force=force,
-        device=device,
     )
     _print_summary(out, summary)
 

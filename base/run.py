@@ -31,7 +31,7 @@ class TrainConfig:
     schedule: str = "cosine"  # of the rate after the warm-up: cosine, linear, constant or wsd (constant, then down)
     final_lr_fraction: float = 0.1  # of the peak, at the last step; a constant schedule has none
     decay_fraction: float = 0.2  # wsd: the last part of the steps, in which the rate falls
-    warmup_steps: int = 20  # updates in which the rate rises to its peak
+    warmup_steps: int | float = 20  # updates in which the rate rises to its peak; below 1: this share of all steps
     optimizer: str = "adamw"  # or muon: orthogonalized updates for hidden matrices, AdamW for the rest
     weight_decay: float = 0.1  # of matrices, times the learning rate
     beta1: float = 0.9  # decay rate of the gradient's mean
@@ -41,10 +41,13 @@ class TrainConfig:
     dtype: str = "float32"  # of the arithmetic: float32, bfloat16 or float16; weights and moments stay float32
     checkpointing: bool = False  # recompute activations layer by layer in the backward pass
     checkpoint_every: int = 200  # steps; 0: only at the end
-    keep: str = "last"  # which checkpoints stay: last, best (validation loss) and every=N, joined by commas
+    keep: str = "last"  # which checkpoints stay: last, best (see best_by) and every=N, joined by commas
+    best_by: str = (
+        "val_loss"  # an evaluation's figure that says what is best: a loss (the lowest), or another (the highest)
+    )
     eval_every: int = 100  # steps; 0: only at the end
     eval_batches: int = 16  # batches of batch_size sequences (pretraining)
-    patience: int = 0  # evaluations in a row without a better validation loss that end the run; 0: never
+    patience: int = 0  # evaluations in a row without a better one (see best_by) that end the run; 0: never
     seed: int = 0  # decides weights, data order and dropout
 
     def __post_init__(self) -> None:
@@ -58,6 +61,8 @@ class TrainConfig:
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"{name}={value} must be >= 0 and finite")
+        if self.warmup_steps > 1 and self.warmup_steps != int(self.warmup_steps):
+            raise ValueError(f"warmup_steps={self.warmup_steps} must be a whole number of steps, or a share below 1")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"unknown dtype {self.dtype!r}; choose float32, bfloat16 or float16")
         if self.schedule not in SCHEDULES:
@@ -70,8 +75,13 @@ class TrainConfig:
         self.kept_every  # noqa: B018 (raises for a `keep` that can't be read)
 
     @property
+    def n_warmup(self) -> int:
+        """Updates in which the rate rises."""
+        return round(self.warmup_steps * self.steps) if self.warmup_steps < 1 else int(self.warmup_steps)
+
+    @property
     def keeps_best(self) -> bool:
-        """The checkpoint with the lowest validation loss stays, and its weights are the run's result."""
+        """The best checkpoint stays, and its weights are the run's result."""
         return "best" in self.keep.split(",")
 
     @property

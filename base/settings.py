@@ -19,6 +19,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+# Flags whose names are shorter than their key's: a TOML file, --set and Python take both.
+SHORT_NAMES = {"lr": "learning_rate", "warmup": "warmup_steps", "save_every": "checkpoint_every"}
 TABLES = ("model", "train", "data", "records", "lora", "quant", "objective")  # of a TOML file: they only group keys
 
 # What other libraries call our fields (transformers, PEFT, TRL, axolotl, Unsloth, nanoGPT), for messages.
@@ -105,15 +107,21 @@ def read_toml(path: Path | str) -> dict[str, Any]:
         raise ValueError(f"config {path}: not UTF-8 at byte {error.start}") from None
     except RecursionError:
         raise ValueError(f"config {path}: nested too deeply") from None
+    return flattened(raw_config, where=f"config {path}")
+
+
+def flattened(tables: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    """A parsed TOML file as flat keys. Raises ValueError for a key that stands in two places."""
     flat: dict[str, Any] = {}
     home: dict[str, str] = {}
-    for name, value in raw_config.items():
+    for name, value in tables.items():
         is_table = name in TABLES and isinstance(value, dict)
-        where = f"[{name}]" if is_table else "the top level"
+        here = f"[{name}]" if is_table else "the top level"
         for key, setting in (value if is_table else {name: value}).items():
+            key = SHORT_NAMES.get(key, key)
             if key in flat:
-                raise ValueError(f"config {path}: {key} stands in {home[key]} and in {where}; keep one of them")
-            flat[key], home[key] = setting, where
+                raise ValueError(f"{where}: {key} stands in {home[key]} and in {here}; keep one of them")
+            flat[key], home[key] = setting, here
     return flat
 
 
@@ -127,6 +135,7 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
         key, equals, text = (part.strip() for part in assignment.partition("="))
         if not equals or not key:
             raise ValueError(f"setting {assignment!r} is not key=value; write for example d_model=256")
+        key = SHORT_NAMES.get(key, key)
         if key in parsed:
             raise ValueError(f"--set {key} is given twice; keep one of them")
         try:
@@ -158,7 +167,10 @@ def check_settings(settings: Mapping[str, Any], *kinds: type) -> dict[str, Any]:
     """The settings with values in their field's type. Raises ValueError for unknown keys or values of the wrong type."""
     fields = {name: hint for kind in kinds for name, hint in typing.get_type_hints(kind).items()}
     checked = {}
-    for key, value in settings.items():
+    for given, value in settings.items():
+        key = given if given in fields else SHORT_NAMES.get(given, given)
+        if key in checked:
+            raise ValueError(f"{key} is given twice, once by its short name; keep one of them")
         if key not in fields:
             raise ValueError(f"unknown config key {key!r}; {_hint(key, list(fields))}")
         checked[key] = _as_type(key, value, fields[key])

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .callbacks import Callbacks
 from .checkpoint import folder_beside, load_tensors, random_state, save_tensors, set_random_state, write_json
 from .json_fields import read_json
 from .loss import n_labels, next_token_loss
@@ -30,6 +31,7 @@ from .optim.schedule import learning_rate_at
 from .precision import LossScaler, autocast
 from .run import TrainConfig
 from .runlog import RunFolder
+from .settings import plain
 
 Batch = Mapping[str, Tensor]
 Figures = Mapping[str, Tensor | float]
@@ -156,6 +158,7 @@ class Result:
     evals: list[dict[str, float]] = field(default_factory=list)
     n_skipped: int = 0  # updates left out because a gradient was not finite
     best_step: int | None = None  # keep=best: whose weights the model has now
+    best_by: str = "val_loss"
 
     def summary(self) -> dict[str, Any]:
         """The figures that every training command reports."""
@@ -170,7 +173,7 @@ class Result:
         }
         if self.best_step is not None:
             best = next(line for line in self.evals if line["step"] == self.best_step)
-            figures |= {"best_step": self.best_step, "best_val_loss": best["val_loss"]}
+            figures |= {"best_step": self.best_step, f"best_{self.best_by}": best[self.best_by]}
         return figures
 
 
@@ -187,6 +190,8 @@ def train(
     evaluate: Callable[[], dict[str, float]] | None = None,  # named figures, `val_loss` among them
     extra: ExtraState | None = None,  # saved with each checkpoint and restored from it
     on_step: Callable[[dict[str, Any]], None] | None = None,  # sees each line of metrics.jsonl
+    callbacks: Callbacks | None = None,
+    export: Callable[[Path], None] | None = None,  # writes more files into each checkpoint, such as an adapter's
     device: str = "cpu",
     resume_hint: str = "run the same command with --resume",
 ) -> Result:
@@ -198,14 +203,23 @@ def train(
     """
     scaler = LossScaler(config.dtype)
     torch.manual_seed(config.seed)  # dropout; a checkpoint's own state takes its place on resume
-    history = History(optimizer, config, run, scaler, evaluate=evaluate, extra=extra, resume_hint=resume_hint)
+    callbacks = callbacks or Callbacks()
+    history = History(
+        *(optimizer, config, run, scaler),
+        evaluate=evaluate,
+        extra=extra,
+        resume_hint=resume_hint,
+        callbacks=callbacks,
+        export=export,
+    )
+    callbacks.call("on_start", run.folder, plain(config), history.start)
     result = history.result
     model.train()
     began = time.perf_counter()
     try:
         with stop_on_signal() as stop:
             for step in range(history.start, config.steps):
-                if is_out_of_patience(result.evals, config.patience):
+                if is_out_of_patience(result.evals, config.patience, config.best_by):
                     break
                 step_began = time.perf_counter()
                 try:
@@ -253,13 +267,17 @@ class History:
         evaluate: Callable[[], dict[str, float]] | None = None,  # named figures, `val_loss` among them
         extra: ExtraState | None = None,
         resume_hint: str = "run the same command with --resume",
+        callbacks: Callbacks | None = None,
+        export: Callable[[Path], None] | None = None,  # writes more files into each checkpoint, such as an adapter's
     ) -> None:
         check_evaluation(config, has_evaluation=evaluate is not None)
         self.optimizer, self.config, self.run, self.scaler, self.extra = optimizer, config, run, scaler, extra
         self._evaluate, self.resume_hint = evaluate, resume_hint
+        self._callbacks, self._export = callbacks or Callbacks(), export
         self.start = self.saved = load_checkpoint(run.checkpoints, optimizer, scaler, extra)  # steps of the newest one
         lines = run.open_metrics(after_step=self.start)
         self.result = resumed_result(self.start, lines)
+        self.result.best_by = config.best_by
         self._skipped_in_a_row = next(
             (i for i, line in enumerate(reversed(lines)) if not line.get("skipped")), len(lines)
         )
@@ -298,12 +316,16 @@ class History:
         if figures is not None:
             result.val_loss = figures.get("val_loss")
             result.evals.append({"step": step + 1, **figures})
-            is_best = best_step(result.evals) == step + 1
-            last = last or is_out_of_patience(result.evals, config.patience)
+            self._check_best_by(figures)
+            is_best = best_step(result.evals, config.best_by) == step + 1
+            last = last or is_out_of_patience(result.evals, config.patience, config.best_by)
         line = {**line, **(figures or {})}
         self.run.log(line)
         if on_step is not None:
             on_step(line)
+        self._callbacks.call("on_step", line)
+        if figures is not None:
+            self._callbacks.call("on_evaluation", {"step": step + 1, **figures})
         is_kept = _is_due(step, config.kept_every) or (config.keeps_best and is_best)
         if last or stop.signal or is_kept or _is_due(step, config.checkpoint_every):
             self.save()
@@ -318,16 +340,29 @@ class History:
 
     def save(self) -> None:
         """Write a checkpoint of where the run stands, unless there is one."""
-        save_checkpoint(self.run.checkpoints, self.result.steps, self.optimizer, self.scaler, self.extra)
-        self.saved = self.result.steps
+        step = self.result.steps
+        folder = save_checkpoint(
+            self.run.checkpoints, step, self.optimizer, self.scaler, self.extra, export=self._export
+        )
+        self.saved = step
+        self._callbacks.call("on_checkpoint", folder, step)
 
     def clear(self) -> None:
         """Remove the checkpoints that the config doesn't keep; the newest stays."""
-        remove_checkpoints(self.run.checkpoints, self.config, best_step(self.result.evals))
+        best = best_step(self.result.evals, self.config.best_by)
+        remove_checkpoints(self.run.checkpoints, self.config, best)
+
+    def _check_best_by(self, figures: Mapping[str, float]) -> None:
+        """Raise ValueError when keep=best or patience go by a figure that the evaluation doesn't have."""
+        config = self.config
+        if (config.keeps_best or config.patience) and config.best_by not in figures:
+            raise ValueError(
+                f"best_by={config.best_by!r} is no figure of this run's evaluation, which has {', '.join(figures)}"
+            )
 
     def take_best(self) -> None:
         """With keep=best, put the best step's weights in place of the last ones."""
-        best = best_step(self.result.evals)
+        best = best_step(self.result.evals, self.config.best_by)
         if self.config.keeps_best and best is not None:
             load_weights(self.run.checkpoints / f"step-{best:08d}", self.optimizer)
             self.result.best_step = best
@@ -344,15 +379,19 @@ def check_evaluation(config: TrainConfig, *, has_evaluation: bool) -> None:
             raise ValueError(f"{name} needs a validation loss; give held-out data, or leave it out")
 
 
-def best_step(evals: Sequence[Mapping[str, float]]) -> int | None:
-    """The step with the lowest validation loss, the earliest of equals; None when none is a number."""
-    numbers = [line for line in evals if _is_number(line.get("val_loss"))]
-    return int(min(numbers, key=lambda line: line["val_loss"])["step"]) if numbers else None
+def best_step(evals: Sequence[Mapping[str, float]], by: str = "val_loss") -> int | None:
+    """The step whose figure `by` is best, the earliest of equals; None when none is a number.
+
+    Of a loss, a perplexity and bits per byte the lowest is best, of any other figure the highest.
+    """
+    numbers = [line for line in evals if _is_number(line.get(by))]
+    sign = 1 if by.endswith(("loss", "perplexity", "per_byte")) else -1
+    return int(min(numbers, key=lambda line: sign * line[by])["step"]) if numbers else None
 
 
-def is_out_of_patience(evals: Sequence[Mapping[str, float]], patience: int) -> bool:
-    """Whether the last `patience` evaluations brought no new lowest validation loss."""
-    best = best_step(evals)
+def is_out_of_patience(evals: Sequence[Mapping[str, float]], patience: int, by: str = "val_loss") -> bool:
+    """Whether the last `patience` evaluations brought none that is better by this figure."""
+    best = best_step(evals, by)
     return patience > 0 and len([line for line in evals if best is None or line["step"] > best]) >= patience
 
 
@@ -459,7 +498,7 @@ def update(
         step,
         schedule=config.schedule,
         peak=config.learning_rate,
-        warmup_steps=config.warmup_steps,
+        warmup_steps=config.n_warmup,
         total_steps=config.steps,
         final_fraction=config.final_lr_fraction,
         decay_fraction=config.decay_fraction,
@@ -485,12 +524,17 @@ STATE = {"step": int, "loss_scale": float, "n_good_steps": int, "extra": dict}
 
 
 def save_checkpoint(
-    folder: Path, step: int, optimizer: Optimizer, scaler: LossScaler, extra: ExtraState | None = None
-) -> None:
-    """Write folder/step-N: trained weights, optimizer, random state, step, extra state; whole or not at all."""
+    folder: Path,
+    step: int,
+    optimizer: Optimizer,
+    scaler: LossScaler,
+    extra: ExtraState | None = None,
+    export: Callable[[Path], None] | None = None,  # writes more files beside these
+) -> Path:
+    """Write folder/step-N: trained weights, optimizer, random state, step, extra state; whole or not at all. Returns it."""
     target = folder / f"step-{step:08d}"
     if target.exists():
-        return
+        return target
     more = extra.state() if extra is not None else {}
     with folder_beside(target) as temporary:
         save_tensors(temporary / "weights.safetensors", dict(optimizer.named))
@@ -501,6 +545,9 @@ def save_checkpoint(
         state = {"step": step, "loss_scale": scaler.scale, "n_good_steps": scaler.n_good}
         rest = {name: value for name, value in more.items() if name not in tensors}
         write_json(temporary / "state.json", state | {"extra": rest})
+        if export is not None:
+            export(temporary)
+    return target
 
 
 def load_checkpoint(folder: Path, optimizer: Optimizer, scaler: LossScaler, extra: ExtraState | None = None) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..base.device import resolve_device
 from ..base.dtypes import dtype_named
+from ..base.hub import model_folder
 from ..base.json_fields import read_json
 from ..base.model.config import ModelConfig
 from ..base.model.huggingface import (
@@ -37,13 +38,15 @@ def load_model(
     quantize: Literal["nf4"] | None = None,  # turn a full-precision folder's linears to NF4 as they stream in
     double_quant: bool = True,
 ) -> Transformer:
-    """A model folder -> a model in eval mode: model(ids (B, T) int64) -> logits (B, T, V).
+    """A model folder or Hugging Face id (org/name, org/name@revision) -> a model in eval mode.
+
+    model(ids (B, T) int64) -> logits (B, T, V).
 
     A folder in 4 bits (its config.json has quantization_config) is loaded in 4 bits. At no time is more than one tensor
     held beside the model, so the full-precision model never exists. Raises FileNotFoundError or ValueError for a folder
     that is missing, broken or of an unknown architecture.
     """
-    device = resolve_device(device)
+    device, folder = resolve_device(device), model_folder(folder)
     model = empty_model(load_config(folder))
     config_file = Path(folder) / "config.json"
     try:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..base.hub import model_folder
 from ..base.json_fields import read_json
 from ..base.model.huggingface import load_config
 from ..base.model.transformer import Transformer
@@ -45,7 +46,7 @@ def run_quantize(
     that is in 4 bits already, whose weights are not finite or whose tokens have no row in the embedding; FileExistsError for an
     `out` that is not empty.
     """
-    base, out = Path(base), Path(out)
+    base, out = model_folder(base), Path(out)
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"{out} is a file; give a folder")
     if out.exists() and any(out.iterdir()) and not force:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ..base.generate.sampling import Sampling
+from ..base.hub import model_folder
 from ..base.json_fields import read_json
 from ..base.model.transformer import Transformer
 from ..base.text.printable import printable
@@ -43,6 +44,7 @@ class Session:
         chat_template: str | None = None,  # a name or a file; None: the adapter's, else the base's
         template_args: Mapping[str, Any] | None = None,  # None: those of training
     ) -> None:
+        base = model_folder(base)
         self.model: Transformer = load_model(base, dtype=dtype, device=device)
         self.tokenizer = Tokenizer.load(base)
         check_token_ids(self.tokenizer, self.model.config, where=base)
@@ -51,7 +53,7 @@ class Session:
         self.chat = chat
         self._source = template_source(chat_template) if chat_template else None
         self._args = template_args
-        metadata = read_json(Path(base) / GRAFT) if (Path(base) / GRAFT).exists() else {}
+        metadata = read_json(base / GRAFT) if (base / GRAFT).exists() else {}
         self._base_args = template_args_of(metadata, base)
         self.base_is_chat = metadata.get("prompt_format") == "chat" or (
             not metadata and self.tokenizer.chat_template is not None

@@ -670,7 +670,7 @@ def test_sft_takes_a_file_of_every_key(
     assert "rank=2 is about an adapter" in refused(*command, *out, "--set", "method=full")
     path.write_text("[train]\nrank = 2\n[lora]\nrank = 2\n")
     assert "rank stands in [train] and in [lora]; keep one" in refused(*command, *out, "--lora")
-    assert "unknown config key 'lr'; did you mean learning_rate?" in refused(
-        *command[:1], *command[2:], *out, "--set", "lr=1"
+    assert "unknown config key 'max_lr'; did you mean learning_rate?" in refused(
+        *command[:1], *command[2:], *out, "--set", "max_lr=1"
     )
     assert not (tmp_path / "b").exists()

@@ -266,6 +266,21 @@ PRESETS: dict[str, ModelConfig] = {
     "llama-3-8b": _llama(
         32, 4096, 32, 14_336, n_kv_heads=8, vocab_size=128_256, max_seq_len=8192, rope_theta=5e5, norm_eps=1e-5
     ),
+    "llama-3.1-8b": _llama(
+        32, 4096, 32, 14_336, n_kv_heads=8, vocab_size=128_256, max_seq_len=131_072, rope_theta=5e5, norm_eps=1e-5
+    ),  # without its RoPE scaling, which changes no size
+    "smollm2-135m": _llama(
+        30,
+        576,
+        9,
+        1536,
+        n_kv_heads=3,
+        vocab_size=49_152,
+        max_seq_len=8192,
+        rope_theta=1e5,
+        norm_eps=1e-5,
+        tie_embeddings=True,
+    ),
     "qwen3-0.6b": _qwen3(28, 1024, 16, 3072, tied=True),
     "qwen3-1.7b": _qwen3(28, 2048, 16, 6144, tied=True),
     "qwen3-4b": _qwen3(36, 2560, 32, 9728, tied=True),

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..checkpoint import iterate_tensors, save_tensors, write_json
 from ..dtypes import dtype_named
+from ..hub import HOW_TO_CONVERT, forced_hint, model_folder
 from ..json_fields import check, field, read_json
 from .config import ModelConfig
 from .config_json import config_from_dict, config_to_dict, end_ids
@@ -40,9 +41,9 @@ def load_config(folder: Path | str) -> ModelConfig:
 
 
 def _model_folder(folder: Path | str) -> Path:
-    folder = Path(folder)
+    folder = model_folder(folder)
     if not folder.exists():
-        raise FileNotFoundError(f"model folder {folder} does not exist")
+        raise FileNotFoundError(f"model folder {folder} does not exist{forced_hint(folder)}")
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; expected a model folder with config.json and model.safetensors")
     if not (folder / "config.json").exists():
@@ -69,7 +70,7 @@ def weight_files(folder: Path | str) -> list[Path]:
         files = [single]
     elif list(folder.glob("*.bin")) or list(folder.glob("*.pt")):
         raise FileNotFoundError(
-            f"{folder} holds pickled weights only; graft never loads pickle: convert to safetensors"
+            f"{folder} holds pickled weights only; graft never loads pickle: {HOW_TO_CONVERT.format(name=folder)}"
         )
     else:
         raise FileNotFoundError(f"{folder} has no model.safetensors")

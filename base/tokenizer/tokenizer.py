@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 
+from ..hub import model_folder
 from ..text.utf8 import to_utf8
 from . import files as tokenizer_files
 from .added_tokens import TokenMatcher
@@ -87,8 +88,8 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Open a folder with a byte-level BPE tokenizer.json, or with GPT-2's vocab.json and merges.txt."""
-        return cls(tokenizer_files.read(Path(path)))
+        """Open a folder with a byte-level BPE tokenizer.json, or GPT-2's vocab.json and merges.txt; or a Hugging Face id."""
+        return cls(tokenizer_files.read(model_folder(path)))
 
     def save(self, path: str | Path) -> None:
         """Write a folder that graft, transformers' AutoTokenizer and the tokenizers library read alike."""

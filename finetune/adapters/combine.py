@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...base.checkpoint import write_json
+from ...base.hub import model_folder, name_of
 from ...base.model.huggingface import empty_model, fingerprint, load_config
 from ...base.model.transformer import Transformer
 from ...base.tokenizer.tokenizer import Tokenizer
@@ -255,9 +256,9 @@ def write_adapter(
     }
     attach_layers(model, "written", padded)
     config = LoraConfig(rank=rank, alpha=float(rank))
-    save_adapter(
-        model, folder, config, base=str(Path(base).resolve()), name="written", graft=graft, chat_template=chat_template
-    )
+    folder_of_base = model_folder(base)
+    name = name_of(folder_of_base) or str(folder_of_base.resolve())
+    save_adapter(model, folder, config, base=name, name="written", graft=graft, chat_template=chat_template)
     remove_adapter(model, "written")
 
 

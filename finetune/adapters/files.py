@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...base.checkpoint import load_tensors, save_tensors, write_file, write_json
+from ...base.hub import model_folder
 from ...base.json_fields import read_json
 from ...base.model.huggingface import WEIGHT_DTYPES
 from .lora import DEFAULT, LoraConfig, linears, lora_layers
@@ -127,11 +128,13 @@ def _target_modules(leaves: list[str], paths: list[str], model: nn.Module) -> li
 
 
 def read_adapter(folder: Path | str) -> Adapter:
-    """Read a PEFT LoRA folder. Raises FileNotFoundError, or ValueError for what isn't covered or is broken.
+    """Read a PEFT LoRA folder, or that of a Hugging Face id.
+
+    Raises FileNotFoundError, or ValueError for what isn't covered or is broken.
 
     Accepted is only what gives here what PEFT gives: see peft_config.py for the options. NaN and infinity are refused.
     """
-    folder = Path(folder)
+    folder = model_folder(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"adapter folder {folder} does not exist")
     if not (folder / CONFIG).exists():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...base.checkpoint import write_json
+from ...base.hub import model_folder
 from ...base.json_fields import read_json
 from ...base.model.huggingface import fingerprint, load_config
 from ...base.model.transformer import Transformer
@@ -79,7 +80,7 @@ def run_merge(
     predictions that are further apart than LARGEST_KL; FileExistsError for an `out` that is not empty. `out` is replaced
     when the new folder is whole.
     """
-    base, out = Path(base), Path(out)
+    base, out = model_folder(base), Path(out)
     if out.resolve() in (base.resolve(), Path(adapter).resolve()):
         raise ValueError(f"--out {out} is the base or the adapter itself; choose another folder")
     check_out(out, {}, force=force)

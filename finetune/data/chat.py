@@ -13,14 +13,15 @@ import numpy as np
 from ...base.tokenizer.tokenizer import Tokenizer
 from .marks import encode_marked, special_pattern
 from .masks import end_of_turn_spelling, mark_conversation
-from .records import Message, Record
+from .messages import Message
+from .record import Record
 from .render import ChatTemplate, spelling
 from .templates import CHATML, PLAIN
 
 __all__ = [
     "CHATML", "PLAIN", "ChatTemplate", "Encoded", "SpecialTokens", "encode_prompt", "encode_record", "encode_whole",
     "end_of_turn",
-    "n_spelled_specials", "split_answer",
+    "n_spelled_specials", "split_answer", "unwritten",
 ]  # fmt: skip
 
 # What a special token that the data spells becomes: plain text, or the token itself (for rows rendered beforehand).
@@ -189,8 +190,11 @@ def _encode_messages(
     record: Record, tokenizer: Tokenizer, template: ChatTemplate, special_tokens: SpecialTokens
 ) -> tuple[np.ndarray, np.ndarray]:
     messages = list(record.messages or ())
-    if not any(message["role"] == "assistant" for message in messages[record.n_prompt_messages :]):
+    answers = [message for message in messages[record.n_prompt_messages :] if message["role"] == "assistant"]
+    if not answers:
         raise ValueError("no assistant turn to learn from; end the conversation with one, or give a completion")
+    if all(message.get("train") is False for message in answers):
+        raise ValueError("each assistant turn has train false (or weight 0), so nothing is learned; drop the row")
     marked = mark_conversation(
         messages,
         record.tools,
@@ -202,7 +206,8 @@ def _encode_messages(
     )
     ids, mask = encode_marked(marked, tokenizer)
     if end_of_turn_spelling(tokenizer, template) is None and messages[-1]["role"] == "assistant":
-        ids, mask = np.append(ids, np.int32(_eos(tokenizer))), np.append(mask, True)
+        is_learned = messages[-1].get("train") is not False
+        ids, mask = np.append(ids, np.int32(_eos(tokenizer))), np.append(mask, is_learned)
     return ids, mask
 
 
@@ -211,6 +216,21 @@ def n_spelled_specials(record: Record, tokenizer: Tokenizer) -> int:
     names = tuple(token.content for token in tokenizer.definition.added if token.special)
     pattern = special_pattern(names)
     return sum(len(pattern.findall(text)) for text in _strings(record))
+
+
+def unwritten(record: Record, template: ChatTemplate) -> list[str]:
+    """What the record has and the template leaves out of the text: "reasoning" (of learned turns), "tools", or both.
+
+    Many templates write no reasoning of earlier turns, on purpose.
+    """
+    turns = [m for m in (record.messages or ())[record.n_prompt_messages :] if m.get("train") is not False]
+    thoughts = [str(turn["reasoning_content"]).strip() for turn in turns if turn.get("reasoning_content")]
+    if not thoughts and not record.tools:
+        return []
+    text = template.render(record.messages or (), tools=record.tools, args=record.template_args)
+    names = [str(tool.get("function", tool).get("name", "")) for tool in record.tools or ()]
+    found = {"reasoning": all(thought in text for thought in thoughts), "tools": all(name in text for name in names)}
+    return [what for what, is_written in found.items() if not is_written]
 
 
 def _strings(record: Record) -> Iterator[str]:

@@ -1,14 +1,18 @@
 """Records -> encoded rows, with nothing lost in silence: what was cut, split, dropped or empty is counted and said."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections import Counter
+from collections.abc import Callable, Iterable, Sized
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from ...base.tokenizer.tokenizer import Tokenizer
-from .chat import ChatTemplate, Encoded, SpecialTokens, encode_whole, n_spelled_specials
-from .records import Record, join_errors
+from .chat import ChatTemplate, Encoded, SpecialTokens, encode_whole, n_spelled_specials, unwritten
+from .record import Record
+from .records import Faults
+from .row_store import RowStore
 
 OnTooLong = Literal["auto", "cut", "drop", "split", "error"]
 OnEmpty = Literal["drop", "error"]
@@ -42,6 +46,8 @@ class DatasetReport:
     n_split: int = 0  # became several windows
     n_empty: int = 0  # null or empty, left out
     n_special: int = 0  # spell a control token
+    n_reasoning_unwritten: int = 0  # the template leaves out a learned turn's reasoning
+    n_tools_unwritten: int = 0  # the template leaves out the tools
     n_lost_labels: int = 0  # tokens that were cut off and would have been learned
     n_rows: int = 0  # encoded rows; windows count each
     n_tokens: int = 0  # in the rows, the prompts' included
@@ -74,17 +80,23 @@ class DatasetReport:
             said.append(
                 f"{self.n_special:,} records spell special tokens, taken as {how} (--special-tokens {other} for the other)"
             )
+        for what, n in (("reasoning", self.n_reasoning_unwritten), ("tools", self.n_tools_unwritten)):
+            if n:
+                said.append(
+                    f"{n:,} of {self.n_records:,} records have {what} that the chat template doesn't write "
+                    "(another --chat-template may)"
+                )
         return said
 
 
 def encode_dataset(
-    records: Sequence[Record],
+    records: Iterable[Record],
     tokenizer: Tokenizer,
     template: ChatTemplate | None,  # None: ChatTemplate.of(tokenizer)
     limit: int,  # tokens a row may have: the model's positions and one, since the last token is only a target
     options: DatasetOptions | None = None,
     *,
-    progress: Callable[[int, int], None] | None = None,  # called with (done, total)
+    progress: Callable[[int, int], None] | None = None,  # called with (done, total); total is 0 where it isn't known
 ) -> tuple[list[Encoded], DatasetReport]:
     """All records as rows of at most `limit` tokens, and what became of them.
 
@@ -92,51 +104,91 @@ def encode_dataset(
     every bad row (the first few, and a count): rows without an answer, rows that the template refuses, empty rows and
     rows that are too long where the options say so; and when no row is left.
     """
-    if limit < 2:
-        raise ValueError(f"limit={limit} tokens a row must be >= 2: one to read and one to predict")
-    options = options or DatasetOptions()
-    template = template or ChatTemplate.of(tokenizer)
+    encoder = _Encoder(tokenizer, template or ChatTemplate.of(tokenizer), limit, options or DatasetOptions())
     rows: list[Encoded] = []
     sources: list[int] = []
-    bad: list[str] = []
-    counts: dict[str, int] = dict.fromkeys(
-        ("n_cut", "n_dropped", "n_split", "n_empty", "n_special", "n_lost_labels"), 0
-    )
+    total = len(records) if isinstance(records, Sized) else 0
     for i, record in enumerate(records):
         if progress is not None:
-            progress(i, len(records))
-        if record.empty is not None and options.on_empty == "drop":
-            counts["n_empty"] += 1
-            continue
-        try:
-            whole = encode_whole(record, tokenizer, template, special_tokens=options.special_tokens)
-            pieces = _fit(whole, record, limit, options, counts)
-        except ValueError as error:
-            hint = " (--on-empty drop leaves such rows out)" if record.empty is not None else ""
-            bad.append(f"{error}{hint}")
-            continue
-        counts["n_special"] += n_spelled_specials(record, tokenizer) > 0
+            progress(i, total)
+        pieces = encoder.rows_of(record)
         rows += pieces
         sources += [i] * len(pieces)
-    if bad:
-        raise ValueError(join_errors(bad))
-    if not rows:
-        raise ValueError(
-            f"none of the {len(records):,} records is left to learn from ({counts['n_empty']:,} empty, "
-            f"{counts['n_dropped']:,} longer than {limit:,} tokens); raise max_seq_len, or check the data"
-        )
-    report = DatasetReport(
-        n_records=len(records),
-        **counts,
-        n_rows=len(rows),
-        n_tokens=sum(len(row.ids) for row in rows),
-        n_labels=sum(int(row.loss_mask[1:].sum()) for row in rows),
-        sources=tuple(sources),
-    )
+    return rows, replace(encoder.report(), sources=tuple(sources))
+
+
+def encode_to_disk(
+    records: Iterable[Record],
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    limit: int,
+    options: DatasetOptions,
+    *,
+    folder: Path | str,  # where the rows' file lies
+) -> tuple[RowStore, DatasetReport]:
+    """`encode_dataset` with one record in memory at a time: the same rows in the same order, from a file.
+
+    Raises as `encode_dataset`, and OSError when the disk is full.
+    """
+    encoder = _Encoder(tokenizer, template, limit, options)
+    rows = RowStore(folder)
+    try:
+        for record in records:
+            for row in encoder.rows_of(record):
+                rows.append(row)
+        report = encoder.report()
+        rows.finish()
+    except BaseException:
+        rows.close()
+        raise
     return rows, report
 
 
-def _fit(whole: Encoded, record: Record, limit: int, options: DatasetOptions, counts: dict[str, int]) -> list[Encoded]:
+class _Encoder:
+    """Encodes one record after the other, and counts what becomes of them."""
+
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, limit: int, options: DatasetOptions) -> None:
+        if limit < 2:
+            raise ValueError(f"limit={limit} tokens a row must be >= 2: one to read and one to predict")
+        self.tokenizer, self.template, self.limit, self.options = tokenizer, template, limit, options
+        self._counts = Counter[str]()
+        self._faults = Faults()
+
+    def rows_of(self, record: Record) -> list[Encoded]:
+        """The record's rows; none when it is dropped, or bad, of which `report` tells."""
+        counts, options = self._counts, self.options
+        counts["n_records"] += 1
+        if record.empty is not None and options.on_empty == "drop":
+            counts["n_empty"] += 1
+            return []
+        try:
+            whole = encode_whole(record, self.tokenizer, self.template, special_tokens=options.special_tokens)
+            pieces = _fit(whole, record, self.limit, options, counts)
+        except ValueError as error:
+            hint = " (--on-empty drop leaves such rows out)" if record.empty is not None else ""
+            self._faults.add(f"{error}{hint}")
+            return []
+        counts["n_special"] += n_spelled_specials(record, self.tokenizer) > 0
+        for name in unwritten(record, self.template):
+            counts[f"n_{name}_unwritten"] += 1
+        counts["n_rows"] += len(pieces)
+        counts["n_tokens"] += sum(len(row.ids) for row in pieces)
+        counts["n_labels"] += sum(int(row.loss_mask[1:].sum()) for row in pieces)
+        return pieces
+
+    def report(self) -> DatasetReport:
+        """What became of the records. Raises ValueError that names the bad ones, and when no row is left."""
+        self._faults.raise_if_any()
+        counts = self._counts
+        if not counts["n_rows"]:
+            raise ValueError(
+                f"none of the {counts['n_records']:,} records is left to learn from ({counts['n_empty']:,} empty, "
+                f"{counts['n_dropped']:,} longer than {self.limit:,} tokens); raise max_seq_len, or check the data"
+            )
+        return replace(DatasetReport(), **counts)
+
+
+def _fit(whole: Encoded, record: Record, limit: int, options: DatasetOptions, counts: Counter[str]) -> list[Encoded]:
     """The record's rows: itself, its windows, its beginning, or none."""
     n = len(whole.ids)
     if not whole.loss_mask[1:].any():

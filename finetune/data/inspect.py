@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from ...base.hub import model_folder
 from ...base.model.huggingface import load_config
 from ...base.text.printable import printable
 from ...base.tokenizer.tokenizer import Tokenizer
@@ -17,6 +18,7 @@ from .chat import ChatTemplate, Encoded, encode_whole
 from .dataset import DatasetOptions, DatasetReport, encode_dataset
 from .records import Record, read_all
 from .templates import template_source
+from .traits import Traits
 
 LEARNED, READ, SPECIAL = "bold green", "dim", "reverse"
 _BAR = 40  # characters of the histogram's longest bar
@@ -36,6 +38,7 @@ class Inspection:
     n_duplicates: int  # records that say the same as an earlier one
     n_preferences: int  # rows with chosen, rejected or a label: for graft dpo
     bad: list[str]  # rows that training would refuse
+    notes: list[str]  # what else training would say
 
     def figures(self) -> dict[str, Any]:
         """For --json."""
@@ -66,6 +69,7 @@ def inspect_data(
 
     Raises ValueError or OSError for files that can't be read.
     """
+    base = model_folder(base, weights=False)
     records = read_all(specs, fields)
     tokenizer = Tokenizer.load(base)
     limit = max_seq_len or load_config(base).max_seq_len + 1
@@ -109,6 +113,7 @@ def inspect_data(
         n_duplicates=sum(count - 1 for count in said.values()),
         n_preferences=sum(record.is_preference for record in records),
         bad=bad,
+        notes=Traits.of(records).lines(),
     )
 
 
@@ -155,7 +160,7 @@ def print_inspection(found: Inspection, tokenizer: Tokenizer, console: Console, 
         console.print(f"{name}: {value:,}", highlight=False, markup=False)
     for line in histogram(found.lengths, found.limit):
         console.print(line, highlight=False, markup=False)
-    for line in found.report.lines(found.limit, found.options):
+    for line in [*found.report.lines(found.limit, found.options), *found.notes]:
         console.print(line, highlight=False, markup=False)
     if found.n_duplicates:
         console.print(f"{found.n_duplicates:,} records repeat an earlier one", highlight=False, markup=False)

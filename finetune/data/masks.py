@@ -29,7 +29,7 @@ from .marks import (
     template_specials,
     without_learn,
 )
-from .records import Message
+from .messages import Message
 from .render import ChatTemplate
 
 _PROBE = "qxprobe"
@@ -64,7 +64,7 @@ def mark_conversation(
     tokenizer: Tokenizer,
     template: ChatTemplate,
     *,
-    n_prompt: int = 0,  # the first messages, which carry no loss
+    n_prompt: int = 0,  # the first messages, which carry no loss; nor do those with "train": False
     add_generation_prompt: bool = False,
     args: Mapping[str, Any] | None = None,  # the row's own template arguments
     guarded: bool = True,  # False: special tokens that the data spells are tokens
@@ -74,6 +74,8 @@ def mark_conversation(
     Raises ValueError when the template refuses the messages, or when the assistant's words can't be told from others.
     """
     names = tuple(tokenizer.special_tokens) if guarded else ()
+    quiet = frozenset(i for i, message in enumerate(messages) if i < n_prompt or message.get("train") is False)
+    messages = [{key: value for key, value in message.items() if key != "train"} for message in messages]
     hidden = [_guard_message(message, tokenizer) if guarded else map_strings(message, hide) for message in messages]
     hidden_tools = map_strings(tools, lambda text: guard(text, names))
 
@@ -85,11 +87,11 @@ def mark_conversation(
         return without_learn(text)
     owners = _owners(hidden, text, render, add_generation_prompt)
     end = end_of_turn_spelling(tokenizer, template)
-    _refuse_dropped(messages, owners, n_prompt)
+    _refuse_dropped(messages, owners, quiet)
     if template.has_generation_tags:
         if end:  # a template that closes its tag before the end-of-turn token: that token is learned all the same
             text = re.sub(f"{LEARN_OFF}({re.escape(end)})", lambda match: f"{match.group(1)}{LEARN_OFF}", text)
-        return _check_tagged(text, messages, owners, n_prompt)
+        return _check_tagged(text, messages, owners, quiet)
     finder = _Spans(hidden, text, owners, render, end, tokenizer, template)
     spans = []
     for i, message in enumerate(messages):
@@ -97,11 +99,11 @@ def mark_conversation(
             try:
                 spans.append((i, *finder.span(i)))
             except ValueError:
-                if i >= n_prompt:
-                    raise  # else it is part of the prompt: nothing of it is learned, wherever it stands
+                if i not in quiet:
+                    raise  # else nothing of it is learned, wherever it stands
     for i, start, stop in reversed(spans):
-        # the prompt's own turns are cut at the same places, so that their ids are those they had when they were answers
-        on, off = (LEARN_ON, LEARN_OFF) if i >= n_prompt else (LITERAL_OFF, LITERAL_OFF)
+        # turns without loss are cut at the same places, so that their ids are those they had when they were answers
+        on, off = (LEARN_ON, LEARN_OFF) if i not in quiet else (LITERAL_OFF, LITERAL_OFF)
         text = f"{text[:start]}{on}{text[start:stop]}{off}{text[stop:]}"
     return text
 
@@ -124,27 +126,29 @@ def _owners(
     return None
 
 
-def _refuse_dropped(messages: Sequence[Message], owners: list[tuple[int, int]] | None, n_prompt: int) -> None:
+def _refuse_dropped(messages: Sequence[Message], owners: list[tuple[int, int]] | None, quiet: frozenset[int]) -> None:
     """Raise ValueError where an assistant's turn has words and the text has none of them."""
     written = {owner for _, owner in owners or ()}
     for i, message in enumerate(messages):
         says = message["role"] == "assistant" and len(str(message["content"]).split()) > 0
-        if owners is not None and says and i >= n_prompt and i not in written:
+        if owners is not None and says and i not in quiet and i not in written:
             raise ValueError(f"the chat template drops the assistant's words of message {i}; use another template")
 
 
-def _check_tagged(text: str, messages: Sequence[Message], owners: list[tuple[int, int]] | None, n_prompt: int) -> str:
-    """The text of a tagged template; tags around the prompt's own turns are taken off, around others' words refused.
+def _check_tagged(
+    text: str, messages: Sequence[Message], owners: list[tuple[int, int]] | None, quiet: frozenset[int]
+) -> str:
+    """The text of a tagged template; tags around turns without loss are taken off, around others' words refused.
 
     Owner positions count the marks that are in the text already.
     """
     characters = list(text)
     spans = list(re.finditer(f"{LEARN_ON}[^{LEARN_OFF}]*{LEARN_OFF}", text))
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if n_prompt and owners is None and len(spans) != len(turns):
+    if quiet and owners is None and len(spans) != len(turns):
         raise ValueError(
-            "the chat template's generation tags can't be told apart, so the prompt's own assistant turns would be learned; "
-            "give messages in place of prompt and completion"
+            "the chat template's generation tags can't be told apart, so turns without loss (the prompt's own, or those "
+            "with train false) would be learned; give messages that are all learned"
         )
     for number, span in enumerate(spans):
         inside = {owner for at, owner in owners or () if span.start() < at <= span.end()}
@@ -153,8 +157,8 @@ def _check_tagged(text: str, messages: Sequence[Message], owners: list[tuple[int
                 f"the chat template's generation tags enclose words of message {min(others)} "
                 f"({messages[min(others)]['role']}); they must enclose the assistant's part alone"
             )
-        of_prompt = turns[number] < n_prompt if len(spans) == len(turns) else not inside or max(inside) < n_prompt
-        if n_prompt and of_prompt:  # still cut here, so that the ids stay the same
+        is_quiet = turns[number] in quiet if len(spans) == len(turns) else inside <= quiet
+        if quiet and is_quiet:  # still cut here, so that the ids stay the same
             characters[span.start()], characters[span.end() - 1] = LITERAL_OFF, LITERAL_OFF
     return "".join(characters)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...base.loss import IGNORE
 from .chat import Encoded
+from .row_store import row_lengths
 
 
 def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -29,12 +30,7 @@ def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     Deterministic: longest first, equals by index, each into the fullest bin that still holds it. Inside a bin indices
     ascend. Raises ValueError when one length alone is over max_tokens.
     """
-    if len(lengths) and max(lengths) > max_tokens:
-        longest = int(np.argmax(lengths))
-        raise ValueError(
-            f"item {longest} has {lengths[longest]} tokens, a row holds max_tokens={max_tokens}; raise max_tokens or "
-            f"cut records with max_seq_len"
-        )
+    _check_longest(lengths, max_tokens)
     bins: list[list[int]] = []
     by_room: dict[int, list[int]] = {}  # free tokens -> a heap of the bins that have just so many
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -47,6 +43,15 @@ def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
         bins[where].append(index)
         heapq.heappush(by_room.setdefault(room - lengths[index], []), where)
     return [sorted(members) for members in bins]
+
+
+def _check_longest(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> None:
+    if len(lengths) and max(lengths) > max_tokens:
+        longest = int(np.argmax(lengths))
+        raise ValueError(
+            f"item {longest} has {lengths[longest]} tokens, a row holds max_tokens={max_tokens}; raise max_tokens or "
+            f"cut records with max_seq_len"
+        )
 
 
 def collate_packed(encoded: Sequence[Encoded], *, multiple_of: int = 1, pad_id: int = 0) -> dict[str, Tensor]:
@@ -124,10 +129,10 @@ class SFTBatches:
             raise ValueError(f"batch_size={batch_size} must be >= 1")
         if max_tokens % multiple_of:
             raise ValueError(f"max_tokens={max_tokens} is not a multiple of multiple_of={multiple_of}")
-        self.encoded, self.batch_size, self.max_tokens, self.seed = list(encoded), batch_size, max_tokens, seed
+        self.encoded, self.batch_size, self.max_tokens, self.seed = encoded, batch_size, max_tokens, seed
         self.packed, self.multiple_of, self.pad_id = packed, multiple_of, pad_id
-        self._lengths = [len(record.ids) - 1 for record in self.encoded]
-        pack(self._lengths, max_tokens)  # raises for a record that fits no micro-batch
+        self._lengths = row_lengths(encoded) - 1  # (n,) positions of each
+        _check_longest(self._lengths, max_tokens)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -143,7 +148,7 @@ class SFTBatches:
     def batch_at(self, step: int) -> list[dict[str, Tensor]]:
         """The step's micro-batches."""
         chosen = self.records_at(step)
-        lengths = [self._lengths[i] for i in chosen]
+        lengths = self._lengths[chosen].tolist()
         groups = pack(lengths, self.max_tokens) if self.packed else self._padded_groups(lengths)
         collate = collate_packed if self.packed else collate_padded
         return [
@@ -163,6 +168,6 @@ class SFTBatches:
         return groups
 
 
-@lru_cache(maxsize=4)  # a step touches at most a few epochs, one after the other
+@lru_cache(maxsize=2)  # a step lies in one epoch; 8 bytes a record each
 def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(n)

@@ -9,7 +9,7 @@ import jinja2
 
 from ...base.tokenizer.tokenizer import Tokenizer
 from .marks import LEARN_OFF, LEARN_ON, hide, map_strings, show, without_learn
-from .records import Message
+from .messages import REASONING, Message
 from .sandbox import MAX_CHARACTERS, MAX_SOURCE, BoundedEnvironment, TemplateLimitError
 from .templates import CHATML, PLAIN
 
@@ -79,8 +79,20 @@ class ChatTemplate:
     ) -> str:
         """`render` with the marks left in; strings must come through `hide` or `guard`."""
         values = {"documents": None, **self._tokens, **self.args, **(args or {})}
-        turns = [_as_parts(m) for m in messages] if self.wants_parts else list(messages)
+        turns = [self._with_its_thoughts(message) for message in messages]
+        turns = [_as_parts(turn) for turn in turns] if self.wants_parts else turns
         return self._run(turns, values | {"tools": tools, "add_generation_prompt": add_generation_prompt})
+
+    def _with_its_thoughts(self, message: object) -> object:
+        """A message whose reasoning has the name that the template reads: Qwen's reasoning_content, gpt-oss's thinking."""
+        if self.reasoning_name is None or not isinstance(message, Mapping) or "reasoning_content" not in message:
+            return message
+        return {self.reasoning_name if key == "reasoning_content" else key: value for key, value in message.items()}
+
+    @cached_property
+    def reasoning_name(self) -> str | None:
+        """Which of the keys for reasoning the template names; None when it knows none of them."""
+        return next((name for name in REASONING if re.search(rf"(?:\.|['\"]){name}\b", self.source)), None)
 
     @cached_property
     def wants_parts(self) -> bool:

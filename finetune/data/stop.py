@@ -6,7 +6,7 @@ from ...base.model.config import ModelConfig
 from ...base.model.transformer import Transformer
 from ...base.tokenizer.tokenizer import Tokenizer
 from .masks import end_of_turn_spelling
-from .records import Message
+from .messages import Message
 from .render import ChatTemplate
 
 

@@ -19,7 +19,7 @@ from ..data.chat import ChatTemplate, Encoded
 from ..data.dataset import DatasetReport
 from ..data.packing import SFTBatches
 from ..data.records import Record
-from ..sft import PARTS
+from ..sft_config import PARTS
 
 OWN_KEYS = ("data", "out", "eval_data", "base", "method")  # of a job, beside the keys of a config
 # What the base or the pass over it has only one of.

@@ -23,7 +23,7 @@ from ..memory.predict import Counted, add_workspace, device_kind, free_bytes, ne
 from ..memory.settings import MemorySettings
 from ..memory.step import place_, shaped_model, watched
 from ..memory.units import say_bytes
-from ..sft import stored_in_4_bits
+from ..sft_model import stored_in_4_bits
 from .batch import together, weighted_loss, worth_packing
 from .jobs import Job
 

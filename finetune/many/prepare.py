@@ -19,8 +19,11 @@ from ...base.train import check_evaluation, checkpoints_in
 from ..adapters.lora import linears, matching, width
 from ..data.chat import Encoded
 from ..data.dataset import DatasetReport, encode_dataset
-from ..data.records import Record, read_all
-from ..sft import Specs, data_input, make_batches, resolve, row_limit, run_inputs, stored_in_4_bits, template_for
+from ..data.record import Record
+from ..data.records import read_all
+from ..sft_config import resolve
+from ..sft_data import Specs, data_input, make_batches, row_limit, run_inputs, template_for
+from ..sft_model import stored_in_4_bits
 from .jobs import Job, check_config
 
 

@@ -10,7 +10,7 @@ from ...base.device import explain_device, reset_peak, resolve_device
 from ...base.model.huggingface import load_config
 from ...base.tokenizer.tokenizer import Tokenizer
 from ..loading import check_token_ids
-from ..sft import load_base
+from ..sft_model import load_base
 from .jobs import Job, check_jobs
 from .predict import Plan, plan_jobs
 from .prepare import Preparer

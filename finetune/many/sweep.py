@@ -10,7 +10,8 @@ from ...base.checkpoint import write_json
 from ...base.runlog import CHECKPOINTS, METRICS_FILE, read_metrics
 from ...base.settings import check_settings, parse_assignments
 from ..folders import replaced_folder
-from ..sft import PARTS, Specs
+from ..sft_config import PARTS
+from ..sft_data import Specs
 from .jobs import SHARED_KEYS, Job
 from .run import run_many
 

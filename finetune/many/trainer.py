@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from ...base.checkpoint import random_state, set_random_state, write_json
 from ...base.device import peak_bytes
 from ...base.evaluate import mean_loss
+from ...base.hub import name_of
 from ...base.loss import n_labels
 from ...base.model.huggingface import fingerprint
 from ...base.model.transformer import Transformer
@@ -27,7 +29,7 @@ from ..adapters.lora import DEFAULT, attach_lora, remove_adapter
 from ..adapters.selection import registry_of, use_adapters
 from ..adapters.stacked import AdapterStack, StackRow
 from ..loading import weight_bytes
-from ..sft import made_with
+from ..sft_data import made_with
 from .batch import together, weighted_loss, worth_packing
 from .commit import Clock, drop_unfinished
 from .jobs import Job
@@ -102,8 +104,8 @@ class Trainer:
                 self._begin(job)
             for job in [job for job in joined if job in self.active]:
                 assert job.history is not None
-                evals = job.history.result.evals
-                if job.step >= job.config.train.steps or is_out_of_patience(evals, job.config.train.patience):
+                evals, loop = job.history.result.evals, job.config.train
+                if job.step >= loop.steps or is_out_of_patience(evals, loop.patience, loop.best_by):
                     self._finish(job)
 
     def _begin(self, job: Job) -> None:
@@ -125,6 +127,7 @@ class Trainer:
                     job.scaler,
                     evaluate=(lambda: {"val_loss": self.val_loss(job)}) if job.val else None,
                     extra=self.clock,
+                    export=lambda folder: self._save(job, folder),
                 )
         except (ValueError, OSError) as error:
             self._fail(job, error)
@@ -182,7 +185,8 @@ class Trainer:
             job.history.take_best()
             result = job.history.result
             result.seconds = time.perf_counter() - job.began
-            self._export(job)
+            with job.run.results() as folder:
+                self._save(job, folder)
             assert job.row is not None
             trained = [tensor for _, tensor in job.row.named]
             job.summary |= {
@@ -201,20 +205,19 @@ class Trainer:
             return
         self._leave(job)
 
-    def _export(self, job: Job) -> None:
-        """The adapter as a solo run writes it."""
+    def _save(self, job: Job, folder: Path) -> None:
+        """Write a job's adapter as a solo run does, with its weights as they are now."""
         assert job.config.lora is not None
         base = job.config.inputs["base"].path
-        with job.run.results() as folder:
-            save_adapter(
-                self.model,
-                folder,
-                job.config.lora,
-                base=str(base.resolve()) if base.exists() else str(base),
-                name=job.name,
-                graft=made_with(job.records, self.made_for, job.config.method, job.template),
-                chat_template=job.template.source if job.template is not None else None,
-            )
+        save_adapter(
+            self.model,
+            folder,
+            job.config.lora,
+            base=name_of(base) or str(base.resolve()),
+            name=job.name,
+            graft=made_with(job.records, self.made_for, job.config.method, job.template),
+            chat_template=job.template.source if job.template is not None else None,
+        )
 
     # --- a step ---
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from ...base.hub import model_folder
 from ...base.model.config import PRESETS, ModelConfig, preset
 
 Method = Literal["full", "lora", "qlora", "generate"]
@@ -59,7 +60,7 @@ def read_model_config(source: ModelConfig | Path | str) -> ModelConfig:
     if str(source) in PRESETS:
         found = preset(str(source))
         return replace(found, vocab_size=SMALL_VOCAB) if found.vocab_size == 1 else found
-    path = Path(source)
+    path = model_folder(source, weights=False)
     if not path.exists():
         raise ValueError(
             f"{str(source)!r} is no model folder, no config.json and no preset; presets are {', '.join(PRESETS)}"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
+from ...base.hub import model_folder, name_of
 from ...base.json_fields import read_json
 from ...base.model.transformer import Transformer
 from ...base.tokenizer.tokenizer import Tokenizer
@@ -63,7 +64,8 @@ class Models:
         budget_bytes: int | None = None,  # of their weights; None: no limit
         pinned: Collection[str] = (),  # names that stay once they are loaded
     ) -> None:
-        self.base_name = Path(base).resolve().name
+        base = model_folder(base)
+        self.base_name = name_of(base) or base.resolve().name
         self.folder, self.max_loaded, self.budget_bytes = folder, max_loaded, budget_bytes
         self.pinned = frozenset(pinned)
         self.bank, self.tokenizer = AdapterBank(model), tokenizer
@@ -77,7 +79,7 @@ class Models:
             raise ValueError(
                 f"pinned adapter {unknown[0]!r} does not exist; there are {', '.join(self.names()[1:]) or 'none'}"
             )
-        facts = read_json(Path(base) / GRAFT) if (Path(base) / GRAFT).exists() else {}
+        facts = read_json(base / GRAFT) if (base / GRAFT).exists() else {}
         is_chat = facts.get("prompt_format") == "chat" or (not facts and tokenizer.chat_template is not None)
         self.base = self._served(None, None, is_chat)
         self._loaded: OrderedDict[str, Served] = OrderedDict()  # the most recently used last

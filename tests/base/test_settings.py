@@ -111,7 +111,12 @@ def test_flags_over_set_over_toml(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("usual", "ours"),
     [
-        *(("lr", "learning_rate"), ("num_train_epochs", "epochs"), ("max_length", "max_seq_len"), ("lora_r", "rank")),
+        *(
+            ("max_lr", "learning_rate"),
+            ("num_train_epochs", "epochs"),
+            ("max_length", "max_seq_len"),
+            ("lora_r", "rank"),
+        ),
         *(("lora_alpha", "alpha"), ("target_modules", "targets"), ("per_device_train_batch_size", "micro_batch")),
         *(("lr_scheduler_type", "schedule"), ("gradient_checkpointing", "checkpointing"), ("use_rslora", "rank_stab")),
         *(("LR", "learning_rate"), ("early-stopping-patience", "patience")),

@@ -162,3 +162,48 @@ def test_generate_takes_many_prompts(run: Run, base_dir: Path, tmp_path: Path) -
         assert (code, message in err) == (1, True), err
     write(objects, 3)
     assert "prompts.jsonl line 1: expected a JSON string" in run(*common, "--prompt-file", objects)[2]
+
+
+def test_every_knob_reaches_the_run(run: Run, base_dir: Path, tmp_path: Path) -> None:
+    """Law: each flag of graft sft stands in run.json under its key, and a TOML file may use the flags' names."""
+    rows = write(tmp_path / "a.jsonl", {"prompt": "the cat", "completion": " sat"})
+    common = ("sft", "--base", base_dir, "--data", rows, "--eval-data", rows, "--lora", "--rank", 2, "--device", "cpu")
+    flags: dict[str, tuple[object, str, object]] = {
+        "--steps": (4, "steps", 4), "--lr": (1e-3, "learning_rate", 1e-3), "--warmup": (0.5, "warmup_steps", 0.5),
+        "--schedule": ("wsd", "schedule", "wsd"), "--weight-decay": (0.1, "weight_decay", 0.1),
+        "--eval-every": (2, "eval_every", 2), "--save-every": (2, "checkpoint_every", 2),
+        "--keep": ("best,last", "keep", "best,last"),
+        "--best-by": ("val_loss", "best_by", "val_loss"), "--patience": (3, "patience", 3), "--batch-size": (2, "batch_size", 2),
+        "--max-seq-len": (40, "max_seq_len", 40), "--epochs": (2, "epochs", 2.0),
+    }  # fmt: skip
+    given = [word for flag, (value, _, _) in flags.items() for word in (flag, value)]
+    code, _, err = run(*common, *given, "--packing", "--streaming", "--log", "tensorboard", "--out", tmp_path / "a")
+    assert code == 0, err
+    assert "distinct records are among the training records as well" in err
+    config = json.loads((tmp_path / "a/run.json").read_text())["config"]
+    for _, key, value in flags.values():
+        assert {**config["train"], **config["data"]}[key] == value, key
+    assert config["data"]["packing"] is config["data"]["streaming"] is True
+    assert list((tmp_path / "a/tensorboard").iterdir())
+    toml = tmp_path / "c.toml"
+    toml.write_text("[train]\nlr = 1e-3\nwarmup = 2\nsave_every = 3\nsteps = 1\n")
+    assert run(*common, toml, "--warmup", 4, "--out", tmp_path / "b")[0] == 0
+    train = json.loads((tmp_path / "b/run.json").read_text())["config"]["train"]
+    assert (train["learning_rate"], train["warmup_steps"], train["checkpoint_every"]) == (1e-3, 4, 3)
+
+
+def test_a_recipe_is_where_the_settings_start(run: Run, base_dir: Path, tmp_path: Path) -> None:
+    """Law: flags win over the recipe; its method and base count unless others are given; the list shows its memory."""
+    rows = write(tmp_path / "a.jsonl", {"prompt": "the cat", "completion": " sat"})
+    recipe = ("sft", "--recipe", "smollm2-135m-lora-8gb", "--data", rows, "--device", "cpu", "--steps", 1)
+    code, _, err = run(*recipe, "--base", base_dir, "--max-seq-len", 40, "--rank", 2, "--out", tmp_path / "a")
+    assert code == 0, err
+    saved = json.loads((tmp_path / "a/run.json").read_text())
+    assert saved["stage"] == "sft lora"
+    assert (saved["config"]["lora"]["rank"], saved["config"]["train"]["dtype"]) == (2, "bfloat16")
+    assert run(*recipe, "--base", base_dir, "--qlora", "--out", tmp_path / "b")[2].startswith(
+        "graft: --qlora and --recipe smollm2-135m-lora-8gb, whose method is lora, contradict each other"
+    )
+    listed = run("config", "recipes")[1]
+    assert "llama-3.1-8b-qlora-8gb" in listed
+    assert "6.08 GiB" in listed

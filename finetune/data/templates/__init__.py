@@ -7,7 +7,7 @@ brings its own template.
 
 from pathlib import Path
 
-from ..records import check_regular_file
+from ..rows import check_regular_file
 
 # Qwen 2's layout, without its default system prompt. Needs <|im_start|> and <|im_end|> in the tokenizer.
 CHATML = """\

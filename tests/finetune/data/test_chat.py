@@ -15,8 +15,10 @@ from graft.finetune.data.chat import (
     Encoded,
     encode_prompt,
     encode_record,
+    encode_whole,
     end_of_turn,
     split_answer,
+    unwritten,
 )
 from graft.finetune.data.records import Record
 
@@ -369,3 +371,48 @@ def test_an_untagged_template_that_rewrites_earlier_turns_is_refused(tokenizer: 
     source = "{% for m in messages %}{{ loop.revindex }}{{ m.content }}{% endfor %}"
     with pytest.raises(ValueError, match="r: the chat template writes earlier messages differently once message 1"):
         encode(CHAT, tokenizer, ChatTemplate(source))
+
+
+# --- loss by turn, reasoning by its template's name ----------------------------------------------------------------
+
+SAID = (
+    {"role": "user", "content": "who are you?"},
+    {"role": "assistant", "content": "the fox"},
+    {"role": "user", "content": "what is 2 + 2?"},
+    {"role": "assistant", "content": "it is 4"},
+)
+
+
+def without(*quiet: int) -> Record:
+    return Record("r", messages=tuple({**m, "train": False} if i in quiet else m for i, m in enumerate(SAID)))
+
+
+def test_turns_without_loss(template: ChatTemplate, tokenizer: Tokenizer) -> None:
+    """Law: `train: false` takes the loss from that turn and its end alone, and changes no token, with generation tags or
+    without."""
+    both, first, second = (encode_whole(without(*quiet), tokenizer, template) for quiet in ((), (3,), (1,)))
+    assert (both.ids == first.ids).all()
+    assert (both.ids == second.ids).all()
+    assert (first.loss_mask ^ second.loss_mask == both.loss_mask).all()
+    assert (first.loss_mask | second.loss_mask == both.loss_mask).all()
+    assert "fox" in tokenizer.decode(first.ids[first.loss_mask])
+    assert "fox" not in tokenizer.decode(second.ids[second.loss_mask])
+    with pytest.raises(ValueError, match=r"r: each assistant turn has train false \(or weight 0\)"):
+        encode_whole(without(1, 3), tokenizer, template)
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking"])
+def test_reasoning_reaches_a_template_under_its_own_name(name: str, tokenizer: Tokenizer) -> None:
+    """gpt-oss reads message.thinking, Qwen3 and DeepSeek message.reasoning_content; a template that reads none is counted."""
+    source = (
+        "{%- for m in messages %}{{ m.role + ': ' }}{%- if m.NAME is defined %}{{ '(' + m.NAME + ') ' }}{%- endif %}"
+        "{{ m.content + '<|im_end|>' }}{%- endfor %}{%- if add_generation_prompt %}{{ 'assistant: ' }}{%- endif %}"
+    ).replace("NAME", name)
+    template = ChatTemplate(source)
+    record = Record("r", messages=(SAID[0], {**SAID[1], "reasoning_content": "think first"}))
+    row = encode_whole(record, tokenizer, template)
+    assert tokenizer.decode(row.ids[row.loss_mask]) == "(think first) the fox<|im_end|>"
+    assert unwritten(record, template) == []
+    deaf = ChatTemplate(source.replace(name, "other"))
+    assert unwritten(record, deaf) == ["reasoning"]
+    assert unwritten(replace(record, tools=({"name": "add"},)), deaf) == ["reasoning", "tools"]

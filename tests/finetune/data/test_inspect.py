@@ -15,20 +15,27 @@ from graft.finetune.data.dataset import DatasetOptions
 from graft.finetune.data.inspect import LEARNED, histogram, inspect_data, print_inspection, row_text
 from graft.finetune.data.records import Record
 
-ROWS = [
-    {"messages": [{"role": "user", "content": "the cat [bold]"}, {"role": "assistant", "content": "sat\x1b[31m"}]},
-    {"prompt": "a", "completion": "b"},
-    {"prompt": "a", "completion": "b"},
-    {"prompt": "a", "completion": None},
-    {"text": "the cat sat on the mat. " * 40},
-    {"prompt": "a", "chosen": "b", "rejected": "c"},
-]
+TEXT = "the cat sat on the mat. " * 40
+FILES = {
+    "a.jsonl": [
+        {"messages": [{"role": "user", "content": "the cat [bold]"}, {"role": "assistant", "content": "sat\x1b[31m"}]}
+    ],
+    "b.jsonl": [
+        {"prompt": "a", "completion": "b"},
+        {"prompt": "a", "completion": "b"},
+        {"prompt": "a", "completion": None},
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+    ],
+    "c.jsonl": [{"text": TEXT, "source": "a book"}],
+}
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
-    return tmp_path / "rows.jsonl"
+    """A folder of three files, each of one format."""
+    for name, rows in FILES.items():
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
 
 
 def test_counts_by_hand(file: Path, base_dir: Path) -> None:
@@ -37,10 +44,10 @@ def test_counts_by_hand(file: Path, base_dir: Path) -> None:
     assert {name: figures[name] for name in ("n_records", "n_duplicates", "n_preferences", "n_bad", "n_split", "max_seq_len")} == {
         "n_records": 6, "n_duplicates": 1, "n_preferences": 1, "n_bad": 1, "n_split": 1, "max_seq_len": 97,
     }  # fmt: skip
-    assert found.bad == ["rows.jsonl line 4: completion is null; fill it, or drop the row"]
-    text = Record("r", text=str(ROWS[4]["text"]))
+    assert found.bad == ["b.jsonl line 3: completion is null; fill it, or drop the row"]
+    text = Record("r", text=TEXT)
     assert figures["tokens_max"] == len(encode_whole(text, Tokenizer.load(base_dir)).ids)
-    assert found.wheres[:3] == ["rows.jsonl line 1", "rows.jsonl line 2", "rows.jsonl line 3"]
+    assert found.wheres[:3] == ["a.jsonl line 1", "b.jsonl line 1", "b.jsonl line 2"]
     assert inspect_data([file], base_dir, options=DatasetOptions(on_empty="drop")).figures()["n_empty"] == 1
 
 
@@ -60,7 +67,8 @@ def test_data_cannot_steer_the_terminal(file: Path, base_dir: Path) -> None:
     console.file.close()
     assert "\x1b" not in shown
     assert "the cat [bold]" in shown
-    assert "would be refused: rows.jsonl line 4: completion is null" in shown
+    assert "fields that nothing reads: source (1)" in shown
+    assert "would be refused: b.jsonl line 3: completion is null" in shown
 
 
 def test_the_histogram_counts_every_row() -> None:

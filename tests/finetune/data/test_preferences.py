@@ -42,10 +42,12 @@ def test_layouts(name: str, tmp_path: Path) -> None:
 
 
 def test_strings_stay_strings_and_share_their_beginning(tmp_path: Path) -> None:
-    rows, _ = read(
-        tmp_path, {"prompt": "a", "chosen": "b", "rejected": "c"}, {"chosen": "Q: 1 A: yes", "rejected": "Q: 1 A: no"}
-    )
-    assert [(r.prompt, r.chosen, r.rejected) for r in rows] == [("a", "b", "c"), ("Q: 1 A: ", "yes", "no")]
+    for row, expected in (
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, ("a", "b", "c")),
+        ({"chosen": "Q: 1 A: yes", "rejected": "Q: 1 A: no"}, ("Q: 1 A: ", "yes", "no")),
+    ):
+        [record], _ = read(tmp_path, row)
+        assert (record.prompt, record.chosen, record.rejected) == expected
 
 
 def test_verdicts_are_paired_by_prompt(tmp_path: Path) -> None:
@@ -66,10 +68,9 @@ def test_verdicts_are_paired_by_prompt(tmp_path: Path) -> None:
 
 
 def test_a_class_label_is_no_verdict(tmp_path: Path) -> None:
-    (tmp_path / "c.jsonl").write_text(
-        json.dumps({"text": "spam!", "label": True}) + "\n" + json.dumps({"prompt": "a", "completion": "b", "label": 1})
-    )
-    assert [record.is_preference for record in read_records(tmp_path / "c.jsonl")] == [False, False]
+    for row in ({"text": "spam!", "label": True}, {"prompt": "a", "completion": "b", "label": 1}):
+        (tmp_path / "c.jsonl").write_text(json.dumps(row))
+        assert [record.is_preference for record in read_records(tmp_path / "c.jsonl")] == [False]
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
@@ -80,4 +81,4 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"2 rows can't be used: p\.jsonl line 1: no preference; .*; p\.jsonl line 2: no preference"
     ):
-        read(tmp_path, {"text": "a"}, {"prompt": "a", "completion": "b"})
+        read(tmp_path, {"prompt": "a"}, {"prompt": "a", "completion": "b"})

@@ -394,3 +394,93 @@ def test_wrong_types_are_value_errors(field: str, value: object, tmp_path: Path)
         read_records(path)
     except ValueError as error:
         assert str(error).startswith("a.jsonl line 1")  # noqa: PT017
+
+
+# --- loss by turn, reasoning, formats, fields ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", [{"train": False}, {"training": False}, {"weight": 0}, {"weight": 0.0}])
+def test_a_turn_without_loss_under_each_of_its_names(key: dict, tmp_path: Path) -> None:
+    """axolotl's train and training, OpenAI's weight; true and 1 are the default and leave no trace."""
+    said = {"messages": [QA[0], {**QA[1], **key}, {**QA[1], "weight": 1, "train": True}]}
+    assert one(tmp_path, said).messages == (QA[0], {**QA[1], "train": False}, QA[1])
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_has_one_name(name: str, tmp_path: Path) -> None:
+    record = one(tmp_path, {"messages": [QA[0], {**QA[1], name: "two and two"}]})
+    assert record.messages == (QA[0], {**QA[1], "reasoning_content": "two and two"})
+
+
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        ({**QA[1], "weight": 0.5}, r"messages\[1\].weight is 0.5; expected 0 or 1"),
+        ({**QA[1], "train": "no"}, r"messages\[1\].train is 'no'; expected true or false"),
+        ({**QA[0], "train": True}, r"messages\[1\].train asks for loss on a turn of user"),
+        (
+            {**QA[1], "thinking": "a", "reasoning": "b"},
+            r"messages\[1\] has reasoning and thinking, which mean the same",
+        ),
+        ({**QA[1], "thinking": 3}, r"messages\[1\].thinking must be a string, got a number"),
+    ],
+)
+def test_what_a_turn_may_not_say(turn: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        one(tmp_path, {"messages": [QA[0], turn]})
+
+
+def test_one_format_a_file(tmp_path: Path) -> None:
+    """The rows of another format than the first are named; a null first row has none, and prompts may be of two kinds."""
+    first, text = {"prompt": None, "completion": "b"}, {"text": "once"}
+    assert len(read_records(write(tmp_path / "a.jsonl", first, text, text))) == 3
+    with pytest.raises(
+        ValueError, match=r"a.jsonl line 3: its format is prompt of messages where a.jsonl line 1 has prompt"
+    ):
+        read_records(
+            write(tmp_path / "a.jsonl", {"prompt": "a", "completion": "b"}, {"prompt": "a"}, {"prompt": [QA[0]]})
+        )
+    with pytest.raises(
+        ValueError, match=r"2 rows can't be used: a.jsonl line 2: its format is messages .*; a.jsonl line 3"
+    ):
+        read_records(write(tmp_path / "a.jsonl", text, {"messages": [*QA]}, {"conversations": [*QA]}))
+
+
+def test_fields_that_nothing_reads_are_known(tmp_path: Path) -> None:
+    rows = {
+        ("id", "source"): {"text": "a", "id": 1, "source": "x", "empty": None},
+        ("text",): {"instruction": "a", "output": "b", "text": "rendered"},
+        ("score",): {"messages": [*QA], "tools": [{"name": "add"}], "score": 3},
+        (): {"prompt": "a", "completion": "b", "label": 2},
+    }
+    for unused, row in rows.items():
+        assert one(tmp_path, row).unused == unused
+
+
+def test_arrow_files_of_both_kinds(tmp_path: Path) -> None:
+    """A stream, as `datasets` writes it, and a file, as pyarrow's feather does."""
+    table = pyarrow.table({"text": [f"row {i}" for i in range(2500)]})
+    for name, new in (("s.arrow", pyarrow.ipc.new_stream), ("f.arrow", pyarrow.ipc.new_file)):
+        with new(str(tmp_path / name), table.schema) as writer:
+            writer.write_table(table)
+        records = read_records(tmp_path / name)
+        assert (len(records), records[2499].text, records[2499].where) == (2500, "row 2499", f"{name} row 2500")
+    (tmp_path / "bad.arrow").write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match=r"bad\.arrow: not a whole Arrow file"):
+        read_records(tmp_path / "bad.arrow")
+
+
+def test_a_bad_byte_is_named_across_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: the offset is the byte's in the whole file, whatever the chunks cut."""
+    from graft.finetune.data import rows as module
+
+    text = '{"text": "äöü"}\n'.encode() * 3
+    at = text.rindex(b"\xc3")
+    (tmp_path / "a.jsonl").write_bytes(text[:at] + b"\xff" + text[at + 1 :])
+    for size in (1, 2, 3, 7, 1 << 20):
+        monkeypatch.setattr(module, "_CHUNK", size)
+        with pytest.raises(ValueError, match=rf"not UTF-8 at byte offset {at} \(byte 0xff\)"):
+            read_records(tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl").write_bytes(text + b'{"text": "\xc3')
+    with pytest.raises(ValueError, match=rf"not UTF-8 at byte offset {len(text) + 10} "):
+        read_records(tmp_path / "b.jsonl")

@@ -285,7 +285,7 @@ def test_bad_jobs_are_named(base_dir: Path, data: list[Path], tmp_path: Path) ->
         ([a, b | {"base": tmp_path}], r"job 2 \(.*b\) is for base .*; jobs that train together share one base"),
         ([a, b | {"method": "qlora"}], r"job 2 .* has method='qlora', the run's is 'lora'"),
         ([a, b | {"dtype": "bfloat16"}], r"dtype differs between jobs .*a \(None\) and .*b \(bfloat16\)"),
-        ([a, b | {"lr": 1}], r"job 2 \(.*b\): unknown config key 'lr'; did you mean learning_rate\?"),
+        ([a, b | {"max_lr": 1}], r"job 2 \(.*b\): unknown config key 'max_lr'; did you mean learning_rate\?"),
         (
             [a, b | {"targets": ["q_proj2"]}],
             r"job .*b: lora targets \{'q_proj2'\} match no linear; this model has q_proj",
@@ -374,7 +374,7 @@ def test_bad_sweeps() -> None:
         (["rank"], "'rank' is not key=value,value"),
         (["rank=4,4"], "--sweep rank has 4 twice"),
         (["rank=4", "rank=8"], "--sweep rank is given twice"),
-        (["lr=1"], "unknown config key 'lr'"),
+        (["max_lr=1"], "unknown config key 'max_lr'"),
         (["rank=x"], "config key rank = 'x' is str; expected int"),
         ([], "a sweep needs at least one"),
     ):
