@@ -191,6 +191,8 @@ def _check_config(config: Run) -> None:
     """Raise ValueError for what one adapter may do alone and not among others."""
     if config.train.optimizer != "adamw":
         raise ValueError(f"optimizer={config.train.optimizer} does not train many adapters at once; use adamw")
+    if config.lora.beyond_lora is not None:
+        raise ValueError(f"{config.lora.beyond_lora} is not covered for jobs that train together; run that job alone")
     if config.train.checkpointing and config.lora.dropout:
         raise ValueError(
             f"dropout={config.lora.dropout} with checkpointing=true is not covered for jobs that train together, whose "

@@ -17,7 +17,6 @@ from ..base.evaluate import mean_loss
 from ..base.json_fields import read_json
 from ..base.model.config import ModelConfig
 from ..base.model.huggingface import fingerprint, load_config, save_model, weight_files
-from ..base.model.init import parameter_roles
 from ..base.model.transformer import Transformer
 from ..base.pretrain import TOKENIZER_FILES
 from ..base.progress import step_progress
@@ -25,11 +24,12 @@ from ..base.run import Input, Run, TrainConfig, check_same_inputs, resumed_setti
 from ..base.runlog import RunFolder
 from ..base.settings import check_settings, split_settings
 from ..base.tokenizer.tokenizer import Tokenizer
-from ..base.train import Result, check_evaluation, check_optimizer, make_optimizer, train
+from ..base.train import Result, check_evaluation, check_optimizer, train
 from ..quant.files import read_quantization_config
 from ..quant.linear import quantize_linears_
+from .adapters.attach import attach_adapter
+from .adapters.config import LoraConfig
 from .adapters.files import CONFIG, GRAFT, WEIGHTS, Adapter, read_adapter, save_adapter
-from .adapters.lora import LoraConfig, attach_lora
 from .adapters.resume import continued_lora, load_weights_
 from .data.chat import ChatTemplate, Encoded
 from .data.dataset import DatasetOptions, encode_dataset
@@ -41,7 +41,7 @@ from .data.templates import template_source
 from .folders import carry_over
 from .loading import check_token_ids, load_model, weight_bytes
 from .memory.report import print_prediction
-from .optimizers import OPTIMIZERS, PAGED_OPTIMIZERS
+from .optimizers import OPTIMIZERS, PAGED_OPTIMIZERS, trained_optimizer
 
 Method = Literal["full", "lora", "qlora"]
 METHODS = ("full", "lora", "qlora")
@@ -351,7 +351,7 @@ def prepare_model(config: Run, device: str) -> Transformer:
         model.requires_grad_(True)
     else:
         assert config.lora is not None
-        attach_lora(model, config.lora, seed=config.train.seed)
+        attach_adapter(model, config.lora, seed=config.train.seed)
     return model
 
 
@@ -389,11 +389,8 @@ def _train(
 ) -> Result:
     loop = config.train
     batches, val = make_batches(config, encoded, held_out)
-    optimizer = make_optimizer(
-        [(name, p) for name, p in model.named_parameters() if p.requires_grad],
-        loop,
-        PAGED_OPTIMIZERS if config.quant.paged else OPTIMIZERS,
-        roles=parameter_roles(model),
+    optimizer = trained_optimizer(
+        model, loop, lora=config.lora, makers=PAGED_OPTIMIZERS if config.quant.paged else OPTIMIZERS
     )
     # All validation is done: only now may --force touch what a former run left.
     run.start(config.saved(), seed=loop.seed)

@@ -64,7 +64,7 @@ class AdapterShelf:
     def _resident_bytes(self, adapter: Adapter) -> int:
         """Bytes in the base's dtype, and those of the copy that the bank keeps as it was read."""
         width = self.bank.model.model.embed_tokens.weight.element_size()
-        return adapter.n_bytes + sum((a.numel() + b.numel()) * width for a, b, _ in adapter.layers.values())
+        return adapter.n_bytes + adapter.n_values * width
 
     def _read(self, name: str) -> Adapter:
         folder = self.folder / name

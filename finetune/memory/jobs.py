@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from ...base.model.config import ModelConfig
 from ...base.train import TrainConfig
-from ..adapters.lora import LoraConfig
+from ..adapters.config import LoraConfig
 from .predict import estimate
 from .settings import MemorySettings
 
