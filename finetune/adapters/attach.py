@@ -87,7 +87,7 @@ def saved_paths(model: nn.Module, names: Sequence[str]) -> list[str]:
             continue
         if any(path.endswith(name) for path, _ in model.named_modules()):
             raise ValueError(
-                f"modules_to_save names {name}, which holds several modules; name those, such as {places[-1]}"
+                f"modules_to_save names {name}, no embedding, linear or norm; name those, such as {places[-1]}"
             )
         known = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in places))
         raise ValueError(f"modules_to_save names {name!r}, which this model hasn't; it has {known}")
@@ -182,8 +182,12 @@ def own_update(model: nn.Module, path: str, name: str) -> Any:
 # --- prefix and bottleneck -----------------------------------------------------------------------------------------
 
 
-def bottleneck_places(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(path, linear) of every linear whose output a bottleneck changes."""
+def bottleneck_places(model: Transformer) -> list[tuple[str, nn.Module]]:
+    """(path, linear) of every linear whose output a bottleneck changes. Raises ValueError for mixtures of experts."""
+    if model.config.n_experts:
+        raise ValueError(
+            "adapter_kind=bottleneck is not covered for mixtures of experts; use adapter_kind=lora or prefix"
+        )
     return [(path, linear) for path, linear in linears(model) if path.rpartition(".")[2] in AFTER]
 
 
@@ -202,7 +206,9 @@ def install_prefix(model: Transformer, name: str, layers: Sequence[tuple[Tensor,
         if attention.prefix is None:
             setattr(attention, SLOT, PrefixSlot(registry_of(model), model.config))
         assert isinstance(attention.prefix, PrefixSlot)
-        attention.prefix.add_update(name, PrefixKeys(keys, values, model.config, trained=trained))
+        attention.prefix.add_update(
+            name, PrefixKeys(keys, values, model.config, rotates=attention.spec.rotates, trained=trained)
+        )
 
 
 @torch.no_grad()
@@ -226,9 +232,9 @@ def activations(model: Transformer, n: int, seed: int) -> list[tuple[Tensor, Ten
     shape = (n, model.config.n_kv_heads, model.config.d_head)
     layers = []
     for layer, (keys, values) in zip(model.model.layers, found, strict=True):
-        keys = keys.view(shape)
-        keys = layer.self_attn.k_norm(keys) if model.config.qk_norm else keys
-        layers.append((keys.float().clone(), values.float().reshape(shape).clone()))
+        if model.config.qk_norm:
+            keys = layer.self_attn.k_norm(keys if model.config.qk_norm_joint else keys.view(shape)).view(shape)
+        layers.append((keys.float().reshape(shape).clone(), values.float().reshape(shape).clone()))
     return layers
 
 

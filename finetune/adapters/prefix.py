@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...base.model.config import ModelConfig
-from ...base.model.rope import inverse_frequencies, rope_tables
+from ...base.model.rope import inverse_frequencies
 from ...kernels.rope import rope
 from .named import drop_update, put_update
 from .selection import AdapterRegistry, RowSelection
@@ -26,20 +26,20 @@ class PrefixKeys(nn.Module):
 
     stacks: ClassVar[bool] = False
 
-    def __init__(self, keys: Tensor, values: Tensor, config: ModelConfig, *, trained: bool) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, config: ModelConfig, *, rotates: bool, trained: bool) -> None:
         super().__init__()
         self.ROLES = {"keys": "adapter", "values": "adapter"}
         self.keys = nn.Parameter(keys, requires_grad=trained)  # (P, K, Dh), not rotated
         self.values = nn.Parameter(values, requires_grad=trained)  # (P, K, Dh)
-        self.config = config
+        self.config, self.rotates = config, rotates  # rotates: whether the layer's keys have positions at all
 
     def turned(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys at position -P and values, (1, K, P, Dh)."""
         keys, values = (t.transpose(0, 1)[None] for t in (self.keys, self.values))
-        n = torch.full((1, 1), self.keys.shape[0], device=keys.device)
-        cos, sin = rope_tables(n, inverse_frequencies(self.config, keys.device))  # (1, 1, Dh/2)
-        shape = (1, self.keys.shape[0], cos.shape[-1])
-        keys, _ = rope(keys.float(), keys.float(), cos.expand(shape).contiguous(), (-sin).expand(shape).contiguous())
+        if self.rotates:  # without YaRN's factor, which PEFT's keys lack too
+            n = keys.shape[2]
+            angles = (-n * inverse_frequencies(self.config, keys.device)).expand(1, n, -1)  # (1, P, Dh/2)
+            keys, _ = rope(keys.float(), keys.float(), angles.cos().contiguous(), angles.sin().contiguous())
         return keys.to(dtype), values.to(dtype)
 
 

@@ -249,11 +249,8 @@ def _settings(
 
     names = tuple(target.strip() for target in targets.split(",") if target.strip())
     given = check_settings(parse_assignments(settings or []), LoraConfig)
-    lora = (
-        LoraConfig(**{"rank": rank, "targets": names} | given)
-        if given.get("adapter_kind", "lora") == "lora"
-        else LoraConfig(**given)
-    )
+    plain = {"rank": rank, "targets": names} if given.get("adapter_kind", "lora") == "lora" else {}
+    lora = LoraConfig(**plain | given)
     return [
         MemorySettings(one, batch, micro_batch, seq, dtype, optimizer, checkpointing, rank, names, double_quant, lora)
         for one in ([method] if method else METHODS)

@@ -84,10 +84,11 @@ def test_resume_is_bit_identical(
     name = "adapter_model.safetensors"
     assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
-    assert losses(tmp_path / "cut")[-1] < losses(tmp_path / "cut")[0] - 0.1
+    least = 0.02 if kind == "prefix" else 0.1  # a prefix can do little to a base of random weights
+    assert losses(tmp_path / "cut")[-1] < losses(tmp_path / "cut")[0] - least
     if method == "lora":
         trained = run_evaluate(base_dir, rows, adapter=tmp_path / "cut", device="cpu")["loss"]
-        assert trained < losses(tmp_path / "cut")[0] - 0.1
+        assert trained < losses(tmp_path / "cut")[0] - least
         train(base_dir, rows, tmp_path / "more", steps=1, adapter=tmp_path / "cut", dropout=0.0)
         assert losses(tmp_path / "more")[0] == pytest.approx(trained, rel=1e-5), "it goes on where the other run ended"
         again = read_adapter(tmp_path / "more")
@@ -154,7 +155,14 @@ def test_memory_is_predicted(kind: str, method: str) -> None:
     )
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in KINDS[kind].items()}
     found = measure_memory(
-        config, method=method, batch_size=2, seq_len=48, dtype="float32", lora=LoraConfig(**options), device="cpu"
+        config,
+        method=method,
+        batch_size=2,
+        seq_len=48,
+        dtype="float32",
+        checkpointing=False,
+        lora=LoraConfig(**options),
+        device="cpu",
     )
     assert abs(found.error) < 0.01
     assert found.predicted.adapters > 0
@@ -188,8 +196,8 @@ def test_packed_rows_see_the_prefix_and_themselves(base_dir: Path) -> None:
         ({"layers_to_transform": [7]}, "layers_to_transform names layer 7; the targets' layers are 0 to 1"),
         ({"layers_pattern": ["layers"]}, "layers_pattern needs layers_to_transform"),
         ({"targets": [".*q_proj"], "layers_to_transform": [1]}, "layers_to_transform can't be used with the regular expression"),
-        ({"modules_to_save": ["x"]}, "modules_to_save names 'x', which this model hasn't; it has embed_tokens, q_proj"),
-        ({"modules_to_save": ["mlp"]}, "modules_to_save names mlp, which holds several modules"),
+        ({"modules_to_save": ["x"]}, "modules_to_save names 'x', which this model hasn't; it has embed_tokens, input_l"),
+        ({"modules_to_save": ["mlp"]}, "modules_to_save names mlp, no embedding, linear or norm"),
         ({"modules_to_save": ["lm_head"]}, "the base ties lm_head to embed_tokens, and modules_to_save names one of them"),
         ({"modules_to_save": ["embed_tokens"]}, "set ensure_weight_tying=true, or name both"),
         ({"modules_to_save": ["q_proj"]}, "q_proj would be adapted in two ways"),
