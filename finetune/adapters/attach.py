@@ -1,6 +1,6 @@
 """An adapter of any kind onto a model: a new one to train (`attach_adapter`), or one that was read (`install`)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -222,7 +222,7 @@ def activations(model: Transformer, n: int, seed: int) -> list[tuple[Tensor, Ten
         pair: list[Tensor] = []
         found.append(pair)
         for linear in (layer.self_attn.k_proj, layer.self_attn.v_proj):
-            handles.append(linear.register_forward_hook(lambda module, inputs, out, pair=pair: pair.append(out[0])))
+            handles.append(linear.register_forward_hook(_keep(pair)))
     try:
         with choosing(registry_of(model), None):
             model.hidden_states(ids.to(model.model.embed_tokens.weight.device))
@@ -236,6 +236,11 @@ def activations(model: Transformer, n: int, seed: int) -> list[tuple[Tensor, Ten
             keys = layer.self_attn.k_norm(keys if model.config.qk_norm_joint else keys.view(shape)).view(shape)
         layers.append((keys.float().reshape(shape).clone(), values.float().reshape(shape).clone()))
     return layers
+
+
+def _keep(outputs: list[Tensor]) -> Callable[[nn.Module, object, Tensor], None]:
+    """A forward hook that keeps the first row of a module's output."""
+    return lambda module, inputs, out: outputs.append(out[0])
 
 
 def _zeros(model: Transformer, config: LoraConfig) -> list[tuple[Tensor, Tensor]]:

@@ -115,9 +115,9 @@ def in_peft(base: Path, folder: Path) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", [*LORA, *OTHERS])
-def test_a_new_adapter_is_the_base_and_only_it_trains(base: Path, kind: str) -> None:
+def test_a_new_adapter_is_the_base_and_only_it_trains(base_dir: Path, kind: str) -> None:
     """Law: before its first step every kind but a prefix gives the base's logits, and nothing of the base has a gradient."""
-    model = load_model(base, dtype=None)
+    model = load_model(base_dir, dtype=None)
     expected = logits(model)
     own = {name for name, _ in model.named_parameters()}
     attach_adapter(model, config_of((LORA | OTHERS)[kind]))
