@@ -15,21 +15,20 @@ from ..base.hub import model_folder
 from ..base.loggers import loggers
 from ..base.model.config import ModelConfig
 from ..base.model.huggingface import fingerprint, load_config
-from ..base.model.init import parameter_roles
 from ..base.model.transformer import Transformer
 from ..base.progress import step_progress
 from ..base.run import Run, check_same_inputs, resumed_settings
 from ..base.runlog import RunFolder
 from ..base.settings import check_settings
 from ..base.tokenizer.tokenizer import Tokenizer
-from ..base.train import Result, check_evaluation, make_optimizer, train
+from ..base.train import Result, check_evaluation, train
+from .adapters.config import LoraConfig
 from .adapters.files import Adapter, read_adapter
-from .adapters.lora import LoraConfig
 from .adapters.resume import continued_lora, load_weights_
 from .data.chat import ChatTemplate
 from .loading import check_token_ids, weight_bytes
 from .memory.report import print_prediction
-from .optimizers import OPTIMIZERS, PAGED_OPTIMIZERS
+from .optimizers import OPTIMIZERS, PAGED_OPTIMIZERS, trained_optimizer
 from .sft_config import METHODS, PARTS, DataOptions, QuantOptions, default_texts, resolve
 from .sft_data import Rows, Specs, as_list, encode_rows, made_with, make_batches, row_limit, run_inputs, template_for
 from .sft_model import load_base, prepare_model, save_trained, stored_in_4_bits
@@ -250,11 +249,8 @@ def _train(
 ) -> Result:
     config, loop = job.config, job.config.train
     batches, val = make_batches(config, job.rows.train, job.rows.held_out)
-    optimizer = make_optimizer(
-        [(name, p) for name, p in model.named_parameters() if p.requires_grad],
-        loop,
-        PAGED_OPTIMIZERS if config.quant.paged else OPTIMIZERS,
-        roles=parameter_roles(model),
+    optimizer = trained_optimizer(
+        model, loop, lora=config.lora, makers=PAGED_OPTIMIZERS if config.quant.paged else OPTIMIZERS
     )
 
     def evaluate() -> dict[str, float]:

@@ -12,8 +12,8 @@ from ..base.run import Run
 from ..base.tokenizer.tokenizer import Tokenizer
 from ..quant.files import read_quantization_config
 from ..quant.linear import quantize_linears_
+from .adapters.attach import attach_adapter
 from .adapters.files import GRAFT, save_adapter
-from .adapters.lora import attach_lora
 from .data.chat import ChatTemplate
 from .data.stop import write_endings
 from .folders import carry_over
@@ -52,7 +52,7 @@ def prepare_model(config: Run, device: str) -> Transformer:
         model.requires_grad_(True)
     else:
         assert config.lora is not None
-        attach_lora(model, config.lora, seed=config.train.seed)
+        attach_adapter(model, config.lora, seed=config.train.seed)
     return model
 
 

@@ -1,5 +1,6 @@
 """Grouped-query self-attention (Ainslie et al. 2023, arXiv:2305.13245) with RoPE and optional QK-norm."""
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -12,6 +13,9 @@ from ...kernels.rope import rope
 from .config import LayerSpec, ModelConfig
 from .kv_cache import LayerCache, StepContext
 from .norm import RMSNorm
+
+# Keys and values (B or 1, K, P, Dh) that stand before the rows' own, and what hides some of them: (B, 1, 1, P) of 0 and -inf.
+Before = tuple[Tensor, Tensor, Tensor | None]
 
 
 class Attention(nn.Module):
@@ -34,6 +38,8 @@ class Attention(nn.Module):
             joint = config.qk_norm_joint
             self.q_norm = RMSNorm(q_width if joint else config.d_head, config.norm_eps)
             self.k_norm = RMSNorm(kv_width if joint else config.d_head, config.norm_eps)
+        # What every token sees beside the row's own keys, if anything gives it: dtype -> Before, or None.
+        self.prefix: Callable[[torch.dtype], Before | None] | None = None
 
     def new_cache(self, n_rows: int, capacity: int, dtype: torch.dtype, device: torch.device | str) -> LayerCache:
         """An empty cache of this layer's shapes."""
@@ -63,7 +69,10 @@ class Attention(nn.Module):
             q, k = rope(q, k, context.cos, context.sin)
         if cache is not None:
             cache.write(k, v, context)
-        if cache is not None and context.start:
+        before = self.prefix(k.dtype) if self.prefix is not None else None
+        if before is not None:
+            mixed = self._attend_after(before, q, k, v, cache, context)
+        elif cache is not None and context.start:
             mixed = self._attend_cached(q, cache, context)
         else:  # the new keys are the only ones
             mixed = attention(q, k, v, window=self.spec.window, cu_seqlens=context.cu_seqlens)
@@ -80,6 +89,20 @@ class Attention(nn.Module):
             return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).reshape(B, H, T, Dh)
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
 
+    def _attend_after(
+        self, before: Before, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None, context: StepContext
+    ) -> Tensor:
+        """New queries (B, H, T, Dh) over `before`, then over the keys that they see without it -> (B, H, T, Dh)."""
+        T, mask = q.shape[2], None
+        if cache is not None and context.start:
+            k, v, mask = cache.read(q.shape[0], context, self.spec.window)
+        elif before[2] is not None or context.cu_seqlens is not None:
+            mask = causal_mask(T, context.cu_seqlens, k)
+        keys, values, mask = joined(before, k, v, mask)
+        if mask is None:  # causal, aligned at the right end: all of `before` is seen
+            return attention(q, keys, values)
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
+
     def decode(self, x: Tensor, cache: LayerCache, context: StepContext) -> Tensor:
         """`forward` for one new token a row, (B, D) -> (B, D), in few operators: only where kernels.decode can run."""
         c, B = self.config, x.shape[0]
@@ -92,9 +115,40 @@ class Attention(nn.Module):
         cos, sin = (context.cos, context.sin) if self.spec.rotates else context.unturned
         place_token_(q, k, v, cos, sin, cache.keys, cache.values, context.start, **norms)
         keys, values, mask = cache.read(B, context, self.spec.window)
+        before = self.prefix(keys.dtype) if self.prefix is not None else None
+        if before is not None:
+            keys, values, mask = joined(before, keys, values, mask)
         grouped = q.view(B, c.n_kv_heads, c.n_heads // c.n_kv_heads, c.d_head)
         mixed = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
         return project(self.o_proj, mixed.reshape(B, c.n_heads * c.d_head))
+
+
+def joined(
+    before: Before,
+    keys: Tensor,  # (B, K, S, Dh)
+    values: Tensor,
+    mask: Tensor | None,  # (B or 1, 1, T, S); None: every key is seen
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys and values (B, K, P + S, Dh) and their mask; None where nothing is hidden that was not before."""
+    first_keys, first_values, hidden = before
+    keys = torch.cat([first_keys.expand(keys.shape[0], -1, -1, -1), keys], 2)
+    values = torch.cat([first_values.expand(values.shape[0], -1, -1, -1), values], 2)
+    if mask is None and hidden is None:
+        return keys, values, None
+    n, S = first_keys.shape[2], keys.shape[2] - first_keys.shape[2]
+    left = keys.new_zeros(1, 1, 1, n) if hidden is None else hidden
+    right = keys.new_zeros(1, 1, 1, S) if mask is None else mask
+    rows, T = max(left.shape[0], right.shape[0]), right.shape[2]
+    return keys, values, torch.cat([left.expand(rows, 1, T, n), right.expand(rows, 1, T, S)], -1)
+
+
+def causal_mask(T: int, cu_seqlens: Tensor | None, like: Tensor) -> Tensor:
+    """(1, 1, T, T) of 0 and -inf: a token sees itself and those before it, of its own document where several are packed."""
+    seen = torch.ones(T, T, dtype=torch.bool, device=like.device).tril()
+    if cu_seqlens is not None:
+        document = torch.bucketize(torch.arange(T, device=like.device), cu_seqlens[1:], right=True)
+        seen &= document[:, None] == document
+    return torch.zeros(1, 1, T, T, dtype=like.dtype, device=like.device).masked_fill(~seen, -torch.inf)
 
 
 def project(module: nn.Module, x: Tensor) -> Tensor:

@@ -117,6 +117,7 @@ class Transformer(nn.Module):
         self.row_selector: Callable[[Sequence[str | None]], AbstractContextManager[object]] | None = None
         # A hash of an adapter's weights by its name; None: they may change, so nothing computed with them may be kept.
         self.adapter_content: Callable[[str], str | None] | None = None
+        self.fused_decoding = True  # False while something wraps a norm, whose weight the short way would read past it
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -169,7 +170,7 @@ class Transformer(nn.Module):
             if positions is None:
                 positions = torch.arange(T, device=ids.device)[None]  # (1, T)
             context = StepContext(*rope_tables(self.config, positions), cu_seqlens, router_losses=router_losses)
-        if cache is not None and context.start and T == 1 and can_run(x):
+        if cache is not None and context.start and T == 1 and self.fused_decoding and can_run(x):
             return self._decode(x[:, 0], context, cache)
         for i, layer in enumerate(self.model.layers):
             layer_cache = cache.layers[i] if cache is not None else None

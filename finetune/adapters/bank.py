@@ -9,8 +9,9 @@ from torch import nn
 
 from ...base.model.huggingface import fingerprint
 from ...base.model.transformer import Transformer
-from .files import Adapter, as_dtype, check_fits, read_adapter
-from .lora import LowRank, remove_adapter, wrapped
+from .attach import install
+from .files import Adapter, check_fits, read_adapter
+from .lora import remove_adapter
 from .selection import RowSelection, registry_of
 
 
@@ -59,14 +60,8 @@ class AdapterBank:
         active = self.active
         if name in self.adapters:
             self.unload(name)
-        weight = self.model.model.embed_tokens.weight
-        content = hashlib.sha256()
-        for path, (a, b, scale) in as_dtype(adapter, weight.dtype, weight.device).items():
-            content.update(f"{path} {tuple(a.shape)} {tuple(b.shape)} {scale}".encode())
-            for matrix in (a, b):
-                content.update(matrix.contiguous().cpu().view(torch.uint8).numpy().tobytes())
-            wrapped(self.model, path).add(name, LowRank(a, b, scale, trained=False))
-        self.adapters[name], self._contents[name] = adapter, content.hexdigest()
+        install(self.model, name, adapter)
+        self.adapters[name], self._contents[name] = adapter, _hash(adapter, self.model.model.embed_tokens.weight.dtype)
         self.registry.default = active
 
     def content(self, name: str) -> str:
@@ -103,6 +98,15 @@ class AdapterBank:
         if name not in self.adapters:
             known = ", ".join(self.adapters) or "none"
             raise ValueError(f"no adapter {name!r} is loaded; loaded are: {known}")
+
+
+def _hash(adapter: Adapter, dtype: torch.dtype) -> str:
+    """Of the weights as they are used, in the base's dtype."""
+    content = hashlib.sha256(repr([(path, scale) for path, (_, _, scale) in adapter.layers.items()]).encode())
+    for name, tensor in adapter.tensors().items():
+        content.update(f"{name} {tuple(tensor.shape)}".encode())
+        content.update(tensor.to(dtype).contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return content.hexdigest()
 
 
 def bank_of(model: nn.Module) -> AdapterBank | None:

@@ -161,6 +161,8 @@ def combine(
     """The combined adapter's layers, float32, with scale 1. Raises ValueError for other targets or, but for cat, other ranks."""
     if not 0 < density <= 1:
         raise ValueError(f"density={density} must lie in (0, 1]")
+    for adapter in adapters:
+        adapter.check_plain("combined with others")
     first = adapters[0]
     for other in adapters[1:]:
         if different := sorted(first.layers.keys() ^ other.layers.keys()):

@@ -5,60 +5,27 @@ is not part of the layer: it is chosen for the calls of one thread (`selection.p
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ...base.model.attention import project
 from ...kernels.grouped_lora import grouped_lora
+from .config import ALL_LINEAR, DEFAULT, LoraConfig
+from .dora import DoRA
+from .low_rank import LowRank, apply_update, base_gradient, run_base, weight_of, width
+from .named import AdaptedLayer, Update, by_groups, check_rows, drop_update, module_key, put_update
+from .own_weights import AdaptedModule
+from .pissa import Pissa, principal
 from .selection import AdapterRegistry, LayerRows, RowSelection, registry_of, stack_updates
+from .targets import chosen, linears, matching, ranks_and_scales
 
-ALL_LINEAR = "all-linear"  # PEFT's name for every linear layer but the output head
-DEFAULT = "default"  # the adapter's name where there is only one, as in PEFT
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """What is attached where. The defaults follow "LoRA Without Regret" (Schulman et al. 2025): every linear, alpha 32."""
-
-    rank: int = 16  # of the update's two factors
-    alpha: float = 32.0  # the update is scaled by alpha / rank
-    dropout: float = 0.0  # on the adapter's input, while training
-    targets: tuple[str, ...] = (ALL_LINEAR,)  # last parts of module paths, or whole paths, or all-linear
-    rank_stabilized: bool = False  # scale = alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732, eq. 4)
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank={self.rank} must be >= 1; start from 16")
-        if not 0 < self.alpha < math.inf:
-            raise ValueError(f"alpha={self.alpha} must be > 0 and finite; start from 32")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} must lie in [0, 1)")
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
-
-
-class LowRank(nn.Module):
-    """One adapter's update of one linear: scale * B A. Parameters only; `LoRALinear` does the arithmetic."""
-
-    ROLES: ClassVar = {"lora_a": "adapter", "lora_b": "adapter"}
-
-    def __init__(self, lora_a: Tensor, lora_b: Tensor, scale: float, *, dropout: float = 0.0, trained: bool) -> None:
-        super().__init__()
-        self.lora_a = nn.Parameter(lora_a, requires_grad=trained)  # (R, in)
-        self.lora_b = nn.Parameter(lora_b, requires_grad=trained)  # (out, R)
-        self.scale, self.dropout = scale, dropout
-
-    def delta(self) -> Tensor:
-        """What merging adds to W: scale * B A, (out, in) float32."""
-        return self.scale * (self.lora_b.detach().float() @ self.lora_a.detach().float())
+__all__ = [
+    "ALL_LINEAR", "DEFAULT", "LoRALinear", "LoraConfig", "LowRank", "adapted_layers", "attach_lora", "base_gradient", "linears",
+    "lora_layers", "matching", "module_key", "remove_adapter", "replace_module", "run_base", "width", "wrapped",
+]  # fmt: skip
 
 
 class LoRALinear(nn.Module):
@@ -73,20 +40,17 @@ class LoRALinear(nn.Module):
         self.base, self.registry = base, registry
         self.in_features, self.out_features = width(base, "in_features"), width(base, "out_features")
         self.adapters = nn.Module()  # a namespace, filled by `add`
-        self.updates: dict[str, LowRank] = {}  # name -> the same modules
+        # Name -> the same modules; those that are no LowRank bring their own arithmetic (`Update.apply_to`).
+        self.updates: dict[str, LowRank] = {}
         self.slot = registry.add_layer(self)  # the layer's key in a RowSelection
 
-    def add(self, name: str, update: LowRank) -> None:
+    def add(self, name: str, update: LowRank | Update) -> None:
         """Register an update under a name; an older one of that name is replaced."""
-        self.adapters._modules[module_key(name)] = update.train(self.training)
-        self.updates = {**self.updates, name: update}  # a new dict: other threads may be reading the old one
-        self.registry.changed()
+        put_update(self, name, update)
 
     def remove(self, name: str) -> None:
         """Forget the update of that name, if there is one."""
-        self.adapters._modules.pop(module_key(name), None)
-        self.updates = {other: update for other, update in self.updates.items() if other != name}
-        self.registry.changed()
+        drop_update(self, name)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out): the base, plus the update that this thread's selection or the default names."""
@@ -101,14 +65,17 @@ class LoRALinear(nn.Module):
         update = self.updates.get(choice)
         if update is None:
             return self.base(x)
+        if type(update) is not LowRank:
+            return update.apply_to(self.base, x)
         dropped = F.dropout(x, update.dropout) if update.dropout and self.training else None
-        return apply_update(self.base, x, dropped, update)
+        return apply_update(self.base, x, dropped, update.lora_a, update.lora_b, update.scale)
 
     def _by_row(self, x: Tensor, rows: RowSelection, layer: LayerRows) -> Tensor:
         """Row i of x (B, ..., in) gets the update of rows.names[i]: two batched products, or on a GPU the grouped kernel."""
         n_rows = len(rows.names)
-        if x.shape[0] != n_rows:
-            raise ValueError(f"the batch has {x.shape[0]} rows, adapters were chosen for {n_rows}")
+        check_rows(x, rows.names)
+        if layer.lora_a is None and layer.row_index is None:
+            return by_groups(self, x, rows)
         out = project(self.base, x)
         if layer.row_index is not None:
             index = layer.row_index.repeat_interleave(x.numel() // (n_rows * self.in_features))
@@ -155,186 +122,61 @@ class LoRALinear(nn.Module):
         return self
 
 
-def module_key(name: str) -> str:
-    """An adapter's name as a module's: state dicts separate modules by dots."""
-    return name.replace("%", "%25").replace(".", "%2E")
-
-
-def apply_update(base: nn.Module, x: Tensor, dropped: Tensor | None, update: LowRank) -> Tensor:
-    """base(x) + scale * (dropped A^T) B^T, where `dropped` is x after dropout, or None for x itself."""
-    a, b, scale = update.lora_a, update.lora_b, update.scale
-    tracked = torch.is_grad_enabled()
-    if torch.compiler.is_compiling() or (tracked and any(p.requires_grad for p in base.parameters(recurse=False))):
-        # Plain operators: a compiler fuses the sums itself, and a base that trains needs its own gradient.
-        out = base(x)
-        inner = F.linear((x if dropped is None else dropped).to(out.dtype), a.to(out.dtype)) * scale
-        return out + F.linear(inner, b.to(out.dtype))
-    if tracked and (x.requires_grad or a.requires_grad or b.requires_grad):
-        return BaseAndUpdate.apply(x, dropped, a, b, scale, base)  # pyright: ignore[reportReturnType]
-    out = project(base, x)
-    inner = F.linear((x if dropped is None else dropped).to(out.dtype), a.to(out.dtype))  # (..., R)
-    out.view(-1, out.shape[-1]).addmm_(inner.view(-1, inner.shape[-1]), b.to(out.dtype).T, alpha=scale)
-    return out
-
-
-class BaseAndUpdate(torch.autograd.Function):
-    """y = base(x) + scale * (x A^T) B^T with a frozen base, each sum made inside a product (beta = 1 in addmm).
-
-    With u = scale * dy B (N, R):   dA = u^T x,   dB = scale * dy^T (x A^T),   dx = dy W + u A.
-    Saved: x and x A^T, and of the base what its own backward needs (nothing but W for nn.Linear and NF4Linear).
-    """
-
-    @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any,
-        x: Tensor,  # (..., in)
-        dropped: Tensor | None,  # (..., in): x after dropout; None: x
-        a: Tensor,  # (R, in)
-        b: Tensor,  # (out, R)
-        scale: float,
-        base: nn.Module,
-    ) -> Tensor:  # (..., out)
-        ctx.scale, ctx.edge, ctx.weight = scale, None, None
-        out = run_base(ctx, base, x)
-        rows = (x if dropped is None else dropped).reshape(-1, x.shape[-1]).to(out.dtype)  # (N, in)
-        low_a, low_b = a.to(out.dtype), b.to(out.dtype)
-        inner = rows @ low_a.T  # (N, R)
-        out.view(-1, out.shape[-1]).addmm_(inner, low_b.T, alpha=scale)
-        ctx.has_dropout, ctx.x_shape, ctx.x_dtype = dropped is not None, x.shape, x.dtype
-        ctx.save_for_backward(rows, inner, low_a, low_b)
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        rows, inner, a, b = ctx.saved_tensors
-        need_x, need_dropped, need_a, need_b, *_ = ctx.needs_input_grad
-        dy = grad.reshape(-1, grad.shape[-1])  # (N, out)
-        dx = d_dropped = da = db = None
-        if need_b:
-            db = (dy.T @ inner).mul_(ctx.scale)
-        needs_input = need_dropped if ctx.has_dropout else need_x
-        u = (dy @ b).mul_(ctx.scale) if need_a or needs_input else None  # (N, R)
-        if need_a and u is not None:
-            da = u.T @ rows
-        if need_x:
-            dx = base_gradient(ctx, grad, dy)  # (N, in), not shared with anything
-        if needs_input and u is not None:
-            if dx is not None and not ctx.has_dropout:
-                dx.addmm_(u.to(dx.dtype), a.to(dx.dtype))
-            else:
-                d_dropped = (u @ a).view(ctx.x_shape).to(ctx.x_dtype)
-        return (None if dx is None else dx.view(ctx.x_shape).to(ctx.x_dtype)), d_dropped, da, db, None, None
-
-
-def run_base(ctx: Any, base: nn.Module, x: Tensor) -> Tensor:
-    """base(x) without a graph; keeps in ctx what the input's gradient needs."""
-    if type(base) is nn.Linear and not base._forward_hooks and not base._forward_pre_hooks:
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast_is_on(x) else x.dtype
-        ctx.weight = base.weight.to(dtype) if ctx.needs_input_grad[0] else None
-        weight = base.weight.to(dtype) if ctx.weight is None else ctx.weight
-        return F.linear(x.to(dtype), weight, None if base.bias is None else base.bias.to(dtype))
-    if not ctx.needs_input_grad[0]:
-        return base(x)
-    with torch.enable_grad():  # a graph of this linear alone, of which only the two ends are kept
-        start = Start.apply(x.detach(), torch.empty(0, requires_grad=True))
-        out = base(start)
-    ctx.edge = (get_gradient_edge(out), get_gradient_edge(start))
-    return out.detach()
-
-
-class Start(torch.autograd.Function):
-    """x itself, as the first node of a graph. A leaf would be one too, but its node keeps the leaf's memory alive."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, empty: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        del ctx, empty  # `empty` only asks for a gradient
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        del ctx, grad
-        return None, None
-
-
-def base_gradient(ctx: Any, grad: Tensor, dy: Tensor) -> Tensor:
-    """dy W (N, in), in a buffer of its own."""
-    if ctx.weight is not None:
-        return dy @ ctx.weight
-    out, start = ctx.edge
-    assert isinstance(out, GradientEdge)
-    [dx] = torch.autograd.grad([out], [start], [grad])
-    return dx.reshape(-1, dx.shape[-1])
-
-
-def autocast_is_on(x: Tensor) -> bool:
-    """Whether autocast would cast x; meta tensors know no autocast, and float64 is never cast."""
-    return x.device.type != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
-
-
-def width(module: nn.Module, name: str) -> int:
-    """A linear's in_features or out_features, whatever its kind."""
-    width = getattr(module, name)
-    assert isinstance(width, int)
-    return width
-
-
-def linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of every linear of any kind, wrapped or not; the insides of a linear are not visited."""
-    for name, child in model.named_children():
-        if hasattr(child, "in_features") and hasattr(child, "out_features"):
-            yield name, child
-        else:
-            for path, module in linears(child):
-                yield f"{name}.{path}", module
-
-
-def matching(paths: Sequence[str], targets: Sequence[str]) -> list[str]:
-    """The paths that the targets name. Raises ValueError that lists the model's linears when a target names none."""
-    found = set()
-    unmatched = []
-    for target in targets:
-        if target == ALL_LINEAR:
-            hits = [path for path in paths if path != "lm_head"]
-        else:
-            hits = [path for path in paths if path == target or path.endswith(f".{target}")]
-        if not hits:
-            unmatched.append(target)
-        found.update(hits)
-    if unmatched:
-        known = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in paths))
-        raise ValueError(f"lora targets {set(unmatched)} match no linear; this model has {known}")
-    return [path for path in paths if path in found]
-
-
-def attach_lora(model: nn.Module, config: LoraConfig, *, seed: int = 0, name: str = DEFAULT) -> list[str]:
+def attach_lora(
+    model: nn.Module, config: LoraConfig, *, seed: int = 0, name: str = DEFAULT, shapes_only: bool = False
+) -> list[str]:
     """Freeze the model and give the target linears a new adapter, the model's default from now on; returns their paths.
 
-    Only the new adapter's lora_a and lora_b train. Raises ValueError for targets that match no linear, for a rank above a
+    Only the new adapter's parameters train; what a config asks for beside linears is attach.py's. `shapes_only` draws nothing
+    that needs the weights' values. Raises ValueError for targets that match no linear, for a rank above a
     layer's smaller side and for a name that is taken.
     """
-    chosen = matching([path for path, _ in linears(model)], config.targets)
-    if any(name in layer.updates for _, layer in lora_layers(model)):
+    all_linears = dict(linears(model))
+    paths = chosen([*all_linears], config)
+    if any(name in layer.updates for _, layer in adapted_layers(model)):
         raise ValueError(f"the model has an adapter {name!r} already; choose another name, or remove_adapter first")
-    shapes = {path: (width(m, "out_features"), width(m, "in_features")) for path, m in linears(model)}
-    for path in chosen:
-        if config.rank > min(shapes[path]):
+    shapes = {path: (width(m, "out_features"), width(m, "in_features")) for path, m in all_linears.items()}
+    sizes = ranks_and_scales(paths, config)
+    for path, (rank, _) in sizes.items():
+        if rank > min(shapes[path]):
             limit = min(shapes[path])
-            raise ValueError(f"rank={config.rank} is more than the layer's smaller side {limit}; use rank <= {limit}")
+            raise ValueError(
+                f"rank={rank} is more than the layer's smaller side {limit} ({path} is {' x '.join(map(str, shapes[path]))}); "
+                f"use rank <= {limit}"
+            )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for path in chosen:
+    for path in paths:
         layer = wrapped(model, path)
-        n_out, n_in = shapes[path]
-        # A ~ U(-1/sqrt(in), 1/sqrt(in)) as PEFT draws it (kaiming_uniform with a = sqrt(5)), B = 0: the base at first.
-        bound = 1 / math.sqrt(n_in)
-        a = torch.empty(config.rank, n_in).uniform_(-bound, bound, generator=generator)
-        device = next((t.device for t in [*layer.base.parameters(), *layer.base.buffers()]), torch.device("cpu"))
-        b = torch.zeros(n_out, config.rank, device=device)
-        layer.add(name, LowRank(a.to(device), b, config.scale, dropout=config.dropout, trained=True))
+        layer.add(name, fresh_update(layer.base, *sizes[path], config, generator, shapes_only=shapes_only))
     registry_of(model).default = name
-    return chosen
+    return paths
+
+
+def fresh_update(
+    base: nn.Module, rank: int, scale: float, config: LoraConfig, generator: torch.Generator, *, shapes_only: bool
+) -> LowRank | DoRA | Pissa:
+    """A new update of one linear, which changes nothing yet.
+
+    A ~ U(-1/sqrt(in), 1/sqrt(in)) as PEFT draws it (kaiming_uniform with a = sqrt(5)), or N(0, 1 / rank^2) with
+    init=gaussian (its name for the same thing); B = 0.
+    """
+    n_in, n_out = width(base, "in_features"), width(base, "out_features")
+    device = next((t.device for t in [*base.parameters(), *base.buffers()]), torch.device("cpu"))
+    a = torch.empty(rank, n_in)
+    b = torch.zeros(n_out, rank, device=device)
+    if config.init == "pissa":
+        a, b = (a, b) if shapes_only else principal(weight_of(base), rank, scale, seed=generator.initial_seed())
+        return Pissa(a.to(device), b, scale, dropout=config.dropout)
+    if config.init == "gaussian":
+        a = a.normal_(0, 1 / rank, generator=generator)
+    else:
+        bound = 1 / math.sqrt(n_in)
+        a = a.uniform_(-bound, bound, generator=generator)
+    if config.use_dora:
+        return DoRA(base, a.to(device), b, scale, dropout=config.dropout, trained=True)
+    return LowRank(a.to(device), b, scale, dropout=config.dropout, trained=True)
 
 
 def wrapped(model: nn.Module, path: str) -> LoRALinear:
@@ -347,16 +189,18 @@ def wrapped(model: nn.Module, path: str) -> LoRALinear:
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:
-    """Forget an adapter; linears that no adapter touches any more become bare again. Raises ValueError while it is used."""
+    """Forget an adapter; layers that no adapter touches any more become bare again. Raises ValueError while it is used."""
     registry = registry_of(model)
     registry.refuse_if_used(name, "removed")
-    for path, layer in list(lora_layers(model)):
+    for path, layer in list(adapted_layers(model)):
         layer.remove(name)
         if not layer.updates:
             replace_module(model, path, layer.base)
             del registry.layers[layer.slot]
     if registry.default == name:
         registry.default = None
+    if not any(isinstance(layer, AdaptedModule) for layer in registry.layers.values()):
+        model.fused_decoding = True  # pyright: ignore[reportArgumentType]
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
@@ -366,7 +210,15 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
             yield path, module
 
 
-def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
+    """(path in the base, wrapper) of every layer that has adapters, of any kind."""
+    layers = {id(layer) for layer in registry_of(model).layers.values()}
+    for path, module in model.named_modules():
+        if id(module) in layers:
+            yield path, module  # pyright: ignore[reportReturnType]
+
+
+def replace_module(model: nn.Module, path: str, module: nn.Module | None) -> None:
     """model.<path> = module."""
     parent, _, leaf = path.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)

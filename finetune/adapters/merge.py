@@ -17,9 +17,12 @@ from ...quant.linear import NF4Linear
 from ...quant.merge import requantize
 from ..folders import carry_over, replaced_folder
 from ..loading import check_finite, check_token_ids, load_model, save_any
+from .adapter import EMBEDDING, HEAD
 from .bank import AdapterBank
+from .dora import merged_weight
 from .drift import Drift, check_drift, check_out, drift_from, held_out_rows, next_token_logp
 from .files import GRAFT, Adapter, check_fits, read_adapter
+from .low_rank import weight_of
 
 REPORT = "merge.json"
 LARGEST_KL = 0.1  # nats a token: above, the merged model is another one than base and adapter
@@ -36,29 +39,59 @@ class MergeReport:
 def merge(model: Transformer, adapter: Adapter) -> MergeReport:
     """Merge in place. A 4-bit layer is dequantized, added to and quantized again, and the error of that is measured.
 
-    Raises ValueError when the adapter was made for another base.
+    Raises ValueError when the adapter was made for another base, or is no change of weights (a prefix, a bottleneck).
     """
     check_fits(adapter, model, fingerprint=fingerprint(model))
+    if adapter.prefix is not None or adapter.bottlenecks:
+        raise ValueError(
+            f"adapter {adapter.where} is no change of weights (peft_type={adapter.config['peft_type']}) and can't be merged; use "
+            "it beside its base"
+        )
     worst = 0.0
     for path, (a, b, scale) in adapter.layers.items():
         module = model.get_submodule(path)
         delta = scale * (b.float() @ a.float())  # (out, in)
+        if path in adapter.magnitudes:
+            weight = weight_of(module)
+            delta = merged_weight(weight.cpu(), a, b, scale, adapter.magnitudes[path]) - weight.cpu()
         if isinstance(module, NF4Linear):
             packed, state, error = requantize(module, delta)
             module.set_packed_(packed, state)
             worst = max(worst, error.of_update)
         else:
             assert isinstance(module, nn.Linear)
-            if path == "lm_head" and model.config.tie_embeddings:
+            if path == HEAD and model.config.tie_embeddings:
                 untie(model)
             with torch.no_grad():
                 merged = module.weight.float() + delta.to(module.weight.device)
                 module.weight.copy_(merged.to(module.weight.dtype))
-    return MergeReport(len(adapter.layers), worst)
+    _put_own_weights(model, adapter)
+    return MergeReport(len(adapter.layers) + len(adapter.modules) + len(adapter.token_rows), worst)
+
+
+@torch.no_grad()
+def _put_own_weights(model: Transformer, adapter: Adapter) -> None:
+    """The modules and rows that the adapter brings take the place of the base's; a tied head stays tied where both are equal."""
+    tied = model.config.tie_embeddings
+    pair = adapter.modules.get(EMBEDDING), adapter.modules.get(HEAD)
+    stays = adapter.shares_head(tied) or (None not in pair and torch.equal(pair[0]["weight"], pair[1]["weight"]))  # pyright: ignore[reportOptionalSubscript]
+    if tied and pair != (None, None) and not stays:
+        untie(model)
+    rows = {*adapter.token_rows} & {EMBEDDING, HEAD}
+    if tied and rows and rows != {EMBEDDING}:
+        untie(model)
+    for path, tensors in adapter.modules.items():
+        for name, tensor in tensors.items():
+            model.get_submodule(path).get_parameter(name).copy_(tensor)
+    for path, (ids, own) in adapter.token_rows.items():
+        weight = model.get_submodule(path).get_parameter("weight")
+        weight[torch.tensor(ids)] = own.to(weight.device, weight.dtype)
 
 
 def untie(model: Transformer) -> Tensor:
     """Give lm_head its own copy of the embedding: merging into a shared weight would change the input side too."""
+    if not model.config.tie_embeddings:
+        return model.lm_head.weight
     model.lm_head.weight = nn.Parameter(model.model.embed_tokens.weight.detach().clone())
     model.config = replace(model.config, tie_embeddings=False)
     return model.lm_head.weight

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from .lora import LoRALinear, LowRank
+    from .lora import LoRALinear
+    from .low_rank import LowRank
+    from .named import AdaptedLayer
 
 MOST_TOGETHER = (
     64  # sum of ranks up to which a batch's adapters are applied by plain products (8 rows, in bench/lora.py's sizes)
@@ -56,7 +58,7 @@ class AdapterRegistry:
 
     def __init__(self) -> None:
         self.default: str | None = None  # acts in every thread that has no block of its own
-        self.layers: dict[int, LoRALinear] = {}  # slot -> layer
+        self.layers: dict[int, AdaptedLayer] = {}  # slot -> layer
         self.users: dict[str, int] = {}
         self.version = 0  # changes when an adapter is added, replaced, removed or moved
         self._n_slots = 0
@@ -70,7 +72,7 @@ class AdapterRegistry:
             link = link.outer
         return self.default
 
-    def add_layer(self, layer: "LoRALinear") -> int:
+    def add_layer(self, layer: "AdaptedLayer") -> int:
         """Take in a layer; returns the slot under which row selections know it."""
         slot, self._n_slots = self._n_slots, self._n_slots + 1
         self.layers[slot] = layer
@@ -113,7 +115,7 @@ class LayerRows(NamedTuple):
 
     On the CPU, few adapters lie one below the other and a mask keeps to each row what is its own (`mask` is given): two
     plain products that read each adapter once. Many are gathered by row for two batched products, whose time does not grow
-    with their number.
+    with their number. An update that is more than a pair of A and B acts on its adapter's rows apart (`names` alone is given).
     """
 
     lora_a: Tensor | None  # (sum of ranks, in); or (B, in, R), ranks padded, zero for a row without an adapter
@@ -163,8 +165,10 @@ class RowSelection:
         self.layers, self._trained = layers, list(trained)
         self._made_for = self._state()
 
-    def _rows_of(self, layer: "LoRALinear", updates: "Sequence[LowRank | None]") -> LayerRows:
+    def _rows_of(self, layer: "AdaptedLayer", updates: "Sequence[LowRank | None]") -> LayerRows:
         used = tuple(name for name in self._held if name in layer.updates)
+        if not all(layer.updates[name].stacks for name in used):
+            return LayerRows(None, None, None, used, None)
         device = layer.updates[used[0]].lora_a.device
         if device.type != "cuda":
             if sum(layer.updates[name].lora_a.shape[0] for name in used) <= MOST_TOGETHER:
@@ -173,7 +177,7 @@ class RowSelection:
         index = [-1 if name not in used else used.index(name) for name in self.names]
         return LayerRows(None, None, None, used, torch.tensor(index, device=device))
 
-    def _together(self, layer: "LoRALinear", used: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+    def _together(self, layer: "AdaptedLayer", used: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
         """The adapters one below the other, and which rows of that each row of the batch uses."""
         chosen = [layer.updates[name] for name in used]
         a = torch.cat([update.lora_a for update in chosen])  # (sum of ranks, in)

@@ -16,7 +16,7 @@ from ...base.train import Optimizer, check_optimizer, make_optimizer
 from ..adapters.files import CONFIG, WEIGHTS, Adapter, check_fits, read_adapter
 from ..adapters.lora import DEFAULT, LoraConfig, LowRank, lora_layers, wrapped
 from ..adapters.selection import adapters_off, registry_of, use_adapters
-from ..optimizers import OPTIMIZERS, PAGED_OPTIMIZERS
+from ..optimizers import OPTIMIZERS, PAGED_OPTIMIZERS, trained_optimizer
 from ..sft import METHODS, QuantOptions, prepare_model, run_inputs
 
 REFERENCE = "reference"  # the frozen copy of the adapter that training starts from
@@ -65,6 +65,7 @@ def adapter_settings(adapter: Adapter, requested: Mapping[str, Any], method: str
     """
     if method == "full":
         raise ValueError(f"--adapter {adapter.where} is about an adapter; use method lora or qlora, or merge it first")
+    adapter.check_plain("the start of such a run")
     scales = {scale for _, _, scale in adapter.layers.values()}
     if len(adapter.ranks) > 1 or len(scales) > 1:
         raise ValueError(
@@ -122,6 +123,10 @@ def make_policy(config: Run, device: str, adapter: Path | None) -> Policy:
 
 def policy_optimizer(model: torch.nn.Module, config: Run) -> Optimizer:
     """The config's optimizer over what trains."""
+    if config.lora is not None and config.lora.lora_plus_ratio != 1:
+        return trained_optimizer(
+            model, config.train, lora=config.lora, makers=PAGED_OPTIMIZERS if config.quant.paged else OPTIMIZERS
+        )
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return make_optimizer(trained, config.train, PAGED_OPTIMIZERS if config.quant.paged else OPTIMIZERS)
 

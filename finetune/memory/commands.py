@@ -33,6 +33,9 @@ Checkpointing = Annotated[bool, typer.Option("--checkpointing/--no-checkpointing
 Rank = Annotated[int, typer.Option("--rank", help="Of LoRA's adapters.")]
 Targets = Annotated[str, typer.Option("--targets", help="Linears with an adapter, such as q_proj,v_proj.")]
 DoubleQuant = Annotated[bool, typer.Option("--double-quant/--no-double-quant", help="Quantize the constants too.")]
+AdapterSettings = Annotated[
+    list[str] | None, typer.Option("--set", help="key=value of the adapter, such as use_dora=true; can be repeated.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 # Bars of the picture: label -> method and whether the constants are quantized too.
@@ -57,6 +60,7 @@ def estimate_command(
     rank: Rank = 16,
     targets: Targets = "all-linear",
     double_quant: DoubleQuant = True,
+    settings: AdapterSettings = None,
     fit: Annotated[str | None, typer.Option("--fit", help="Search what fits into it, such as 24GiB.")] = None,
     device: Annotated[
         str, typer.Option("--device", help="Whose kernels: auto, cpu or cuda; no GPU is needed.")
@@ -73,7 +77,9 @@ def estimate_command(
 
     config = read_model_config(model)
     seq = min(512, config.max_seq_len) if seq is None else seq
-    requested = _settings(method, batch, micro_batch, seq, dtype, optimizer, checkpointing, rank, targets, double_quant)
+    requested = _settings(
+        method, batch, micro_batch, seq, dtype, optimizer, checkpointing, rank, targets, double_quant, settings
+    )
     if fit is not None:
         _print_fits(config, requested[0], parse_bytes(fit), [method] if method else None, device, as_json)
         return
@@ -111,6 +117,7 @@ def measure_command(
     rank: Rank = 16,
     targets: Targets = "all-linear",
     double_quant: DoubleQuant = True,
+    settings: AdapterSettings = None,
     out: Annotated[Path, typer.Option("--out", help="The picture.")] = Path("vram.png"),
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     as_json: Json = False,
@@ -130,7 +137,9 @@ def measure_command(
     device = resolve_device(device)
     config = read_model_config(model)
     seq = min(512, config.max_seq_len) if seq is None else seq
-    base = _settings(method, batch, micro_batch, seq, dtype, optimizer, checkpointing, rank, targets, double_quant)[0]
+    base = _settings(
+        method, batch, micro_batch, seq, dtype, optimizer, checkpointing, rank, targets, double_quant, settings
+    )[0]
     bars = {label: replace(base, method=m, double_quant=dq) for label, (m, dq) in BARS.items()}
     chosen = [base] if method else list(bars.values())
     estimates = {label: estimate(config, one, device=device) for label, one in bars.items()}
@@ -231,13 +240,19 @@ def _settings(
     rank: int,
     targets: str,
     double_quant: bool,
+    settings: Sequence[str] | None,
 ) -> "list[MemorySettings]":
     """Settings of the requested method, or of every method."""
+    from ...base.settings import check_settings, parse_assignments
+    from ..adapters.config import LoraConfig
     from .settings import METHODS, MemorySettings
 
     names = tuple(target.strip() for target in targets.split(",") if target.strip())
+    given = check_settings(parse_assignments(settings or []), LoraConfig)
+    plain = {"rank": rank, "targets": names} if given.get("adapter_kind", "lora") == "lora" else {}
+    lora = LoraConfig(**plain | given)
     return [
-        MemorySettings(one, batch, micro_batch, seq, dtype, optimizer, checkpointing, rank, names, double_quant)
+        MemorySettings(one, batch, micro_batch, seq, dtype, optimizer, checkpointing, rank, names, double_quant, lora)
         for one in ([method] if method else METHODS)
     ]
 

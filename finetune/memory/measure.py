@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ...base.device import resolve_device
 from ...base.model.config import ModelConfig
+from ..adapters.config import LoraConfig
 from .predict import MemoryEstimate, estimate
 from .settings import MemorySettings, read_model_config
 from .step import make_optimizer, place_, run_generation, run_training_step, shaped_model
@@ -52,6 +53,7 @@ def measure_memory(
     rank: int = 16,
     targets: tuple[str, ...] = MemorySettings.targets,
     double_quant: bool = True,
+    lora: LoraConfig | None = None,  # an adapter with more than a rank and targets, in place of both
     device: str = "auto",
 ) -> MemoryMeasure:
     """Predict, then run the very same step with random weights of the model's shapes and read the allocator's peak.
@@ -61,7 +63,17 @@ def measure_memory(
     which is why a folder's own are not read. Raises ValueError for unknown names, torch.OutOfMemoryError if it does not fit.
     """
     settings = MemorySettings(
-        method, batch_size, micro_batch, seq_len, dtype, optimizer, checkpointing, rank, tuple(targets), double_quant
+        method,
+        batch_size,
+        micro_batch,
+        seq_len,
+        dtype,
+        optimizer,
+        checkpointing,
+        rank,
+        tuple(targets),
+        double_quant,
+        lora,
     )
     return measure(read_model_config(config_or_dir), settings, device=device)
 

@@ -14,7 +14,7 @@ from ...base.device import resolve_device
 from ...base.model.config import ModelConfig
 from ...base.train import TrainConfig
 from ...kernels.dispatch import predicting
-from ..adapters.lora import LoraConfig
+from ..adapters.config import LoraConfig, is_regex
 from .count import LiveBytes, Peak, Place
 from .devices import CUDA_GRANULE, cpu_bytes_within, cuda_bytes_within, workspace_bytes
 from .settings import MemorySettings, read_model_config
@@ -69,6 +69,7 @@ def estimate_memory(
     rank: int = 16,
     targets: tuple[str, ...] = MemorySettings.targets,
     double_quant: bool = True,
+    lora: LoraConfig | None = None,  # an adapter with more than a rank and targets, in place of both
     device: str = "auto",  # whose kernels: cpu, cuda (no GPU is needed to ask), auto for what is here
 ) -> MemoryEstimate:
     """Predict the memory of one step: forward, backward, clipping and update run on fake tensors and every byte is counted.
@@ -80,7 +81,17 @@ def estimate_memory(
     ValueError for unknown names.
     """
     settings = MemorySettings(
-        method, batch_size, micro_batch, seq_len, dtype, optimizer, checkpointing, rank, tuple(targets), double_quant
+        method,
+        batch_size,
+        micro_batch,
+        seq_len,
+        dtype,
+        optimizer,
+        checkpointing,
+        rank,
+        tuple(targets),
+        double_quant,
+        lora,
     )
     return estimate(read_model_config(config_or_dir), settings, device=device)
 
@@ -92,8 +103,8 @@ def estimate(
     if settings.method == "generate" and settings.seq_len > config.max_seq_len:
         raise ValueError(f"seq_len={settings.seq_len} is more than the model's max_seq_len={config.max_seq_len}")
     kind = device_kind(device)
-    by_path = any("." in target for target in settings.targets)  # such targets make layers differ
-    run = over_layers(config, lambda fewer: _run(fewer, settings, kind), whole=whole or by_path)
+    differs = differs_by_layer(settings.adapter)
+    run = over_layers(config, lambda fewer: _run(fewer, settings, kind), whole=whole or differs)
     return summarize(run, config, settings, kind)
 
 
@@ -109,7 +120,6 @@ def predict_run(
     device: str = "auto",
 ) -> int:
     """Peak bytes of a run before it starts, for the training commands to print: about a second."""
-    lora = lora or LoraConfig()
     settings = MemorySettings(
         method=method,
         batch_size=train.batch_size,
@@ -118,8 +128,7 @@ def predict_run(
         dtype=train.dtype,
         optimizer=optimizer,
         checkpointing=train.checkpointing,
-        rank=lora.rank,
-        targets=lora.targets,
+        lora=lora,
         double_quant=double_quant,
     )
     return estimate(config, settings, device=device).peak_bytes
@@ -219,7 +228,8 @@ def _run(config: ModelConfig, settings: MemorySettings, device: str) -> Counted:
 def count_model(model: nn.Module, counter: LiveBytes) -> Counter[str]:
     """Count the model's tensors by kind and say how much of each there is, with the gradients to come."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    adapters = [p for name, p in model.named_parameters() if name.endswith((".lora_a", ".lora_b"))]
+    named = [*model.named_parameters(), *model.named_buffers()]
+    adapters = [tensor for name, tensor in named if ".adapters." in name]
     counter.add(adapters, "adapters")
     own = {id(tensor) for tensor in adapters}
     counter.add([t for t in [*model.parameters(), *model.buffers()] if id(t) not in own], "weights")
@@ -230,6 +240,12 @@ def count_model(model: nn.Module, counter: LiveBytes) -> Counter[str]:
         gradients=gradients,
         n_trained=sum(p.numel() for p in trained),
     )
+
+
+def differs_by_layer(lora: LoraConfig) -> bool:
+    """Whether an adapter may treat layers that are alike differently, so that none can stand for the others."""
+    names = (*lora.targets, *lora.exclude_modules, *lora.modules_to_save, *(lora.rank_pattern or {}))
+    return bool(lora.layers_to_transform) or any("." in name or is_regex(name) for name in names)
 
 
 def repeated_group(config: ModelConfig) -> tuple[int, int, int]:

@@ -4,7 +4,7 @@ import sys
 
 from ...base.model.config import ModelConfig
 from ...base.train import TrainConfig
-from ..adapters.lora import LoraConfig
+from ..adapters.config import LoraConfig
 from .predict import fits, predict_run
 from .units import say_bytes
 

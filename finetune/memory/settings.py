@@ -6,6 +6,7 @@ from typing import Literal
 
 from ...base.hub import model_folder
 from ...base.model.config import PRESETS, ModelConfig, preset
+from ..adapters.config import LoraConfig
 
 Method = Literal["full", "lora", "qlora", "generate"]
 METHODS = ("full", "lora", "qlora", "generate")
@@ -26,6 +27,7 @@ class MemorySettings:
     rank: int = 16  # of the adapters
     targets: tuple[str, ...] = ("all-linear",)  # which linears have one
     double_quant: bool = True
+    lora: LoraConfig | None = None  # the adapter in full, in place of rank and targets
 
     def __post_init__(self) -> None:
         from ...base.dtypes import DTYPES  # not above: `graft plan` reads this file and needs no torch
@@ -43,6 +45,11 @@ class MemorySettings:
                 raise ValueError(f"{name}={value} must be >= 1")
         if self.method == "generate" and self.seq_len < 2:
             raise ValueError(f"seq_len={self.seq_len} leaves no room for a prompt and a new token; use at least 2")
+
+    @property
+    def adapter(self) -> LoraConfig:
+        """The adapter of lora and qlora."""
+        return self.lora or LoraConfig(rank=self.rank, targets=self.targets)
 
     @property
     def rows(self) -> int:

@@ -6,18 +6,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ...base import train
 from ...base.dtypes import dtype_named
 from ...base.loss import n_labels, next_token_loss
 from ...base.model.config import ModelConfig
-from ...base.model.init import parameter_roles
 from ...base.model.kv_cache import KVCache
 from ...base.model.transformer import Transformer
 from ...base.precision import LossScaler
 from ...base.train import Optimizer, TrainConfig, one_step
 from ...quant.linear import quantize_linears_
-from ..adapters.lora import LoraConfig, attach_lora
-from ..optimizers import OPTIMIZERS
+from ..adapters.attach import attach_adapter
+from ..optimizers import trained_optimizer
 from .count import LiveBytes
 from .settings import MemorySettings
 from .shapes import ShapeTensor
@@ -34,7 +32,7 @@ def shaped_model(config: ModelConfig, settings: MemorySettings, *, bare: bool = 
         if settings.method == "qlora":
             quantize_linears_(model, double_quant=settings.double_quant)
         if settings.method in ("lora", "qlora") and not bare:
-            attach_lora(model, LoraConfig(rank=settings.rank, targets=settings.targets))
+            attach_adapter(model, settings.adapter, shapes_only=True)
         else:
             model.requires_grad_(False)
     return model
@@ -71,9 +69,8 @@ def replace_tensors_(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None
 
 def make_optimizer(model: nn.Module, settings: MemorySettings) -> Optimizer:
     """The optimizer that the setting names, over what trains."""
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    config = TrainConfig(optimizer=settings.optimizer)
-    return train.make_optimizer(trained, config, OPTIMIZERS, roles=parameter_roles(model))
+    lora = settings.adapter if settings.method in ("lora", "qlora") else None
+    return trained_optimizer(model, TrainConfig(optimizer=settings.optimizer), lora=lora)
 
 
 def token_batch(config: ModelConfig, rows: int, seq_len: int) -> dict[str, Tensor]:

@@ -307,11 +307,11 @@ def test_broken_adapter_folders(two_adapters: tuple[Path, Path], tmp_path: Path)
     config = json.loads((one / "adapter_config.json").read_text())
     for change, message in (
         ({"peft_type": "IA3"}, "peft_type 'IA3' is not covered"),
-        ({"use_dora": True}, "use_dora=True is not covered"),
+        ({"use_dora": True}, "has not both A, B and lora_magnitude_vector"),
         ({"bias": "all"}, "bias='all' is not covered"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out=True is not covered"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not covered"),
-        ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\] is not covered"),
+        ({"lora_bias": True}, "lora_bias=True is not covered"),
     ):
         (one / "adapter_config.json").write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=message):

@@ -59,12 +59,23 @@ def random_options(draw: random.Random) -> dict[str, Any]:
         options["layers_to_transform"] = draw.choice([0, 1, [0], [1], [0, 1], []])
         if draw.random() < 0.5:
             options["layers_pattern"] = draw.choice(["layers", ["layers"], ["h", "layers"], []])
+    options["use_dora"] = draw.random() < 0.4
+    beside = draw.random()
+    if beside < 0.25:
+        options["modules_to_save"] = draw.choice(
+            [["norm"], ["embed_tokens", "lm_head"], ["model.norm", "lm_head"], ["0.input_layernorm"], ["embed_tokens"]]
+        )
+        options["ensure_weight_tying"] = "embed_tokens" in options["modules_to_save"] and draw.random() < 0.5
+    elif beside < 0.5:
+        options["trainable_token_indices"] = draw.choice(
+            [[5, 2, 280], {"embed_tokens": [7]}, {"lm_head": [1, 2]}, {"embed_tokens": [7], "lm_head": [7, 8]}]
+        )
     return options
 
 
 def edit(config: dict[str, Any], draw: random.Random) -> None:
     """What another program or hand may have changed in the file, so that weights and options no longer agree."""
-    kind = draw.randrange(6)
+    kind = draw.randrange(8)
     if kind == 0:
         config["lora_alpha"] = draw.choice([4, 0, -2])
     elif kind == 1:
@@ -75,6 +86,10 @@ def edit(config: dict[str, Any], draw: random.Random) -> None:
         config["target_modules"] = draw.choice([["q_proj"], None, "all-linear", ["mlp.up_proj"]])
     elif kind == 4:
         config["alpha_pattern"] = {draw.choice(PATTERNS): 11}
+    elif kind == 5:
+        config["use_dora"] = not config["use_dora"]
+    elif kind == 6:
+        config["modules_to_save"], config["trainable_token_indices"] = draw.choice([(["norm"], None), (None, [3])])
     else:
         config["bias"], config["fan_in_fan_out"] = draw.choice([("none", True), ("all", False), ("lora_only", False)])
 
@@ -88,7 +103,8 @@ def test_fuzz_against_peft(base_dir: Path, tmp_path: Path) -> None:
     plain = transformers.AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
     model = load_model(base_dir, dtype=None)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    n_taken = n_edited_taken = 0
+    tied = model.config
+    n_taken = n_edited_taken = n_dora = n_own = 0
     for seed in range(200):
         draw = random.Random(seed)
         options, edited = random_options(draw), draw.random() < 0.34
@@ -108,6 +124,7 @@ def test_fuzz_against_peft(base_dir: Path, tmp_path: Path) -> None:
         file.write_text(json.dumps(config))
         try:
             adapter = read_adapter(folder)
+            model.config, model.lm_head.weight = tied, model.model.embed_tokens.weight  # a merge may have parted them
             model.load_state_dict(before)
             merge(model, adapter)
         except ValueError:
@@ -117,10 +134,12 @@ def test_fuzz_against_peft(base_dir: Path, tmp_path: Path) -> None:
             continue
         theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), folder).merge_and_unload().state_dict()
         n_taken, n_edited_taken = n_taken + 1, n_edited_taken + edited
+        n_dora, n_own = n_dora + bool(adapter.magnitudes), n_own + bool(adapter.modules or adapter.token_rows)
         for name, tensor in model.state_dict().items():
             torch.testing.assert_close(tensor, theirs[name], atol=1e-6, rtol=1e-5, msg=f"seed {seed}, {name}: {config}")
     assert n_taken > 120
     assert n_edited_taken > 10
+    assert min(n_dora, n_own) > 40
 
 
 @pytest.fixture
@@ -135,9 +154,11 @@ def folder(base_dir: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"use_dora": True}, "use_dora=True is not covered"),
+        ({"use_dora": True}, r"has not both A, B and lora_magnitude_vector; the file is incomplete"),
         ({"lora_bias": True}, "lora_bias=True is not covered"),
-        ({"trainable_token_indices": [1]}, r"trainable_token_indices=\[1\] is not covered"),
+        ({"trainable_token_indices": [1]}, "trainable_tokens_delta, which trainable_token_indices stands for; the file is incomp"),
+        ({"trainable_token_indices": [-1]}, r"trainable_token_indices=\[-1\]; expected a list of token ids"),
+        ({"modules_to_save": "norm"}, "modules_to_save='norm'; expected a list of names"),
         ({"megatron_config": {"a": 1}}, "megatron_config={'a': 1} is not covered"),
         ({"corda_config": {"a": 1}}, "corda_config={'a': 1} is not covered"),
         ({"eva_config": {"rho": 2.0}}, "eva_config={'rho': 2.0} without"),
@@ -146,11 +167,11 @@ def folder(base_dir: Path, tmp_path: Path) -> Path:
         ({"layer_replication": [[0, 2]]}, r"layer_replication=\[\[0, 2\]\] is not covered"),
         ({"target_parameters": ["x"]}, r"target_parameters=\['x'\] is not covered"),
         ({"kasa_config": {"a": 1}}, "kasa_config={'a': 1} is not covered"),
-        ({"ensure_weight_tying": True}, "ensure_weight_tying=True is not covered"),
+        ({"ensure_weight_tying": True}, "ensure_weight_tying with a target_modules that names the head is not covered"),
         ({"init_lora_weights": "mica"}, "init_lora_weights='mica' is not covered"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' is not covered"),
         ({"brand_new": {"on": True}}, r"unknown key brand_new={'on': True} may change the result"),
-        ({"use_dora": "no"}, "use_dora='no' is not covered"),
+        ({"use_dora": "no"}, "use_dora='no'; expected true or false"),
         ({"r": "8"}, "r='8'; expected a whole number"),
         ({"r": True}, "r=True; expected a whole number"),
         ({"r": 0}, "r=0; expected a whole number of at least 1"),
