@@ -607,7 +607,7 @@ def evaluate(
 
     from .base.progress import counting
     from .finetune.data.commands import parse_fields, parse_template_args
-    from .finetune.evaluate import compare
+    from .finetune.evaluation.run import compare
 
     folders = _adapter_folders(adapter or [])
     with counting("eval", shown=sys.stderr.isatty()) as observe:

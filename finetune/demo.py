@@ -33,7 +33,9 @@ from .adapters.files import stored_bytes
 from .adapters.lora import LoraConfig
 from .baselines import NaiveBayes, majority_label
 from .data.records import Record, read_records
-from .evaluate import most_likely, wilson_interval, write_answers
+from .evaluation.answers import write_answers
+from .evaluation.labels import most_likely
+from .evaluation.metrics import wilson_interval
 from .generate import generate
 from .memory.measure import measure_memory
 from .memory.picture import memory_picture

@@ -95,7 +95,7 @@ def generate_rows(
     model: Transformer,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
+    sampling: Sampling | Sequence[Sampling],
     *,
     adapters: Sequence[str | None] | None = None,
     template: ChatTemplate | None = None,
@@ -112,14 +112,17 @@ def generate_answers(
     model: Transformer,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],  # ids, such as encode_prompt gives for a conversation
-    sampling: Sampling,  # row i has the seed `seed + i`; what ends a text is added to its stop ids
+    sampling: Sampling | Sequence[Sampling],  # for all (row i has the seed `seed + i`), or one for each prompt
     *,
     adapters: Sequence[str | None] | None = None,
     template: ChatTemplate | None = None,  # its end of turn stops too; None: the tokenizer's
     stop: Sequence[str] = (),  # strings that end a text, which they are not part of
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[Answer]:
-    """`generate` for prompts that are ids already. Raises ValueError for an empty stop string."""
+    """`generate` for prompts that are ids already; what ends a text is added to its stop ids. Raises ValueError for an
+    empty stop string."""
+    if isinstance(sampling, Sampling):
+        sampling = [replace(sampling, seed=sampling.seed + row) for row in range(len(prompts))]
     stops = stop_ids(model.config, tokenizer, template)
     decoders = [tokenizer.stream_decoder() for _ in prompts]
     texts = [TextUntil(stop) for _ in prompts]
@@ -133,7 +136,7 @@ def generate_answers(
     produced = generate_ids(
         model,
         prompts,
-        replace(sampling, stop_ids={*sampling.stop_ids, *stops}),
+        [replace(one, stop_ids={*one.stop_ids, *stops}) for one in sampling],
         adapters=rows_of(model, len(prompts), adapters),
         on_token=show if on_text is not None or stop else None,
         allowed=ids_with_text(model, tokenizer, stops),
@@ -144,8 +147,8 @@ def generate_answers(
             if rest and on_text is not None:
                 on_text(row, rest)
     answers = []
-    for new, text in zip(produced, texts, strict=True):
-        finished = "length" if len(new) == sampling.max_new_tokens and not text.ended else "stop"
+    for new, text, one in zip(produced, texts, sampling, strict=True):
+        finished = "length" if len(new) == one.max_new_tokens and not text.ended else "stop"
         answers.append(Answer(text.text if stop else tokenizer.decode(new), new, finished))
     return answers
 

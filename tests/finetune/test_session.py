@@ -17,7 +17,7 @@ from graft.finetune.adapters.files import save_adapter
 from graft.finetune.adapters.lora import LoraConfig, attach_lora
 from graft.finetune.adapters.merge import run_merge
 from graft.finetune.data.chat import CHATML, ChatTemplate, encode_prompt
-from graft.finetune.evaluate import run_evaluate
+from graft.finetune.evaluation.run import run_evaluate
 from graft.finetune.loading import load_model
 from graft.finetune.session import Session, named_folders, talk
 
