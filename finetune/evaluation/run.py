@@ -1,6 +1,7 @@
 """`graft eval`: a base and its adapters, loaded once, on the same records or benchmarks."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,14 @@ from ...base.device import resolve_device
 from ...base.text.documents import read_documents
 from ...base.tokenizer.tokenizer import Tokenizer
 from ..adapters.bank import AdapterBank
-from ..data.chat import ChatTemplate
-from ..data.records import SUFFIXES, Record, read_all
+from ..baselines import NaiveBayes, majority_label
+from ..data.chat import ChatTemplate, split_answer
+from ..data.records import SUFFIXES, Message, Record, read_all
 from ..data.templates import template_source
 from ..loading import check_finite, check_token_ids, load_model
 from .likelihood import Progress
-from .options import EvalOptions
-from .records import evaluate_records
+from .options import MAX_LABELS, EvalOptions
+from .records import answer_figures, evaluate_records
 
 BASE = "base"  # the row of the bare base in a comparison
 
@@ -51,17 +53,24 @@ def compare(
     limit: int | None = None,
     dtype: str = "float32",
     device: str = "auto",
+    baselines: Path | str | None = None,  # training records: what their labels and words alone give
     progress: Progress | None = None,
     **options: Any,
 ) -> dict[str, dict[str, Any]]:
-    """`run_evaluate` for the bare base (under the name `base`) and several adapters on the same records, loaded once."""
+    """`run_evaluate` for the bare base (under the name `base`) and several adapters on the same records, loaded once.
+
+    With `baselines` two more: `majority`, the commonest answer of those training records, and `words`, naive Bayes over
+    their prompts' words. Raises ValueError where they have more answers than a classification.
+    """
     chosen = EvalOptions(**options)
     specs = [data] if isinstance(data, Path | str) else list(data)
     check_request(adapters, with_base=with_base, limit=limit)
+    if taken := {"majority", "words"} & set(adapters) if baselines is not None else set():
+        raise ValueError(f"adapter name {min(taken)!r} is a baseline's here; choose another")
     device = resolve_device(device)
     bank, tokenizer = load_bank(base, adapters, dtype=dtype, device=device)
     records = _read(specs, tokenizer, chosen.fields)[:limit]
-    found = {}
+    found = word_baselines(read_all([baselines], chosen.fields), records, chosen) if baselines is not None else {}
     for name in each_in_turn(bank, adapters, with_base=with_base):
         adapter = bank.adapters[name] if name != BASE else None
         source = template_source(chosen.chat_template) if chosen.chat_template else adapter and adapter.chat_template
@@ -71,6 +80,34 @@ def compare(
             bank.model, tokenizer, records, template, options=chosen, device=device, progress=progress
         )
     return found
+
+
+def word_baselines(
+    train: Sequence[Record], records: Sequence[Record], options: EvalOptions
+) -> dict[str, dict[str, Any]]:
+    """What a reader gets right who knows the commonest answer, and one who counts words (baselines.py)."""
+    pairs = [split_answer(record) for record in train if record.empty is None]
+    labels = [answer.strip() for _, answer in pairs]
+    if len(set(labels)) > MAX_LABELS:
+        raise ValueError(
+            f"--baselines is about few answers; the training records have {len(set(labels)):,} distinct ones (at most "
+            f"{MAX_LABELS})"
+        )
+    counted = NaiveBayes([_prompt_text(prompt) for prompt, _ in pairs], labels)
+    asked = [split_answer(record) for record in records if record.empty is None]
+    truth = [answer.strip() for _, answer in asked]
+    predicted = {
+        "majority": [majority_label(labels)] * len(truth),
+        "words": [counted.predict(_prompt_text(prompt)) for prompt, _ in asked],
+    }
+    return {
+        name: {"n_records": len(truth), **answer_figures(truth, answers, replace(options, metrics=()))}
+        for name, answers in predicted.items()
+    }
+
+
+def _prompt_text(prompt: str | Sequence[Message]) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(str(message["content"]) for message in prompt)
 
 
 def check_request(adapters: Mapping[str, Path | str], *, with_base: bool, limit: int | None) -> None:
