@@ -3,7 +3,7 @@
     python bench/evaluation.py BASE FOLDER --limit 200
 
 BASE: a checkpoint; FOLDER: arc_easy.jsonl.gz, piqa.jsonl.gz, lambada_openai.jsonl.gz and blimp.zip. Three runs a task: graft
-eval; the harness with graft's model class; the harness with its own (transformers). Counts and lengths must be equal.
+eval; the harness with graft's model class; the harness with its own (transformers). The figures must be equal.
 """
 
 import argparse
@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--peer", nargs="*", default=list(TASKS), help="tasks that the harness's own class scores too")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
@@ -85,6 +86,8 @@ def main() -> None:
             "harness, graft": lambda name=name, asked=asked, rows=rows: by_harness(ours, name, asked, rows),
             "harness, hf": lambda name=name, asked=asked, rows=rows: by_harness(theirs, name, asked, rows),
         }
+        if name not in arguments.peer:
+            del runs["harness, hf"]
         found = {}
         for label, run in runs.items():
             began = time.process_time()

@@ -38,6 +38,12 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option("--stop", help="A string that ends a text; can be repeated.")
     ] = None,
+    beams: Annotated[
+        int, typer.Option("--beams", help="Above 1: beam search, the most probable text of so many candidates.")
+    ] = 1,
+    length_penalty: Annotated[
+        float, typer.Option("--length-penalty", help="Of beams: above 0 favours long texts, 0 compares plain sums.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     chat: Annotated[
         bool | None,
@@ -71,15 +77,22 @@ def generate(
         session.load(adapter.name or "adapter", adapter)
     talks: list[list[dict[str, object]]] = [[{"role": "user", "content": text}] for text in prompts]
     stops = stop or []
-    if len(talks) == 1 and not as_json:
+    if beams < 1:
+        raise ValueError(f"--beams {beams} must be >= 1")
+    if length_penalty != 1 and beams == 1:
+        raise ValueError("--length-penalty is about beams; add --beams N")
+    if len(talks) == 1 and not as_json and beams == 1:
         session.answer(talks[0], sampling=sampling, stop=stops, on_text=lambda piece: _write(piece))
         _write("\n")
         return
-    for text, one, answer in zip(prompts, talks, session.answers(talks, sampling=sampling, stop=stops), strict=True):
+    answers = session.answers(talks, sampling=sampling, stop=stops, n_beams=beams, length_penalty=length_penalty)
+    for text, one, answer in zip(prompts, talks, answers, strict=True):
         if as_json:
             figures = {"prompt": text, "text": answer.text, "finished": answer.finished, "n_tokens": len(answer.ids)}
             log_p = [round(value, 6) for value in session.log_probabilities(one, answer.ids)]
             _write(json.dumps({**figures, "log_probabilities": log_p}, ensure_ascii=False) + "\n")
+        elif len(prompts) == 1:
+            _write(f"{answer.text}\n")
         else:
             _write(f"{text}\n{answer.text}\n\n")
 

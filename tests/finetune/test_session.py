@@ -192,7 +192,8 @@ def test_a_long_talk_forgets_its_oldest_turns(
     monkeypatch.setattr(sys, "stdin", io.StringIO("the cat sat on the mat\n" * 12))
     talk(speaker, Sampling(max_new_tokens=8))
     said = capsys.readouterr().out
-    assert "the talk is too long for the model: its 2 oldest messages are forgotten" in said
+    forgotten = "its 2 oldest messages are forgotten, from 'the cat sat on the mat' on"
+    assert f"the talk is too long for the model: {forgotten}" in said.replace("\n", "")
 
 
 def test_nothing_that_is_printed_steers_the_terminal(
