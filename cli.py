@@ -167,11 +167,11 @@ def demo(
     force: Force = False,
     device: Device = "auto",
 ) -> None:
-    """The whole chain in five minutes: tokenizer, base, three adapters swapped in one process, memory table.
+    """The whole chain in five minutes: tokenizer, base, four adapters swapped in one process, memory table.
 
     Example: graft demo --out runs/demo
     """
-    from .finetune.demo import run_demo
+    from .finetune.demo.run import run_demo
 
     run_demo(out, seed=seed, force=force, device=device)
 

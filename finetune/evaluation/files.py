@@ -35,7 +35,9 @@ def rows_of(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _zip_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with zipfile.ZipFile(file) as archive:
-        members = sorted((m for m in archive.infolist() if m.filename.endswith(".jsonl")), key=lambda m: m.filename)
+        # macOS puts a file of its own, ._name, beside each.
+        named = [m for m in archive.infolist() if m.filename.endswith(".jsonl") and "/._" not in f"/{m.filename}"]
+        members = sorted(named, key=lambda m: m.filename)
         if not members:
             raise ValueError(f"{file} holds no .jsonl file")
         if sum(member.file_size for member in members) > MAX_BYTES:

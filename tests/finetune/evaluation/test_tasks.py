@@ -75,6 +75,7 @@ def test_files_of_every_kind(tmp_path: Path) -> None:
         stream.write(text)
     with zipfile.ZipFile(tmp_path / "three.zip", "w") as archive:
         archive.writestr("data/", "")
+        archive.writestr("__MACOSX/data/._a.jsonl", b"\x00\xff")
         archive.writestr("data/a.jsonl", json.dumps(rows[0]))
         archive.writestr("data/b.jsonl", "\n".join(map(json.dumps, rows[1:])))
     blocks = "".join(f"q {i}\n{i}\na\nb\nc\nd\n" for i in range(3))
@@ -151,6 +152,7 @@ def test_the_public_files() -> None:
         "arc_easy.jsonl.gz": ("choice", 2376), "piqa.jsonl.gz": ("choice", 1838), "openbook_qa.jsonl.gz": ("choice", 500),
         "copa.jsonl.gz": ("choice", 100), "winogrande.jsonl.gz": ("cloze", 1267), "lambada_openai.jsonl.gz": ("lastword", 5153),
         "svamp.jsonl.gz": ("answer", 300), "hellaswag_val.txt.bz2": ("choice", 10042),
+        "blimp.zip": ("pair", 67_000), "arc_challenge.jsonl.gz": ("choice", 1172),
     }  # fmt: skip
     for name, (kind, n) in expected.items():
         benchmark = read_benchmark(SHARED / name)
