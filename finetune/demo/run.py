@@ -1,7 +1,6 @@
 """`graft demo`: the whole chain on text that every machine with Python has, in minutes on two CPU cores.
 
-standard library -> tokenizer -> base -> four adapters, trained at once -> one process that swaps them -> memory table ->
-report.md
+standard library -> tokenizer -> base -> four adapters -> one process that swaps them -> memory table -> report.md
 """
 
 import time
@@ -23,9 +22,9 @@ from ...base.pretrain import run_pretrain
 from ...base.runlog import versions
 from ...base.tokenizer.tokenizer import Tokenizer
 from ..adapters.lora import LoraConfig
-from ..many import sft_many
 from ..memory.measure import measure_memory
 from ..memory.picture import memory_picture
+from ..sft import run_sft
 from ..tasks import TASKS, write_task
 from .report import markdown, print_report
 from .scores import use_adapters
@@ -59,9 +58,9 @@ LORA = LoraConfig(rank=6, alpha=12.0)
 SFT = {"batch_size": 16, "warmup_steps": 20, "checkpoint_every": 200}
 TASK_SETTINGS = {  # translation learns from every word and bears a larger step; the two labels need more patience
     "spam": {"steps": 350, "learning_rate": 3e-3},
-    "sentiment": {"steps": 550, "learning_rate": 4e-3},
+    "sentiment": {"steps": 420, "learning_rate": 4e-3},
     "translation": {"steps": 400, "learning_rate": 8e-3},
-    "chat": {"steps": 250, "learning_rate": 8e-3},
+    "chat": {"steps": 200, "learning_rate": 8e-3},
 }
 N_TRAIN, N_EVAL = 4000, 200
 
@@ -79,7 +78,9 @@ def run_demo(out: Path | str, *, seed: int = 0, force: bool = False, device: str
         tokenizer = _tokenize(out, seed)
     with _stage(console, seconds, "2/5 base", "a Llama-style model from scratch"):
         pretrained = _pretrain(out, seed, device)
-    with _stage(console, seconds, "3/5 adapters", "four tasks by LoRA at once on the frozen base"):
+    with _stage(
+        console, seconds, "3/5 adapters", "spam, sentiment, translation and conversations by LoRA on the frozen base"
+    ):
         _train_adapters(out, seed, device)
     with _stage(console, seconds, "4/5 one base, four adapters", "loaded once, swapped in one process"):
         used = use_adapters(out, list(TASK_SETTINGS), device, tokenizer, seed=seed)
@@ -180,12 +181,18 @@ def _train_adapters(out: Path, seed: int, device: str) -> None:
     for name in TASKS:
         write_task(out / "data" / name, name, seed=seed, n_train=N_TRAIN, n_eval=N_EVAL)
     write_talks(out / "data/chat", seed=seed, n_train=N_TRAIN, n_eval=N_EVAL)
-    lora = {"rank": LORA.rank, "alpha": LORA.alpha}
-    jobs = [
-        {"data": out / f"data/{name}/train.jsonl", "out": out / f"adapters/{name}", **SFT, **own, **lora, "seed": seed}
-        for name, own in TASK_SETTINGS.items()
-    ]
-    sft_many(base=out / "base", jobs=jobs, method="lora", force=True, device=device, progress=True)
+    for name, own in TASK_SETTINGS.items():
+        run_sft(
+            base=out / "base",
+            data=out / f"data/{name}/train.jsonl",
+            out=out / f"adapters/{name}",
+            method="lora",
+            lora=LORA,
+            settings={**SFT, **own, "seed": seed},
+            force=True,
+            device=device,
+            label=name,
+        )
 
 
 # --- 5. memory -----------------------------------------------------------------------------------------------------

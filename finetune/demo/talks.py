@@ -59,7 +59,7 @@ def make_talks(seed: int, n_train: int, n_eval: int) -> tuple[list[Record], list
     rng = random.Random(f"talks {seed}")
     train = [_conversation(rng, evaluation=False) for _ in range(n_train)]
     held, seen = [], set()
-    for _ in range(1000 * n_eval):
+    for _ in range(20 * n_eval):
         talk = _conversation(rng, evaluation=True)
         if len(held) < n_eval and (key := json.dumps(talk)) not in seen:
             seen.add(key)

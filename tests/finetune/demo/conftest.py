@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from graft.finetune.demo import text
+
 LONG = "a docstring of more than forty characters, which is kept"
 
 

@@ -21,7 +21,7 @@ def test_the_whole_demo_small(
     small = {"n_layers": 1, "d_model": 32, "n_heads": 2, "n_kv_heads": 1, "d_ff": 64}
     monkeypatch.setattr(run, "MODEL", run.MODEL | small)
     monkeypatch.setattr(run, "PRETRAIN", run.PRETRAIN | {"steps": 4, "batch_size": 2})
-    monkeypatch.setattr(run, "TASK_SETTINGS", {name: {"steps": 2} for name in run.TASK_SETTINGS})
+    monkeypatch.setattr(run, "TASK_SETTINGS", {name: own | {"steps": 2} for name, own in run.TASK_SETTINGS.items()})
     monkeypatch.setattr(run, "N_TRAIN", 24)
     monkeypatch.setattr(run, "N_EVAL", 4)
     monkeypatch.setenv("COLUMNS", "200")
