@@ -18,6 +18,7 @@ from ...base.device import resolve_device
 from ...base.extras import needs
 from ...base.generate.sampling import Sampling
 from ..data.chat import ChatTemplate, encode_prompt
+from ..data.records import Message
 from ..generate import generate_answers, start_ids
 from .likelihood import Row, cut_to, score_groups, start_token
 from .run import load_bank
@@ -97,7 +98,8 @@ class GraftLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The conversation as text."""
-        return self._template.render(chat_history, add_generation_prompt=add_generation_prompt)
+        turns: list[Message] = [{**turn} for turn in chat_history]
+        return self._template.render(turns, add_generation_prompt=add_generation_prompt)
 
     def _loglikelihood_tokens(
         self,

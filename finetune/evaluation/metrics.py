@@ -61,7 +61,7 @@ def text_figures(names: Sequence[str], truth: Sequence[str], written: Sequence[s
     figures: dict[str, float | str] = {}
     if not names:
         return figures
-    with needs("metrics", "chrF and BLEU"):
+    with needs("metrics", "a score by chrF or BLEU"):
         from sacrebleu.metrics.bleu import BLEU
         from sacrebleu.metrics.chrf import CHRF
     for name in names:
