@@ -44,6 +44,7 @@ def test_tokens_are_those_of_transformers(model: Transformer, tmp_path: Path) ->
     settings: list[tuple[int, float, Sequence[int], list[int], float]] = [
         (2, 1.0, range(5, 9), [1, 2, 3], 1.0), (3, 0.0, [5, 25], [4], 1.0), (4, 2.0, range(4), [6, 5, 4, 3, 2, 1], 1.0),
         (3, -1.0, range(9, 14), [9, 9], 1.0), (5, 1.0, range(7), [10, 11], 1.0), (3, 1.0, [29, 30], [12, 13], 1.3),
+        (3, 1.0, range(4), [13, 0], 1.0),
     ]  # fmt: skip
     for n_beams, penalty, stops, prompt, repetition in settings:
         found = beam_search(

@@ -61,9 +61,9 @@ def test_a_prompt_without_room_is_named(base_dir: Path) -> None:
 
 def test_pass_at_k_by_hand(base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Worked by hand, 4 samples each: 2 right: pass@1 1/2, pass@2 1 - C(2,2)/C(4,2) = 5/6; none right: 0. The majority of
-    7, 8, 7, 9 is 7, which is right; that of wrong ones is wrong. Every sample has a seed of its own."""
+    8, 7, 7, 9 is 7, which is right; that of wrong ones is wrong. Every sample has a seed of its own."""
     model, tokenizer = load_model(base_dir), Tokenizer.load(base_dir)
-    drawn = {7: ["so #### 7", "8", "#### 7", "9"], 5: ["1", "2", "3", "3"]}
+    drawn = {7: ["8", "so #### 7", "#### 7", "9"], 5: ["1", "2", "3", "3"]}
     seeds: list[int] = []
 
     def draw(
