@@ -28,7 +28,7 @@ _HOME = {  # name -> module, or module:attribute where the two names differ
     "adapters_off": "finetune.adapters.selection",
     "quantize": "finetune.quantize",
     "estimate_memory": "finetune.memory.predict",
-    "evaluate": "finetune.evaluate:run_evaluate",
+    "evaluate": "finetune.evaluation.run:run_evaluate",
 }
 __all__ = [
     "AdapterBank",
@@ -68,7 +68,7 @@ if TYPE_CHECKING:
     from .finetune.adapters.shelf import AdapterShelf
     from .finetune.align.run_dpo import dpo
     from .finetune.align.run_grpo import grpo
-    from .finetune.evaluate import run_evaluate as evaluate
+    from .finetune.evaluation.run import run_evaluate as evaluate
     from .finetune.generate import generate
     from .finetune.loading import load_model
     from .finetune.many.run import sft_many

@@ -24,7 +24,9 @@ from .base.text.printable import markup, printable
 from .base.tokenizer.tools.commands import app as tokenizer_app
 from .finetune.adapters.commands import app as adapter_app
 from .finetune.align import commands as align
+from .finetune.commands import chat, generate
 from .finetune.data.commands import inspect as inspect_records
+from .finetune.evaluation.commands import evaluate
 from .finetune.memory.commands import plan, vram_app
 from .finetune.serve.commands import serve
 from .finetune.sft_commands import sft
@@ -95,6 +97,9 @@ app.command("sft", rich_help_panel=PANEL["sft"])(sft)
 app.command("plan", rich_help_panel=PANEL["plan"])(plan)
 app.command("dpo", rich_help_panel=PANEL["dpo"])(align.dpo)
 app.command("grpo", rich_help_panel=PANEL["grpo"])(align.grpo)
+app.command("generate", rich_help_panel=PANEL["generate"])(generate)
+app.command("chat", rich_help_panel=PANEL["chat"])(chat)
+app.command("eval", rich_help_panel=PANEL["eval"])(evaluate)
 app.command("serve", rich_help_panel=PANEL["serve"])(serve)
 app.command("ppo", rich_help_panel=PANEL["ppo"])(align.ppo)
 app.command("reward", rich_help_panel=PANEL["reward"])(align.reward)
@@ -164,11 +169,11 @@ def demo(
     force: Force = False,
     device: Device = "auto",
 ) -> None:
-    """The whole chain in five minutes: tokenizer, base, three adapters swapped in one process, memory table.
+    """The whole chain in five minutes: tokenizer, base, four adapters swapped in one process, memory table.
 
     Example: graft demo --out runs/demo
     """
-    from .finetune.demo import run_demo
+    from .finetune.demo.run import run_demo
 
     run_demo(out, seed=seed, force=force, device=device)
 
@@ -298,250 +303,6 @@ def quantize(
     _print_summary(out, run_quantize(base, out, calibrate=calibrate, double_quant=double_quant, force=force))
 
 
-@app.command(rich_help_panel=PANEL["generate"])
-def generate(
-    base: Base,
-    prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", help="Text to go on from; - reads it from stdin; can be repeated.")
-    ] = None,
-    prompt_file: Annotated[
-        Path | None, typer.Option("--prompt-file", help="A prompt a line; in .jsonl a JSON string each.")
-    ] = None,
-    adapter: Annotated[
-        Path | None, typer.Option("--adapter", help="Adapter folder in PEFT's layout, or several: A:0.7,B:0.3.")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens")] = 64,
-    temperature: Annotated[float, typer.Option("--temperature", help="0 takes the most probable token.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option("--top-k")] = None,
-    top_p: Annotated[float | None, typer.Option("--top-p")] = None,
-    min_p: Annotated[float | None, typer.Option("--min-p")] = None,
-    repetition_penalty: Annotated[
-        float, typer.Option("--repetition-penalty", help="Above 1: what was said becomes less likely.")
-    ] = 1.0,
-    stop: Annotated[
-        list[str] | None, typer.Option("--stop", help="A string that ends a text; can be repeated.")
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
-    chat: Annotated[
-        bool | None,
-        typer.Option("--chat/--raw", help=r"As a turn of a chat, or not. \[default: as trained]"),
-    ] = None,
-    chat_template: ChatTemplateName = None,
-    template_arg: TemplateArg = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
-    device: Device = "auto",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="A JSON object for each prompt: text, how it ended, log-probabilities.")
-    ] = False,
-) -> None:
-    """Continue prompts, with or without an adapter.
-
-    Example: graft generate --base runs/demo/base --prompt "def main" --max-new-tokens 40
-    """
-    import json
-
-    from .base.generate.sampling import Sampling
-    from .finetune.data.commands import parse_template_args
-    from .finetune.session import Session
-
-    prompts = _prompts(prompt or [], prompt_file)
-    sampling = Sampling(
-        temperature, top_k, top_p, min_p, max_new_tokens, seed=seed, repetition_penalty=repetition_penalty
-    )
-    args = parse_template_args(template_arg) if template_arg else None
-    session = Session(base, dtype=dtype, device=device, chat=chat, chat_template=chat_template, template_args=args)
-    if adapter is not None:
-        session.load(adapter.name or "adapter", adapter)
-    talks: list[list[dict[str, object]]] = [[{"role": "user", "content": text}] for text in prompts]
-    stops = stop or []
-    if len(talks) == 1 and not as_json:
-        session.answer(talks[0], sampling=sampling, stop=stops, on_text=lambda piece: _write(piece))
-        _write("\n")
-        return
-    for text, one, answer in zip(prompts, talks, session.answers(talks, sampling=sampling, stop=stops), strict=True):
-        if as_json:
-            figures = {"prompt": text, "text": answer.text, "finished": answer.finished, "n_tokens": len(answer.ids)}
-            log_p = [round(value, 6) for value in session.log_probabilities(one, answer.ids)]
-            _write(json.dumps({**figures, "log_probabilities": log_p}, ensure_ascii=False) + "\n")
-        else:
-            _write(f"{text}\n{answer.text}\n\n")
-
-
-def _prompts(given: list[str], file: Path | None) -> list[str]:
-    """The prompts of --prompt and --prompt-file, in this order. Raises ValueError without any."""
-    import json
-
-    prompts = [sys.stdin.read() if text == "-" else text for text in given]
-    if file is not None:
-        if not (file == Path("-") or file.is_file()):
-            raise FileNotFoundError(f"--prompt-file {file} does not exist or is not a regular file")
-        try:
-            lines = (sys.stdin.read() if file == Path("-") else file.read_text(encoding="utf-8")).split("\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"--prompt-file {file}: not UTF-8 at byte {error.start}") from None
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line) if file.suffix == ".jsonl" else line
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{file} line {number}: not JSON ({error})") from None
-            value = value.get("prompt") if isinstance(value, dict) else value
-            if not isinstance(value, str):
-                raise ValueError(f"{file} line {number}: expected a JSON string, or an object with a string prompt")
-            prompts.append(value)
-    if not prompts:
-        raise ValueError("no prompt given; use --prompt TEXT, --prompt - or --prompt-file FILE with at least one line")
-    return prompts
-
-
-@app.command(rich_help_panel=PANEL["chat"])
-def chat(
-    base: Base,
-    adapter: Annotated[list[str] | None, typer.Option("--adapter", help="NAME=DIR; can be repeated.")] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens")] = 128,
-    temperature: Annotated[float, typer.Option("--temperature")] = 0.7,
-    top_p: Annotated[float, typer.Option("--top-p")] = 0.95,
-    repetition_penalty: Annotated[float, typer.Option("--repetition-penalty")] = 1.0,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
-    chat_template: ChatTemplateName = None,
-    template_arg: TemplateArg = None,
-    dtype: Annotated[str, typer.Option("--dtype")] = "float32",
-    device: Device = "auto",
-) -> None:
-    """Talk to a base; /adapter NAME swaps, /adapters lists, /base turns them off, /quit ends.
-
-    The first --adapter is in use at the beginning. A line becomes a turn of a conversation, or a prompt of the shape that
-    the adapter learned.
-
-    Example: graft chat --base runs/demo/base --adapter spam=runs/demo/adapters/spam
-    """
-    from .base.generate.sampling import Sampling
-    from .finetune.data.commands import parse_template_args
-    from .finetune.session import Session, named_folders, talk
-
-    sampling = Sampling(
-        temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed, repetition_penalty=repetition_penalty
-    )
-    args = parse_template_args(template_arg) if template_arg else None
-    session = Session(base, dtype=dtype, device=device, chat=None, chat_template=chat_template, template_args=args)
-    folders = named_folders(adapter or [])
-    for name, folder in folders.items():
-        session.load(name, folder)
-    session.use(next(iter(folders), None))
-    talk(session, sampling)
-
-
-@app.command("eval", rich_help_panel=PANEL["eval"])
-def evaluate(
-    base: Base,
-    data: Annotated[
-        list[str],
-        typer.Option("--data", help="Records with answers (file, folder, glob), or a text file; can be repeated."),
-    ],
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--adapter", help="Adapter folder, A:0.7,B:0.3, or NAME=either; several are compared with the base."
-        ),
-    ] = None,
-    score: Annotated[
-        str, typer.Option("--score", help="exact: the answer it writes; likelihood: its most probable of few answers.")
-    ] = "exact",
-    limit: Annotated[int | None, typer.Option("--limit", help="Only the first N records.")] = None,
-    on_too_long: Annotated[
-        str, typer.Option("--on-too-long", help="Prompts that leave no room for an answer: error or drop.")
-    ] = "error",
-    on_empty: Annotated[str, typer.Option("--on-empty", help="Null or empty rows: error or drop.")] = "error",
-    special_tokens: Annotated[
-        str, typer.Option("--special-tokens", help="Those that the data spells: text or tokens.")
-    ] = "text",
-    chat_template: ChatTemplateName = None,
-    template_arg: TemplateArg = None,
-    field: Field = None,
-    dtype: Annotated[str, typer.Option("--dtype")] = "float32",
-    device: Device = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
-    """Score a base or adapters: loss, perplexity, bits a byte, right answers with their 95% interval, F1 for labels.
-
-    Example: graft eval --base runs/demo/base --adapter runs/demo/adapters/spam --data runs/demo/data/spam/eval.jsonl
-    """
-    import json
-
-    from .base.progress import counting
-    from .finetune.data.commands import parse_fields, parse_template_args
-    from .finetune.evaluate import compare
-
-    folders = _adapter_folders(adapter or [])
-    with counting("eval", shown=sys.stderr.isatty()) as observe:
-        found = compare(
-            base,
-            data,
-            folders,
-            with_base=len(folders) != 1,
-            limit=limit,
-            dtype=dtype,
-            device=device,
-            progress=observe,
-            score=score,
-            on_too_long=on_too_long,
-            on_empty=on_empty,
-            special_tokens=special_tokens,
-            fields=parse_fields(field) if field else None,
-            chat_template=chat_template,
-            template_args=parse_template_args(template_arg) if template_arg else None,
-        )
-    if len(found) == 1:
-        [figures] = found.values()
-        _print_figures(figures, as_json)
-    elif as_json:
-        typer.echo(json.dumps(found))
-    else:
-        _print_comparison(found)
-
-
-def _adapter_folders(given: list[str]) -> dict[str, Path]:
-    """Folders by name: NAME=DIR, or DIR under its own name. Raises ValueError for a name that comes twice."""
-    folders: dict[str, Path] = {}
-    for text in given:
-        name, equals, folder = text.partition("=")
-        if not equals or Path(text).exists():
-            is_stack = ":" in text and not Path(text).exists()
-            name, folder = text if is_stack else Path(text).resolve().name, text
-        if not name or name in folders:
-            raise ValueError(f"--adapter {text}: the name {name!r} is empty or given twice; write NAME=DIR")
-        folders[name] = Path(folder)
-    return folders
-
-
-def _print_comparison(found: dict[str, dict[str, Any]]) -> None:
-    """A row for each adapter: counts, share with its interval, F1, loss."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    is_text = "accuracy" not in next(iter(found.values()))
-    columns = (
-        "adapter",
-        "n",
-        *(() if is_text else ("right", "accuracy", "95% interval", "macro-F1")),
-        "loss",
-        "perplexity",
-        "bits a byte",
-    )
-    table = Table(*columns)
-    for name, figures in found.items():
-        cells = [escape(name), str(figures["n_documents" if is_text else "n_records"])]
-        if not is_text:
-            interval = f"{figures['accuracy_low']:.1%} to {figures['accuracy_high']:.1%}"
-            f1 = f"{figures['f1_macro']:.4f}" if "f1_macro" in figures else ""
-            cells += [str(figures["n_correct"]), f"{figures['accuracy']:.1%}", interval, f1]
-        cells += [f"{figures[key]:.4f}" for key in ("loss", "perplexity", "bits_per_byte")]
-        table.add_row(*cells)
-    Console().print(table)
-
-
 @app.command(rich_help_panel=PANEL["plot"])
 def plot(run: Annotated[Path, typer.Argument(help="Folder of a training run.")]) -> None:
     """Draw a run's loss curve to RUN/loss.png.
@@ -571,12 +332,6 @@ def doctor() -> None:
     for row in report():
         table.add_row(*map(markup, row))
     Console().print(table)
-
-
-def _write(text: str) -> None:
-    """A model's text, at once: as it is into a file or pipe, without control characters onto a terminal."""
-    sys.stdout.write(printable(text, keep="\n\t") if sys.stdout.isatty() else text)
-    sys.stdout.flush()
 
 
 def _print_figures(figures: dict[str, object], as_json: bool) -> None:

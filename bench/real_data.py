@@ -41,7 +41,8 @@ from graft.finetune.adapters.bank import AdapterBank
 from graft.finetune.adapters.files import stored_bytes
 from graft.finetune.adapters.lora import LoraConfig
 from graft.finetune.data.records import Record, to_record
-from graft.finetune.evaluate import f1_scores, write_answers
+from graft.finetune.evaluation.answers import write_answers
+from graft.finetune.evaluation.metrics import f1_scores
 from graft.finetune.loading import load_model, weight_bytes
 from graft.finetune.quantize import stored_bytes as packed_bytes
 from graft.finetune.sft import run_sft

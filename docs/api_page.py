@@ -21,7 +21,7 @@ TITLES = {  # a module's prefix -> the heading over its names; the first that fi
     "finetune.adapters": "Adapters",
     "base.generate": "Generate",
     "finetune.generate": "Generate",
-    "finetune.evaluate": "Evaluate",
+    "finetune.evaluation": "Evaluate",
     "finetune.memory": "Memory",
     "finetune": "Train",
     "base": "Train",

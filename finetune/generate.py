@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..base.generate.beam import beam_search
 from ..base.generate.engine import generate_ids
 from ..base.generate.sampling import Sampling
 from ..base.model.transformer import Transformer
@@ -31,6 +32,8 @@ def generate(
     repetition_penalty: float = 1.0,  # above 1: tokens of the prompt and of the answer become less likely
     stop: Sequence[str] = (),  # strings that end a text, which they are not part of
     seed: int = 0,
+    n_beams: int = 1,  # above 1: beam search, the text of the highest probability; no streaming
+    length_penalty: float = 1.0,  # of beams: above 0 favours long texts, 0 compares plain sums
     on_text: Callable[[int, str], None] | None = None,  # called with (row, piece) as text comes
 ) -> list[str]:
     """The continuation of each prompt, without the prompt, up to an end-of-text or end-of-turn token.
@@ -45,7 +48,19 @@ def generate(
     sampling = Sampling(
         temperature, top_k, top_p, min_p, max_new_tokens, seed=seed, repetition_penalty=repetition_penalty
     )
-    answers = generate_answers(model, tokenizer, ids, sampling, adapters=adapters, stop=stop, on_text=on_text)
+    if n_beams != 1:
+        answers = generate_beams(
+            model,
+            tokenizer,
+            ids,
+            sampling,
+            n_beams=n_beams,
+            length_penalty=length_penalty,
+            adapters=adapters,
+            stop=stop,
+        )
+    else:
+        answers = generate_answers(model, tokenizer, ids, sampling, adapters=adapters, stop=stop, on_text=on_text)
     return [answer.text for answer in answers]
 
 
@@ -95,7 +110,7 @@ def generate_rows(
     model: Transformer,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
+    sampling: Sampling | Sequence[Sampling],
     *,
     adapters: Sequence[str | None] | None = None,
     template: ChatTemplate | None = None,
@@ -112,14 +127,17 @@ def generate_answers(
     model: Transformer,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],  # ids, such as encode_prompt gives for a conversation
-    sampling: Sampling,  # row i has the seed `seed + i`; what ends a text is added to its stop ids
+    sampling: Sampling | Sequence[Sampling],  # for all (row i has the seed `seed + i`), or one for each prompt
     *,
     adapters: Sequence[str | None] | None = None,
     template: ChatTemplate | None = None,  # its end of turn stops too; None: the tokenizer's
     stop: Sequence[str] = (),  # strings that end a text, which they are not part of
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[Answer]:
-    """`generate` for prompts that are ids already. Raises ValueError for an empty stop string."""
+    """`generate` for prompts that are ids already; what ends a text is added to its stop ids. Raises ValueError for an
+    empty stop string."""
+    if isinstance(sampling, Sampling):
+        sampling = [replace(sampling, seed=sampling.seed + row) for row in range(len(prompts))]
     stops = stop_ids(model.config, tokenizer, template)
     decoders = [tokenizer.stream_decoder() for _ in prompts]
     texts = [TextUntil(stop) for _ in prompts]
@@ -133,7 +151,7 @@ def generate_answers(
     produced = generate_ids(
         model,
         prompts,
-        replace(sampling, stop_ids={*sampling.stop_ids, *stops}),
+        [replace(one, stop_ids={*one.stop_ids, *stops}) for one in sampling],
         adapters=rows_of(model, len(prompts), adapters),
         on_token=show if on_text is not None or stop else None,
         allowed=ids_with_text(model, tokenizer, stops),
@@ -144,9 +162,47 @@ def generate_answers(
             if rest and on_text is not None:
                 on_text(row, rest)
     answers = []
-    for new, text in zip(produced, texts, strict=True):
-        finished = "length" if len(new) == sampling.max_new_tokens and not text.ended else "stop"
+    for new, text, one in zip(produced, texts, sampling, strict=True):
+        finished = "length" if len(new) == one.max_new_tokens and not text.ended else "stop"
         answers.append(Answer(text.text if stop else tokenizer.decode(new), new, finished))
+    return answers
+
+
+def generate_beams(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,  # max_new_tokens, stop_ids, repetition_penalty
+    *,
+    n_beams: int,
+    length_penalty: float = 1.0,
+    adapters: Sequence[str | None] | None = None,
+    template: ChatTemplate | None = None,
+    stop: Sequence[str] = (),
+) -> list[Answer]:
+    """The best beam after each prompt (base/generate/beam.py), up to a stop token or string. Raises ValueError as it does,
+    and for an empty stop string."""
+    TextUntil(stop)  # raises for an empty one
+    stops = stop_ids(model.config, tokenizer, template)
+    sampling = replace(sampling, stop_ids={*sampling.stop_ids, *stops})
+    allowed = ids_with_text(model, tokenizer, stops)
+    names = rows_of(model, len(prompts), adapters) or [None] * len(prompts)
+
+    def ends(ids: list[int]) -> bool:
+        text = tokenizer.decode(ids)
+        return any(one in text for one in stop)
+
+    answers = []
+    for prompt, name in zip(prompts, names, strict=True):
+        [best, *_] = beam_search(
+            model, prompt, sampling, n_beams=n_beams, length_penalty=length_penalty, adapter=name, allowed=allowed,
+            ends=ends if stop else None,
+        )  # fmt: skip
+        new = best.ids[:-1] if best.ids[-1] in sampling.stop_ids else best.ids
+        until = TextUntil(stop)
+        until.push(tokenizer.decode(new))
+        until.flush()
+        answers.append(Answer(until.text, new, "stop" if best.ended else "length"))
     return answers
 
 

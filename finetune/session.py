@@ -22,9 +22,10 @@ from .data.chat import ChatTemplate, encode_prompt
 from .data.records import Message
 from .data.shape import in_shape
 from .data.templates import template_source
-from .generate import Answer, generate_answers, start_ids
+from .generate import Answer, generate_answers, generate_beams, start_ids
 from .loading import check_finite, check_token_ids, load_model
 
+SHOWN = 40  # characters of a forgotten message
 HELP = "/adapter NAME swaps (A:0.7,B:0.3 adds up), /adapters lists, /base turns them off, /new forgets the talk, /quit ends"
 
 
@@ -145,6 +146,8 @@ class Session:
         *,
         sampling: Sampling,
         stop: Sequence[str] = (),
+        n_beams: int = 1,  # above 1: beam search, without streaming
+        length_penalty: float = 1.0,
         on_text: Callable[[int, str], None] | None = None,
     ) -> list[Answer]:
         """The reply to each of several conversations. Raises ValueError that names every one that leaves no room."""
@@ -158,14 +161,14 @@ class Session:
                 f"{which}{more} has {too_long[0][1]} tokens, the model reads {limit}; shorten the prompt, or begin anew with /new"
             )
         room = min(limit - len(ids) for ids in prompts)
+        sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
+        if n_beams != 1:
+            return generate_beams(
+                self.model, self.tokenizer, prompts, sampling, n_beams=n_beams, length_penalty=length_penalty,
+                template=self.template(), stop=stop,
+            )  # fmt: skip
         return generate_answers(
-            self.model,
-            self.tokenizer,
-            prompts,
-            replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room)),
-            template=self.template(),
-            stop=stop,
-            on_text=on_text,
+            self.model, self.tokenizer, prompts, sampling, template=self.template(), stop=stop, on_text=on_text
         )
 
     @torch.inference_mode()
@@ -229,11 +232,18 @@ def talk(session: Session, sampling: Sampling) -> None:
 
 
 def _forget_oldest(session: Session, messages: list[Message], sampling: Sampling, console: Console) -> None:
-    """Drop what doesn't fit beside an answer of at most a quarter of the model's length, and say so."""
+    """Drop what doesn't fit beside an answer of at most a quarter of the model's length, and say how much and what."""
     room = min(sampling.max_new_tokens, session.model.config.max_seq_len // 4)
     kept = session.fitting(messages, room)
     if n_dropped := len(messages) - len(kept):
-        _say(console, f"the talk is too long for the model: its {n_dropped} oldest messages are forgotten", "dim")
+        ids = {id(message) for message in kept}
+        dropped = next(str(message["content"]) for message in messages if id(message) not in ids)
+        first = dropped[:SHOWN] + ("..." if len(dropped) > SHOWN else "")
+        _say(
+            console,
+            f"the talk is too long for the model: its {n_dropped} oldest messages are forgotten, from {first!r} on",
+            "dim",
+        )
         messages[:] = kept
 
 

@@ -280,7 +280,8 @@ def _scores(model: Transformer, job: _Job, device: str) -> dict[str, float]:
     """Share of right answers to the held-out records, and macro-F1 where their answers are few; if best_by names one."""
     if job.config.train.best_by not in SCORES:
         return {}
-    from .evaluate import EvalOptions, evaluate_records
+    from .evaluation.options import EvalOptions
+    from .evaluation.records import evaluate_records
 
     options = EvalOptions(
         on_too_long="drop",

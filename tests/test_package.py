@@ -113,11 +113,11 @@ print("all")
 @pytest.mark.slow
 def test_every_module_imports_without_what_only_unix_has() -> None:
     """Law: with `resource`, `fcntl` and the optional packages out of reach, as on Windows, every module but the Triton
-    kernels imports."""
+    kernels and the harness's model class, whose parent class is the harness's, imports."""
     names = [
         ".".join(path.with_suffix("").parts)
         for path in modules()
-        if not path.name.startswith(("triton_", "__")) and len(path.parts) > 1 and "bench" not in path.name
+        if not path.name.startswith(("triton_", "lm_eval_", "__")) and len(path.parts) > 1 and "bench" not in path.name
     ]
     assert len(names) > 100
     blocked = "resource,fcntl,pwd,grp,termios,matplotlib,pyarrow,bitsandbytes,peft,transformers"
@@ -142,16 +142,27 @@ def test_every_module_imports_without_what_only_unix_has() -> None:
             "list(records._parquet_rows(b'', pathlib.Path('a.parquet')))",
             "a.parquet: reading Parquet needs pyarrow; run pip install 'graftlm[parquet]'",
         ),
+        (
+            "sacrebleu",
+            "metrics.text_figures(['chrf'], ['a'], ['b'])",
+            "a score by chrF or BLEU needs sacrebleu; run pip install 'graftlm[metrics]'",
+        ),
+        (
+            "lm_eval",
+            "importlib.import_module('graft.finetune.evaluation.lm_eval_model')",
+            "the harness's model class needs lm_eval; run pip install 'graftlm[lm-eval]'",
+        ),
     ],
 )
 def test_a_package_that_is_not_installed(package: str, call: str, message: str) -> None:
     """Law: the message names the extra, and the extra holds the package."""
     code = f"""
-import io, pathlib, sys
+import importlib, io, pathlib, sys
 sys.modules[{package!r}] = None
 from graft.base import plots
 from graft.base.text import documents
 from graft.finetune.data import records
+from graft.finetune.evaluation import metrics
 try:
     {call}
 except ValueError as error:
@@ -159,7 +170,7 @@ except ValueError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout == message + "\n", done.stderr
-    extra = re.search(r"\[(\w+)\]", message)
+    extra = re.search(r"\[([\w-]+)\]", message)
     assert extra is not None
     extras = settings()["project"]["optional-dependencies"]
     assert extras[extra[1]][0].startswith(package)

@@ -238,6 +238,19 @@ class KVCache:
         self.lengths.pop()
         self._lengths_changed()
 
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Row i becomes what row rows[i] was; a row may come several times, or go. Raises ValueError for too many rows."""
+        if len(rows) > self.max_rows:
+            raise ValueError(f"{len(rows)} rows are more than the {self.max_rows} of the cache")
+        if list(rows) == list(range(self.n_rows)):
+            return
+        index = torch.tensor(rows, device=self.device)
+        for layer in self.layers:
+            for tensor in layer.tensors():
+                tensor[: len(rows), :, : self.end] = tensor[index, :, : self.end]
+        self.lengths = [self.lengths[row] for row in rows]
+        self._lengths_changed()
+
     def _lengths_changed(self) -> None:
         """Write the mask and the positions anew; needed only when rows come or go."""
         if len(set(self.lengths)) <= 1 and (not self.lengths or self.lengths[0] == self.end):

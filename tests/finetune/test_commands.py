@@ -207,3 +207,30 @@ def test_a_recipe_is_where_the_settings_start(run: Run, base_dir: Path, tmp_path
     listed = run("config", "recipes")[1]
     assert "llama-3.1-8b-qlora-8gb" in listed
     assert "6.08 GiB" in listed
+
+
+def test_generate_with_beams(run: Run, base_dir: Path) -> None:
+    """Law: one beam is the greedy text; several are graft.generate's beams, alone, in JSON and up to a stop string; what
+    contradicts beams is refused."""
+    import graft
+
+    model, tokenizer = graft.load_model(base_dir), graft.Tokenizer.load(base_dir)
+    [best] = graft.generate(model, tokenizer, ["the cat"], max_new_tokens=6, n_beams=3, length_penalty=0.5)
+    common = ["generate", "--base", base_dir, "--max-new-tokens", 6, "--device", "cpu", "--prompt", "the cat"]
+    beams = [*common, "--beams", 3, "--length-penalty", 0.5]
+    code, out, err = run(*beams)
+    assert (code, out) == (0, f"{best}\n"), err
+    answer = json.loads(run(*beams, "--json")[1])
+    assert answer["text"] == best
+    assert len(answer["log_probabilities"]) == answer["n_tokens"] == 6
+    assert run(*common, "--beams", 1)[1] == run(*common)[1]
+    [cut] = graft.generate(model, tokenizer, ["the cat"], max_new_tokens=6, n_beams=3, stop=[best[1:3]])
+    assert best[1:3] not in cut
+    for wrong, message in (
+        (["--beams", 0], "--beams 0 must be >= 1"),
+        (["--length-penalty", 2], "--length-penalty is about beams; add --beams N"),
+        (["--beams", 2, "--temperature", 0.5], "beam search takes the most probable text"),
+        (["--beams", 2, "--stop", ""], "a stop string is empty"),
+    ):
+        code, _, err = run(*common, *wrong)
+        assert (code, message in err) == (1, True), err

@@ -17,7 +17,7 @@ from graft.finetune.adapters.files import save_adapter
 from graft.finetune.adapters.lora import LoraConfig, attach_lora
 from graft.finetune.adapters.merge import run_merge
 from graft.finetune.data.chat import CHATML, ChatTemplate, encode_prompt
-from graft.finetune.evaluate import run_evaluate
+from graft.finetune.evaluation.run import run_evaluate
 from graft.finetune.loading import load_model
 from graft.finetune.session import Session, named_folders, talk
 
@@ -192,7 +192,8 @@ def test_a_long_talk_forgets_its_oldest_turns(
     monkeypatch.setattr(sys, "stdin", io.StringIO("the cat sat on the mat\n" * 12))
     talk(speaker, Sampling(max_new_tokens=8))
     said = capsys.readouterr().out
-    assert "the talk is too long for the model: its 2 oldest messages are forgotten" in said
+    forgotten = "its 2 oldest messages are forgotten, from 'the cat sat on the mat' on"
+    assert f"the talk is too long for the model: {forgotten}" in said.replace("\n", "")
 
 
 def test_nothing_that_is_printed_steers_the_terminal(

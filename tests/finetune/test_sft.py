@@ -22,7 +22,7 @@ from graft.finetune.adapters.lora import LoraConfig
 from graft.finetune.data.chat import encode_record
 from graft.finetune.data.packing import SFTBatches
 from graft.finetune.data.records import read_records
-from graft.finetune.evaluate import run_evaluate
+from graft.finetune.evaluation.run import run_evaluate
 from graft.finetune.generate import generate
 from graft.finetune.loading import load_model
 from graft.finetune.quantize import run_quantize

@@ -21,7 +21,7 @@ from graft.finetune.adapters.config import LoraConfig
 from graft.finetune.adapters.files import read_adapter, save_adapter
 from graft.finetune.adapters.lora import adapted_layers
 from graft.finetune.data.packing import SFTBatches
-from graft.finetune.evaluate import run_evaluate
+from graft.finetune.evaluation.run import run_evaluate
 from graft.finetune.loading import load_model
 from graft.finetune.memory.measure import measure_memory
 from graft.finetune.optimizers import trained_optimizer

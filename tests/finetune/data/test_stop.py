@@ -15,7 +15,7 @@ from graft.base.tokenizer.tokenizer import Tokenizer
 from graft.finetune.data.chat import ChatTemplate, encode_prompt, end_of_turn
 from graft.finetune.data.stop import stop_ids, write_endings
 from graft.finetune.data.templates import CHATML, TEMPLATES
-from graft.finetune.evaluate import run_evaluate
+from graft.finetune.evaluation.run import run_evaluate
 from graft.finetune.folders import carry_over
 from graft.finetune.sft import run_sft
 
