@@ -29,9 +29,9 @@ from graft.base.pretrain import with_special_ids
 from graft.base.runlog import read_metrics
 from graft.base.tokenizer.tokenizer import Tokenizer
 from graft.finetune.align.rewards import parse_rewards
+from graft.finetune.align.rollout_task import evaluate_rewards
 from graft.finetune.align.rollouts import Sampler, read_prompts
 from graft.finetune.align.run_grpo import grpo
-from graft.finetune.align.run_rewards import evaluate_rewards
 from graft.finetune.loading import load_model
 from graft.finetune.sft import run_sft
 

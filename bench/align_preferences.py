@@ -22,7 +22,15 @@ SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 SIZES: dict[str, Any] = {
     "d_model": 256, "n_layers": 6, "n_heads": 8, "n_kv_heads": 4, "d_head": 32, "d_ff": 768, "max_seq_len": 256,
 }  # fmt: skip
-FIGURES = ("val_accuracy", "val_margin", "val_kl", "val_chosen_logp", "val_rejected_logp", "val_chosen_gain", "val_rejected_gain")
+FIGURES = (
+    "val_accuracy",
+    "val_margin",
+    "val_kl",
+    "val_chosen_logp",
+    "val_rejected_logp",
+    "val_chosen_gain",
+    "val_rejected_gain",
+)
 
 
 def split_rows(source: Path, folder: Path, seed: int) -> dict[str, Path]:
@@ -74,7 +82,9 @@ def preferences(source: Path, folder: Path, *, real: Path | None, steps: int | N
         **rate, **({"steps": steps} if steps else {"epochs": 1 if real else 3}),
     )  # fmt: skip
     taken = f"{time.process_time() - began:.0f} s of processor time, {time.perf_counter() - wall:.0f} s wall"
-    print(f"{real or 'base made here'}: {summary['steps']} steps, {summary['n_pairs']} pairs, {summary['n_equal']} equal; {taken}")
+    print(
+        f"{real or 'base made here'}: {summary['steps']} steps, {summary['n_pairs']} pairs, {summary['n_equal']} equal; {taken}"
+    )
     for name in FIGURES:
         print(f"    {name}: {summary[name]:.3f}")
     return summary

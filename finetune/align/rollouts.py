@@ -28,13 +28,10 @@ from ..generate import ids_with_text, start_ids
 from .grpo import groups_without_signal
 from .preferences import permutation
 from .rewards import Sample, Term, score
+from .run import StoppedEarly
 
 LOG = "rollouts.jsonl"
 SAYS_NO_SIGNAL_AFTER = 5  # rollouts in a row
-
-
-class NoSignal(Exception):
-    """All rewards of so many rollouts in a row were equal within their groups, and the run was asked to stop then."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,7 +228,7 @@ class Rollouts:
         if n == SAYS_NO_SIGNAL_AFTER:
             print(f"warning: {said}; make the prompts easier or harder, or add a reward", file=sys.stderr)
         if self.stop_without_signal and n >= self.stop_without_signal:
-            raise NoSignal(said)
+            raise StoppedEarly(said)
 
     def _write(self, step: int, samples: Sequence[Sample], totals: Sequence[float]) -> None:
         """Append examples to rollouts.jsonl, behind what the resumed checkpoint knew of."""

@@ -17,7 +17,8 @@ from .grpo import policy_loss
 from .logprobs import head_logprobs, hidden_and_head
 from .ppo import advantages_and_returns, token_rewards, value_loss, whiten
 from .reward_model import ScalarHead
-from .run_rewards import Reference, RolloutOptions, run_rewards
+from .rollout_task import Reference, RolloutOptions, spec_text, stage
+from .run import align
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,6 @@ class PPOOptions:
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"{name}={value} must be >= 0 and finite")
-
-
-PARTS = setup.parts(PPOOptions, RolloutOptions)
 
 
 class PPO:
@@ -114,6 +112,10 @@ class PPO:
         n = self.n_labels(batch)
         return (value + options.value_coef * of_values) * n, {name: figure * n for name, figure in figures.items()}
 
+    def detach(self, model: Transformer) -> None:
+        """Without the value head."""
+        del model.value_head
+
     def n_labels(self, batch: Batch) -> int:
         return int(batch["mask"].sum())
 
@@ -121,37 +123,11 @@ class PPO:
         return batch["ids"].numel()
 
 
+STAGE = stage("ppo", setup.parts(PPOOptions, RolloutOptions), PPO, {"group_size": 1, "updates_per_rollout": 4})
+
+
 def ppo(
-    *,
-    base: Path | str,
-    data: Path | str,
-    rewards: str | Mapping[str, float],
-    out: Path | str,
-    method: str = "lora",
-    adapter: Path | str | None = None,
-    eval_data: Path | str | None = None,
-    resume: bool = False,
-    force: bool = False,
-    device: str = "auto",
-    progress: bool = False,
-    **settings: Any,  # keys of the parts: clip, kl_coef, lam, value_coef, max_new_tokens, ...
+    *, base: Path | str, data: Path | str, rewards: str | Mapping[str, float], out: Path | str, **options: Any
 ) -> dict[str, Any]:
     """`graft ppo` from Python; arguments and errors as of `grpo`. Defaults: one answer a prompt, 4 updates a rollout."""
-    return run_rewards(
-        "ppo",
-        PARTS,
-        PPO,
-        base=Path(base),
-        data=Path(data),
-        rewards=rewards,
-        out=Path(out),
-        method=method,
-        adapter=Path(adapter) if adapter is not None else None,
-        eval_data=Path(eval_data) if eval_data is not None else None,
-        resume=resume,
-        force=force,
-        device=device,
-        progress=progress,
-        settings=settings,
-        defaults={"group_size": 1, "updates_per_rollout": 4},
-    )
+    return align(STAGE, base=base, data=data, out=out, rewards=spec_text(rewards), **options)

@@ -15,7 +15,7 @@ from graft.base.generate.engine import Engine
 from graft.base.generate.sampling import Sampling
 from graft.base.model.huggingface import save_model
 from graft.base.runlog import read_metrics
-from graft.finetune.align import run_rewards
+from graft.finetune.align import rollout_task
 from graft.finetune.align.rollouts import Prompt, Rollouts, Sampler, collate_rollout
 from graft.finetune.align.run_grpo import GRPO, GRPOOptions, grpo
 from graft.finetune.loading import load_model
@@ -307,7 +307,7 @@ def test_options_of_the_kinds() -> None:
     assert found == {
         "grpo": "sequence", "dr_grpo": "constant:7", "dapo": "token", "gspo": "sequence", "cispo": "token",
     }  # fmt: skip
-    assert run_rewards.RolloutOptions(rewards='{"regex:a + b": 0.5}').terms()[0].weight == 0.5
+    assert rollout_task.RolloutOptions(rewards='{"regex:a + b": 0.5}').terms()[0].weight == 0.5
 
 
 def test_command(base_dir: Path, prompts: Path, tmp_path: Path, graft: Callable[..., Any]) -> None:
