@@ -28,10 +28,11 @@ from graft.base.model.transformer import Transformer, initialize_
 from graft.base.pretrain import with_special_ids
 from graft.base.runlog import read_metrics
 from graft.base.tokenizer.tokenizer import Tokenizer
+from graft.finetune.align.prompts import read_prompts
 from graft.finetune.align.rewards import parse_rewards
 from graft.finetune.align.rollout_task import evaluate_rewards
-from graft.finetune.align.rollouts import Sampler, read_prompts
 from graft.finetune.align.run_grpo import grpo
+from graft.finetune.align.sampler import Sampler
 from graft.finetune.loading import load_model
 from graft.finetune.sft import run_sft
 

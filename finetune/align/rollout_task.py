@@ -17,10 +17,13 @@ from ...base.tokenizer.tokenizer import Tokenizer
 from ...base.train import Batch, Objective
 from ..data.chat import ChatTemplate
 from ..loading import load_model
+from ..memory.step import Work
 from . import setup
+from .prompts import Prompt, read_prompts
 from .rewards import Sample, Term, parse_rewards, score
-from .rollouts import LOG, Algorithm, Prompt, Rollouts, Sampler, read_prompts
+from .rollouts import LOG, Algorithm, Rollouts
 from .run import Source, Stage, Training
+from .sampler import Sampler
 
 LEARNING_RATES = {"full": 1e-5, "lora": 1e-4, "qlora": 1e-4}  # peak
 DEFAULTS: dict[str, Any] = {
@@ -70,13 +73,19 @@ class Method(Algorithm, Objective, Protocol):
 MakeMethod = Callable[[Run, setup.Policy, Reference, list[str]], Method]
 
 
-def stage(name: str, parts: Mapping[str, type], make: MakeMethod, defaults: Mapping[str, Any] | None = None) -> Stage:
+def stage(
+    name: str,
+    parts: Mapping[str, type],
+    make: MakeMethod,
+    work: Callable[[Run], Work],
+    defaults: Mapping[str, Any] | None = None,
+) -> Stage:
     """A method on rewards as a stage; `defaults` of its own beside those above."""
 
     def own(method: str, requested: Mapping[str, Any], n_rows: int) -> dict[str, Any]:
         return DEFAULTS | {"learning_rate": LEARNING_RATES.get(method, 0.0)} | dict(defaults or {})
 
-    return Stage(name, parts, own, lambda draft, source: RolloutTask.read(make, draft, source))
+    return Stage(name, parts, own, lambda draft, source: RolloutTask.read(make, draft, source), work)
 
 
 def spec_text(rewards: str | Mapping[str, float]) -> str:

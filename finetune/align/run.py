@@ -24,6 +24,7 @@ from ..adapters.files import read_adapter
 from ..data.chat import ChatTemplate
 from ..loading import check_token_ids
 from ..memory.report import print_prediction
+from ..memory.step import Work
 from ..sft import save_trained, stored_in_4_bits
 from . import setup
 
@@ -102,6 +103,7 @@ class Stage:
         [str, Mapping[str, Any], int], dict[str, Any]
     ]  # (full | lora | qlora, requested, n_rows) -> by key
     read: Callable[[Run, Source], Task]
+    work: Callable[[Run], Work]  # a step of such a run on made-up rows, for the memory prediction
 
 
 def align(
@@ -151,12 +153,14 @@ def align(
             print(explain_device(requested_device, device), file=sys.stderr)
         predicted = print_prediction(
             model_config,
-            config.train if stage.name in ("grpo", "ppo") else setup.doubled(config.train),
+            config.train,
             device,
             method="qlora" if stored else method,
             seq_len=task.longest,
             lora=config.lora,
             double_quant=stored["double_quant"] if stored else config.quant.double_quant,
+            stage=stage.name,
+            work=stage.work(config),
         )
         reset_peak(device)
         policy = setup.make_policy(config, device, adapter)

@@ -28,6 +28,7 @@ from .preference_task import PreferenceTask
 from .reference import answer_logps
 from .run import Source, Stage, align
 from .simpo import simpo_loss
+from .step_memory import PairWork, made_up_labels
 
 Loss = Literal["sigmoid", "ipo", "robust", "hinge", "kto", "orpo", "simpo"]
 WITHOUT_REFERENCE = ("orpo", "simpo")
@@ -221,7 +222,14 @@ def _read(draft: Run, source: Source) -> PreferenceTask:
     return PreferenceTask.read(DPO(), draft, source, labelled=draft.objective.loss == "kto")
 
 
-STAGE = Stage("dpo", setup.parts(DPOOptions), partial(preference_task.defaults, LEARNING_RATES), _read)
+def _work(config: Run) -> PairWork:
+    objective = PreferenceObjective(config.objective, made_up_labels())
+    return PairWork(
+        config, objective, attach=lambda model: None, reference=config.objective.loss not in WITHOUT_REFERENCE
+    )
+
+
+STAGE = Stage("dpo", setup.parts(DPOOptions), partial(preference_task.defaults, LEARNING_RATES), _read, _work)
 
 
 def dpo(*, base: Path | str, data: Path | str, out: Path | str, **options: Any) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from .grpo import (
 from .logprobs import response_logprobs
 from .rollout_task import Reference, RolloutOptions, spec_text, stage
 from .run import align
+from .step_memory import AnswerWork
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,12 @@ class GRPO:
         return batch["ids"].numel()
 
 
-STAGE = stage("grpo", setup.parts(GRPOOptions, RolloutOptions), GRPO)
+def _work(config: Run) -> AnswerWork:
+    per_token = [("old_logp", config.data.updates_per_rollout > 1), ("ref_logp", config.objective.kl_coef > 0)]
+    return AnswerWork(config, GRPO, per_token=[name for name, used in per_token if used], per_row=["advantages"])
+
+
+STAGE = stage("grpo", setup.parts(GRPOOptions, RolloutOptions), GRPO, _work)
 
 
 def grpo(

@@ -14,11 +14,12 @@ from ...base.run import Run
 from ...base.train import Batch, Figures
 from . import setup
 from .grpo import policy_loss
-from .logprobs import head_logprobs, hidden_and_head
+from .logprobs import head_logprobs, hidden_and_head, scored_rows, spread
 from .ppo import advantages_and_returns, token_rewards, value_loss, whiten
 from .reward_model import ScalarHead
 from .rollout_task import Reference, RolloutOptions, spec_text, stage
 from .run import align
+from .step_memory import AnswerWork
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,12 @@ class PPO:
     def logps_and_values(self, model: Transformer, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """log pi(token) and V before it, (B, T) each, 0 where not mask, from one pass; a model without a value head gives 0."""
         hidden, head = hidden_and_head(model, ids, None, None)
-        before, labels = hidden[:, :-1][mask[:, 1:]], ids[:, 1:][mask[:, 1:]]  # (N, D), (N,)
+        before, labels, at = scored_rows(hidden, ids, mask)
         temperature = self.rollouts.temperature
         logp, _ = head_logprobs(head, before, labels, temperature=temperature, n_vocab=model.config.vocab_size)
         value_head = getattr(model, "value_head", None)
         values = torch.zeros_like(logp) if value_head is None else value_head(before)
-        return tuple(one.new_zeros(mask.shape).masked_scatter(mask, one) for one in (logp, values))  # pyright: ignore
+        return spread(logp, at, mask), spread(values, at, mask)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor | tuple[Tensor, Figures]:
         """(policy loss + value_coef * value loss) times the tokens that both are means over."""
@@ -123,7 +124,11 @@ class PPO:
         return batch["ids"].numel()
 
 
-STAGE = stage("ppo", setup.parts(PPOOptions, RolloutOptions), PPO, {"group_size": 1, "updates_per_rollout": 4})
+def _work(config: Run) -> AnswerWork:
+    return AnswerWork(config, PPO, per_token=["advantages", "old_logp", "old_values", "returns"], per_row=[])
+
+
+STAGE = stage("ppo", setup.parts(PPOOptions, RolloutOptions), PPO, _work, {"group_size": 1, "updates_per_rollout": 4})
 
 
 def ppo(

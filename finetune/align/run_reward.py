@@ -30,9 +30,10 @@ from ..sft import row_limit
 from . import preference_task, setup
 from .preference_rows import PreferenceData
 from .preference_task import PreferenceTask
+from .prompts import prompt_of
 from .reward_model import ScalarHead, bradley_terry_loss
-from .rollouts import prompt_of
 from .run import Source, Stage, align
+from .step_memory import PairWork
 
 HEAD = "reward_head.safetensors"
 LEARNING_RATES = {"full": 1e-5, "lora": 3e-4, "qlora": 3e-4}  # peak
@@ -130,7 +131,13 @@ def _read(draft: Run, source: Source) -> PreferenceTask:
     return PreferenceTask.read(RewardMethod(source, limit), draft, source)
 
 
-STAGE = Stage("reward", setup.parts(RewardModelOptions), partial(preference_task.defaults, LEARNING_RATES), _read)
+def _work(config: Run) -> PairWork:
+    return PairWork(config, RewardObjective(config.objective), attach=add_head, reference=False)
+
+
+STAGE = Stage(
+    "reward", setup.parts(RewardModelOptions), partial(preference_task.defaults, LEARNING_RATES), _read, _work
+)
 
 
 def reward(*, base: Path | str, data: Path | str, out: Path | str, **options: Any) -> dict[str, Any]:

@@ -18,7 +18,15 @@ from .count import LiveBytes, Peak, Place
 from .devices import CUDA_GRANULE, cpu_bytes_within, cuda_bytes_within, workspace_bytes
 from .settings import MemorySettings, read_model_config
 from .shapes import ShapeTensor
-from .step import make_optimizer, run_generation, run_training_step, shaped_model
+from .step import (
+    Work,
+    make_micro_batches,
+    make_optimizer,
+    run_decoding,
+    run_generation,
+    run_training_step,
+    shaped_model,
+)
 
 SAMPLES = (3, 4)  # repetitions of a group of layers that are run in place of more
 LONGEST_GROUP = 8  # layers that may repeat as a group, such as five with a window and one without
@@ -85,9 +93,16 @@ def estimate_memory(
 
 
 def estimate(
-    config: ModelConfig, settings: MemorySettings, *, device: str = "auto", whole: bool = False
+    config: ModelConfig,
+    settings: MemorySettings,
+    *,
+    device: str = "auto",
+    whole: bool = False,  # run all layers however many there are
+    work: Work | None = None,  # what the stage computes; None: the next token's loss
 ) -> MemoryEstimate:
-    """`estimate_memory` on a settings object; `whole` runs all layers however many there are."""
+    """`estimate_memory` on a settings object."""
+    if (work is None) != (settings.stage == "sft"):
+        raise ValueError(f"stage {settings.stage} and its work go together; see finetune/stages.py")
     if settings.method == "generate" and settings.seq_len > config.max_seq_len:
         raise ValueError(f"seq_len={settings.seq_len} is more than the model's max_seq_len={config.max_seq_len}")
     kind = resolve_device("auto") if device == "auto" else device.partition(":")[0]
@@ -97,9 +112,9 @@ def estimate(
     start, size, n_groups = (0, 1, 0) if whole or by_path else repeated_group(config)
     more = SAMPLES[1]
     if n_groups <= more:
-        run = _run(config, settings, kind)
+        run = _run(config, settings, kind, work)
     else:
-        runs = [_run(with_groups(config, start, size, n_groups, keep=n), settings, kind) for n in SAMPLES]
+        runs = [_run(with_groups(config, start, size, n_groups, keep=n), settings, kind, work) for n in SAMPLES]
         run = _extrapolate(*runs, start=start, size=size, steps=n_groups - more)
     return _summarize(run, config, settings, kind)
 
@@ -114,6 +129,8 @@ def predict_run(
     double_quant: bool = True,
     optimizer: str = "adamw",
     device: str = "auto",
+    stage: str = "sft",
+    work: Work | None = None,
 ) -> int:
     """Peak bytes of a run before it starts, for the training commands to print: about a second."""
     lora = lora or LoraConfig()
@@ -128,8 +145,9 @@ def predict_run(
         rank=lora.rank,
         targets=lora.targets,
         double_quant=double_quant,
+        stage=stage,
     )
-    return estimate(config, settings, device=device).peak_bytes
+    return estimate(config, settings, device=device, work=work).peak_bytes
 
 
 def fits(device: str, n_bytes: int) -> str | None:
@@ -169,14 +187,15 @@ class _Run:
     peaks: dict[Place, Peak]
 
 
-def _run(config: ModelConfig, settings: MemorySettings, device: str) -> _Run:
+def _run(config: ModelConfig, settings: MemorySettings, device: str, work: Work | None) -> _Run:
     """The step on a fake model. The tensors are the CPU's throughout, since fake CUDA ones need a CUDA build of PyTorch; for
     a GPU the kernels are chosen as there."""
     on_gpu = device == "cuda"
     granule, within = (CUDA_GRANULE, cuda_bytes_within) if on_gpu else (1, cpu_bytes_within)
     counter = LiveBytes(shapes=True, granule=granule, within=within)
     with predicting("cuda" if on_gpu else "cpu"):
-        model = shaped_model(config, settings)
+        model = shaped_model(config, settings, work)
+        batches = None if work is None else make_micro_batches(config, settings, work)
         sizes = count_model(model, counter)
         if on_gpu:
             n_bytes = workspace_bytes(backward=settings.method != "generate")
@@ -190,7 +209,12 @@ def _run(config: ModelConfig, settings: MemorySettings, device: str) -> _Run:
                 optimizer = make_optimizer(model, settings)
                 counter.add(optimizer.state_tensors().values(), "optimizer")
                 sizes["optimizer"] = counter.kinds["optimizer"]
-                run_training_step(model, optimizer, settings, "cpu", counter=counter)
+                if work is not None and (rows := work.rollout_rows(settings.batch_size)):
+                    counter.enter("rollout", "", "temporaries")
+                    sizes["cache"] = run_decoding(model, settings, "cpu", rows, counter=counter).n_bytes
+                for batch in batches or ():
+                    counter.add(batch.values(), "batch")
+                run_training_step(model, optimizer, settings, "cpu", counter=counter, work=work, micro_batches=batches)
     kept = [counter.kept[i] for i in range(config.n_layers)]
     return _Run(config.n_layers, sizes, kept, counter.peaks)
 

@@ -8,12 +8,17 @@ from ...base.model.config import PRESETS, ModelConfig, preset
 
 Method = Literal["full", "lora", "qlora", "generate"]
 METHODS = ("full", "lora", "qlora", "generate")
+STAGES = ("sft", "dpo", "reward", "grpo", "ppo")  # what a training step computes; pretraining's is sft's
 SMALL_VOCAB = 8192  # of the small presets, which take their tokenizer's in a real run
 
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """One training step, or one prompt and its answer. Raises ValueError for names that don't exist and sizes below 1."""
+    """One training step, or one prompt and its answer. Raises ValueError for names that don't exist and sizes below 1.
+
+    In dpo and reward a row of the batch is a pair, two answers of seq_len tokens each with their prompt; in grpo and ppo it is
+    an answer with its prompt.
+    """
 
     method: str = "full"  # full: float32 weights; lora: frozen weights in dtype; qlora: in NF4; generate: in dtype
     batch_size: int = 1  # sequences an update
@@ -25,6 +30,7 @@ class MemorySettings:
     rank: int = 16  # of the adapters
     targets: tuple[str, ...] = ("all-linear",)  # which linears have one
     double_quant: bool = True
+    stage: str = "sft"  # sft, dpo, reward, grpo or ppo
 
     def __post_init__(self) -> None:
         from ...base.dtypes import DTYPES  # not above: `graft plan` reads this file and needs no torch
@@ -32,6 +38,12 @@ class MemorySettings:
 
         if self.method not in METHODS:
             raise ValueError(f"unknown method {self.method!r}; choose {', '.join(METHODS)}")
+        if self.stage not in STAGES:
+            raise ValueError(f"unknown stage {self.stage!r}; choose {', '.join(STAGES)}")
+        if self.stage != "sft" and self.method == "generate":
+            raise ValueError(
+                f"method generate trains nothing, so stage {self.stage} has none; choose full, lora or qlora"
+            )
         if self.dtype not in DTYPES:
             raise ValueError(f"unknown dtype {self.dtype!r}; choose {', '.join(DTYPES)}")
         if self.optimizer not in OPTIMIZERS:
@@ -42,6 +54,11 @@ class MemorySettings:
                 raise ValueError(f"{name}={value} must be >= 1")
         if self.method == "generate" and self.seq_len < 2:
             raise ValueError(f"seq_len={self.seq_len} leaves no room for a prompt and a new token; use at least 2")
+
+    @property
+    def name(self) -> str:
+        """Of a column or a bar: the method, behind the stage where that is alignment."""
+        return self.method if self.stage == "sft" else f"{self.stage} {self.method}"
 
     @property
     def rows(self) -> int:

@@ -124,6 +124,8 @@ def _by_own_rule(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> T
         return args[0].new_empty(args[0].shape[:1])
     if func is aten.embedding.default:
         return args[0].new_empty((*args[1].shape, args[0].shape[1]))
+    if func is aten.clone.default and kwargs.get("memory_format") is torch.contiguous_format:
+        return args[0].new_empty(args[0].shape)
     if func in LIKE:
         x, wanted = args[0], kwargs.get("memory_format")
         if wanted is torch.contiguous_format:

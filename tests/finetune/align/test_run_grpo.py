@@ -16,8 +16,10 @@ from graft.base.generate.sampling import Sampling
 from graft.base.model.huggingface import save_model
 from graft.base.runlog import read_metrics
 from graft.finetune.align import rollout_task
-from graft.finetune.align.rollouts import Prompt, Rollouts, Sampler, collate_rollout
+from graft.finetune.align.prompts import Prompt
+from graft.finetune.align.rollouts import Rollouts, collate_rollout
 from graft.finetune.align.run_grpo import GRPO, GRPOOptions, grpo
+from graft.finetune.align.sampler import Sampler
 from graft.finetune.loading import load_model
 
 WORDS = ["the cat", "a bird", "the tree", "rivers run"]
