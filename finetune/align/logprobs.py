@@ -145,7 +145,7 @@ def _check(ids: Tensor, mask: Tensor, cu_seqlens: Tensor | None, temperature: fl
         wrong = mask.index_select(1, first).nonzero()
     if wrong.numel():
         row, at = wrong[0].tolist()
-        at = at if cu_seqlens is None else int(first[at])
+        at = at if cu_seqlens is None else int(cu_seqlens[:-1][cu_seqlens[:-1] < ids.shape[1]][at])
         raise ValueError(
             f"mask[{row}, {at}] names the first token of a sequence, which has nothing before it; mask the prompt's tokens out"
         )

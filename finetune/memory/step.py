@@ -27,7 +27,7 @@ from .shapes import ShapeTensor
 class Work(Protocol):
     """What a step computes where it is not the next token's loss; finetune/align/step_memory.py has alignment's."""
 
-    def attach(self, model: Transformer) -> None:
+    def attach(self, model: Transformer, /) -> None:
         """Add to the model what trains, or is held, beside its own weights."""
         ...
 
@@ -39,11 +39,11 @@ class Work(Protocol):
         """Answers that are sampled together before the step; 0: none."""
         ...
 
-    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor], /) -> Any:
         """As base/train.py's Objective."""
         ...
 
-    def n_labels(self, batch: Mapping[str, Tensor]) -> int:
+    def n_labels(self, batch: Mapping[str, Tensor], /) -> int:
         """As base/train.py's Objective."""
         ...
 
