@@ -24,6 +24,7 @@ from .base.text.printable import markup, printable
 from .base.tokenizer.tools.commands import app as tokenizer_app
 from .finetune.adapters.commands import app as adapter_app
 from .finetune.align import commands as align
+from .finetune.align.arena_command import arena
 from .finetune.data.commands import inspect as inspect_records
 from .finetune.memory.commands import plan, vram_app
 from .finetune.serve.commands import serve
@@ -33,7 +34,7 @@ ORDER = {
     "1. Try it": ("demo",),
     "2. Text to tokens": ("tokenizer", "data"),
     "3. Train": ("plan", "config", "pretrain", "sft", "quantize"),
-    "4. Align": ("dpo", "reward", "grpo", "ppo"),
+    "4. Align": ("dpo", "reward", "grpo", "ppo", "arena"),
     "5. Use": ("generate", "chat", "serve", "adapter", "eval"),
     "6. Look": ("vram", "plot", "doctor"),
 }
@@ -96,6 +97,7 @@ app.command("grpo", rich_help_panel=PANEL["grpo"])(align.grpo)
 app.command("serve", rich_help_panel=PANEL["serve"])(serve)
 app.command("ppo", rich_help_panel=PANEL["ppo"])(align.ppo)
 app.command("reward", rich_help_panel=PANEL["reward"])(align.reward)
+app.command("arena", rich_help_panel=PANEL["arena"])(arena)
 
 Out = Annotated[Path, typer.Option("--out", help="Folder for the result; must be new, or use --resume or --force.")]
 Base = Annotated[Path, typer.Option("--base", help="Model folder in Hugging Face's layout.")]

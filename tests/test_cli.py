@@ -122,6 +122,7 @@ def test_commands_are_in_the_pipelines_order(run: Callable[..., Done]) -> None:
         "reward",
         "grpo",
         "ppo",
+        "arena",
         "generate",
         "chat",
         "serve",

@@ -1,4 +1,4 @@
-"""`graft dpo`, `reward`, `grpo` and `ppo`: options that all of them take, and each one's own. `graft arena`."""
+"""`graft dpo`, `reward`, `grpo` and `ppo`: the options that all of them take, and each one's own."""
 
 import inspect
 from collections.abc import Callable
