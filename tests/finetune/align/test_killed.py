@@ -4,6 +4,7 @@ A real child process, ended in the middle of a rollout, an update, a checkpoint'
 are tried with -m exhaustive.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -21,19 +22,18 @@ import importlib, json, os, signal, sys
 import torch
 torch.set_num_threads(1)
 stage, where, nth, options = sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
-if where:
-    module, _, path = where.partition(":")
-    *owners, name = path.split(".")
-    target = importlib.import_module(module)
-    for owner in owners:
-        target = getattr(target, owner)
-    original, calls = getattr(target, name), [0]
-    def dies(*arguments, **keywords):
-        calls[0] += 1
-        if calls[0] == nth:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*arguments, **keywords)
-    setattr(target, name, dies)
+module, _, path = where.partition(":")
+*owners, name = path.split(".")
+target = importlib.import_module(module)
+for owner in owners:
+    target = getattr(target, owner)
+original, calls = getattr(target, name), [0]
+def dies(*arguments, **keywords):
+    calls[0] += 1
+    if calls[0] == nth:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments, **keywords)
+setattr(target, name, dies)
 getattr(importlib.import_module(f"graft.finetune.align.run_{stage}"), stage)(**options)
 """
 ROLLOUT, REWARD = "graft.finetune.align.sampler:Sampler.text", "graft.finetune.align.rewards:_one"
@@ -44,17 +44,13 @@ STEPS = {
     "ppo": {"steps": 4, "batch_size": 4, "max_new_tokens": 3, "rewards": "regex:[aeiou]", "updates_per_rollout": 2},
     "dpo": {"steps": 4, "batch_size": 2},
 }
-FEW = [
-    ("grpo", ROLLOUT, 19),
-    ("grpo", CLIP, 3),
-    ("grpo", FILES, 4),
-    ("dpo", "graft.finetune.align.run_dpo:dpo_loss", 3),
-]
-MORE = [
-    *(("grpo", where, nth) for where, nth in ((REWARD, 1), (REWARD, 12), (UPDATE, 2), (STATE, 1), (STATE, 3), (FILES, 1), (FILES, 7))),
-    *(("ppo", where, nth) for where, nth in ((ROLLOUT, 6), (CLIP, 2), (CLIP, 4), (STATE, 2), (FILES, 5))),
-    *(("dpo", where, nth) for where, nth in (("graft.finetune.align.reference:answer_logps", 1), (CLIP, 4), (FILES, 1), (FILES, 3))),
-]  # fmt: skip
+DPO_LOSS, REFERENCE = "graft.finetune.align.run_dpo:dpo_loss", "graft.finetune.align.reference:answer_logps"
+FEW = [("grpo", ROLLOUT, 19), ("grpo", CLIP, 3), ("grpo", FILES, 4), ("dpo", DPO_LOSS, 3)]
+MORE = {
+    "grpo": [(REWARD, 1), (REWARD, 12), (UPDATE, 2), (STATE, 1), (STATE, 3), (FILES, 1), (FILES, 7)],
+    "ppo": [(ROLLOUT, 6), (CLIP, 2), (CLIP, 4), (STATE, 2), (FILES, 5)],
+    "dpo": [(REFERENCE, 1), (CLIP, 4), (FILES, 1), (FILES, 3)],
+}
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +62,17 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def settings_of(stage: str, **options: Any) -> dict[str, Any]:
+    return {"learning_rate": 5e-3, "checkpoint_every": 1, "rank": 4, "device": "cpu", **STEPS[stage], **options}
+
+
+def run_here(stage: str, **options: Any) -> None:
+    getattr(importlib.import_module(f"graft.finetune.align.run_{stage}"), stage)(**settings_of(stage, **options))
+
+
 def child(stage: str, where: str, nth: int, **options: Any) -> int:
-    settings = {"learning_rate": 5e-3, "checkpoint_every": 1, "rank": 4, "device": "cpu", **STEPS[stage], **options}
     return subprocess.run(
-        [sys.executable, "-c", CHILD, stage, where, str(nth), json.dumps(settings, default=str)],
+        [sys.executable, "-c", CHILD, stage, where, str(nth), json.dumps(settings_of(stage, **options), default=str)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         timeout=240,
@@ -90,7 +93,7 @@ def straight(
 
     class Runs(dict):
         def __missing__(self, stage: str) -> dict[str, torch.Tensor]:
-            assert child(stage, "", 0, base=base_dir, data=rows, out=folder / stage) == 0
+            run_here(stage, base=base_dir, data=rows, out=folder / stage)
             self[stage] = weights(folder / stage)
             return self[stage]
 
@@ -100,7 +103,7 @@ def straight(
 def check(stage: str, where: str, nth: int, base: Path, rows: Path, out: Path, wanted: dict[str, torch.Tensor]) -> None:
     assert child(stage, where, nth, base=base, data=rows, out=out) == -signal.SIGKILL, "it was never there"
     assert not (out / "adapter_model.safetensors").exists()
-    assert child(stage, "", 0, base=base, data=rows, out=out, resume=True) == 0
+    run_here(stage, base=base, data=rows, out=out, resume=True)
     found = weights(out)
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
@@ -114,7 +117,7 @@ def test_killed_and_resumed(
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(("stage", "where", "nth"), MORE)
+@pytest.mark.parametrize(("stage", "where", "nth"), [(stage, *at) for stage in MORE for at in MORE[stage]])
 def test_killed_and_resumed_elsewhere(
     stage: str, where: str, nth: int, base_dir: Path, rows: Path, tmp_path: Path, straight: dict[str, Any]
 ) -> None:
