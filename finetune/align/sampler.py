@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...base.generate.engine import Engine, Request
+from ...base.generate.engine import Engine, Request, evaluating
 from ...base.generate.sampling import Sampling
 from ...base.model.transformer import Transformer
 from ...base.tokenizer.tokenizer import Tokenizer
@@ -51,11 +51,12 @@ class Sampler:
         order = [engine.add(p.ids, replace(sampling, seed=sampling.seed + i)) for i, p in enumerate(prompts)]
         ids: dict[int, list[int]] = {request: [] for request in order}
         ended: dict[int, str] = {}
-        while engine.n_running or engine.n_waiting:
-            for event in engine.step():
-                ids[event.request].append(event.token)
-                if event.finished:
-                    ended[event.request] = event.finished
+        with evaluating(self.model):  # else each of the engine's steps switches every module
+            while engine.n_running or engine.n_waiting:
+                for event in engine.step():
+                    ids[event.request].append(event.token)
+                    if event.finished:
+                        ended[event.request] = event.finished
         return [Answer(ids[r], logp.get(r, []), ended[r] == "length") for r in order]
 
     def text(self, answer: Answer) -> str:
