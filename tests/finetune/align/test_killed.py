@@ -47,7 +47,7 @@ STEPS = {
 DPO_LOSS, REFERENCE = "graft.finetune.align.run_dpo:dpo_loss", "graft.finetune.align.reference:answer_logps"
 FEW = [("grpo", ROLLOUT, 19), ("grpo", CLIP, 3), ("grpo", FILES, 4), ("dpo", DPO_LOSS, 3)]
 MORE = {
-    "grpo": [(REWARD, 1), (REWARD, 12), (UPDATE, 2), (STATE, 1), (STATE, 3), (FILES, 1), (FILES, 7)],
+    "grpo": [(REWARD, 1), (REWARD, 12), (UPDATE, 5), (STATE, 1), (STATE, 3), (FILES, 1), (FILES, 7)],
     "ppo": [(ROLLOUT, 6), (CLIP, 2), (CLIP, 4), (STATE, 2), (FILES, 5)],
     "dpo": [(REFERENCE, 1), (CLIP, 4), (FILES, 1), (FILES, 3)],
 }

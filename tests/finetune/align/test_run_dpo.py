@@ -14,7 +14,7 @@ import graft
 from graft.base.runlog import read_metrics
 from graft.base.train import Interrupted
 from graft.finetune.adapters.bank import AdapterBank
-from graft.finetune.align import run_dpo
+from graft.finetune.align import run, run_dpo
 from graft.finetune.align.run_dpo import FallWatch, dpo
 from graft.finetune.data.chat import encode_record
 from graft.finetune.data.records import Record
@@ -113,6 +113,7 @@ def test_resumes_to_the_bit(
             raise KeyboardInterrupt
         return original(self, *arguments)
 
+    monkeypatch.setattr(run, "print_prediction", lambda *_, **__: 0)  # it calls the loss too
     monkeypatch.setattr(run_dpo.PreferenceObjective, "loss", dies)
     with pytest.raises(KeyboardInterrupt):
         train(base_dir, rows, tmp_path / "resumed", method, **settings)
@@ -235,6 +236,7 @@ def test_a_signal_stops_after_the_step(
         os.kill(os.getpid(), signal.SIGTERM)
         return original(self, *arguments)
 
+    monkeypatch.setattr(run, "print_prediction", lambda *_, **__: 0)  # it calls the loss too
     monkeypatch.setattr(run_dpo.PreferenceObjective, "loss", signals)
     with pytest.raises(Interrupted, match="stopped after step 1 of 4"):
         train(base_dir, rows, tmp_path / "out")
