@@ -34,8 +34,8 @@ ORDER = {
     "1. Try it": ("demo",),
     "2. Text to tokens": ("tokenizer", "data"),
     "3. Train": ("plan", "config", "pretrain", "sft", "quantize"),
-    "4. Align": ("dpo", "reward", "grpo", "ppo", "arena"),
-    "5. Use": ("generate", "chat", "serve", "adapter", "eval"),
+    "4. Align": ("dpo", "reward", "grpo", "ppo"),
+    "5. Use": ("generate", "chat", "serve", "adapter", "eval", "arena"),
     "6. Look": ("vram", "plot", "doctor"),
 }
 PANEL = {name: panel for panel, names in ORDER.items() for name in names}
