@@ -24,6 +24,7 @@ from .base.text.printable import markup, printable
 from .base.tokenizer.tools.commands import app as tokenizer_app
 from .finetune.adapters.commands import app as adapter_app
 from .finetune.align import commands as align
+from .finetune.align.arena_command import arena
 from .finetune.commands import chat, generate
 from .finetune.data.commands import inspect as inspect_records
 from .finetune.evaluation.commands import evaluate
@@ -37,7 +38,7 @@ ORDER = {
     "2. Text to tokens": ("tokenizer", "data"),
     "3. Train": ("plan", "config", "pretrain", "sft", "quantize"),
     "4. Align": ("dpo", "reward", "grpo", "ppo"),
-    "5. Use": ("generate", "chat", "serve", "adapter", "eval"),
+    "5. Use": ("generate", "chat", "serve", "adapter", "eval", "arena"),
     "6. Look": ("vram", "plot", "doctor"),
 }
 PANEL = {name: panel for panel, names in ORDER.items() for name in names}
@@ -103,6 +104,7 @@ app.command("eval", rich_help_panel=PANEL["eval"])(evaluate)
 app.command("serve", rich_help_panel=PANEL["serve"])(serve)
 app.command("ppo", rich_help_panel=PANEL["ppo"])(align.ppo)
 app.command("reward", rich_help_panel=PANEL["reward"])(align.reward)
+app.command("arena", rich_help_panel=PANEL["arena"])(arena)
 
 Out = Annotated[Path, typer.Option("--out", help="Folder for the result; must be new, or use --resume or --force.")]
 Base = Annotated[Path, typer.Option("--base", help="Model folder in Hugging Face's layout.")]

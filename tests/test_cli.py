@@ -127,6 +127,7 @@ def test_commands_are_in_the_pipelines_order(run: Callable[..., Done]) -> None:
         "serve",
         "adapter",
         "eval",
+        "arena",
         "vram",
         "plot",
         "doctor",

@@ -1,10 +1,21 @@
-"""Who answers better: battles between answers -> Bradley-Terry ratings with bootstrap intervals; pass@k; majority vote."""
+"""Who answers better: battles between answers -> Bradley-Terry ratings with bootstrap intervals; pass@k; majority vote.
 
+Battles as a file (`graft arena FILE`; the server's page writes the same lines) are JSONL, one object a line:
+
+    {"a": "base", "b": "polite", "winner": "a" | "b" | "tie"}
+
+a and b name two different players, a the one that was shown first. Other fields (prompt, answers, when, who) are kept by whoever
+writes them and not read here. A judge that saw both orders may say so with a second line, a and b swapped, and the same
+`id`: lines of one id are one battle, a tie where the verdicts disagree (a position's bias, which is counted).
+"""
+
+import json
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import comb
+from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -29,6 +40,66 @@ class Rating:
     low: float  # bounds of the bootstrap interval
     high: float
     n_battles: int
+
+
+def read_battles(path: Path | str) -> tuple[list[Battle], int, int]:
+    """The battles of a file, how many of them were judged in both orders, and in how many of those the verdict turned.
+
+    Raises OSError, or ValueError naming the file and the line that is no battle.
+    """
+    path = Path(path)
+    by_id: dict[str, list[Battle]] = {}
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                key, battle = _parse_battle(line, f"{path.name} line {number}")
+                by_id.setdefault(f"line {number}" if key is None else repr(key), []).append(battle)
+    if not by_id:
+        raise ValueError(f'{path} holds no battles; give lines such as {{"a": "base", "b": "polite", "winner": "b"}}')
+    battles, n_both, n_turned = [], 0, 0
+    for key, lines in by_id.items():
+        first = lines[0]
+        if any({one.first, one.second} != {first.first, first.second} for one in lines):
+            raise ValueError(f"{path.name}: id {key} names different players; lines of one id are one battle")
+        scores = {one.score if one.first == first.first else 1 - one.score for one in lines}
+        both = len({one.first for one in lines}) == 2
+        n_both, n_turned = n_both + both, n_turned + (both and len(scores) > 1)
+        battles.append(Battle(first.first, first.second, scores.pop() if len(scores) == 1 else 0.5))
+    return battles, n_both, n_turned
+
+
+def _parse_battle(line: str, where: str) -> tuple[object, Battle]:
+    """(id or None, battle) of one line."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+    first, second = (row.get("a"), row.get("b")) if isinstance(row, dict) else (None, None)
+    if not (isinstance(first, str) and isinstance(second, str) and first and second) or first == second:
+        raise ValueError(f"{where}: a and b must name two different players, got {line.strip()[:80]}")
+    scores = {"a": 1.0, "b": 0.0, "tie": 0.5}
+    if row.get("winner") not in scores:
+        raise ValueError(f"{where}: winner is {row.get('winner')!r}; write a, b or tie")
+    key = row.get("id")
+    if key is not None and not isinstance(key, str | int):
+        raise ValueError(f"{where}: id is {key!r}; give a string or a number, or leave it out")
+    return key, Battle(first, second, scores[row["winner"]])
+
+
+def battle_lines(battles: Sequence[Battle]) -> str:
+    """Battles as a file has them; a score other than 0 and 1 is a tie."""
+    words = {1.0: "a", 0.0: "b"}
+    rows = [{"a": one.first, "b": one.second, "winner": words.get(one.score, "tie")} for one in battles]
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def win_rates(battles: Sequence[Battle]) -> dict[tuple[str, str], float]:
+    """(player, other) -> the share of their battles that the player won, a tie being half a win."""
+    totals: dict[tuple[str, str], list[float]] = {}
+    for battle in battles:
+        totals.setdefault((battle.first, battle.second), []).append(battle.score)
+        totals.setdefault((battle.second, battle.first), []).append(1 - battle.score)
+    return {pair: sum(scores) / len(scores) for pair, scores in totals.items()}
 
 
 def play(

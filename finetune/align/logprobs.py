@@ -42,15 +42,28 @@ def response_logprobs(
     """
     _check(ids, mask, cu_seqlens, temperature)
     hidden, head = hidden_and_head(model, ids, positions, cu_seqlens)  # (B, T, D)
-    scored = mask[:, 1:]  # (B, T - 1)
-    before, labels = hidden[:, :-1][scored], ids[:, 1:][scored]  # (N, D), (N,)
+    before, labels, at = scored_rows(hidden, ids, mask)
     if not return_entropy and isinstance(head, nn.Linear) and type(head) is nn.Linear and head.bias is None:
         # A subclass, such as bitsandbytes' Linear4bit, keeps its weight in a form of its own.
         scaled = before if temperature == 1.0 else before / temperature  # the head is linear
         logp = -linear_cross_entropy(scaled, head.weight, labels, reduction="none")  # (N,)
-        return _spread(logp, mask)
+        return spread(logp, at, mask)
     logp, entropy = head_logprobs(head, before, labels, temperature=temperature, n_vocab=model.config.vocab_size)
-    return (_spread(logp, mask), _spread(entropy, mask)) if return_entropy else _spread(logp, mask)
+    return (spread(logp, at, mask), spread(entropy, at, mask)) if return_entropy else spread(logp, at, mask)
+
+
+def scored_rows(hidden: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For the N true places of mask (B, T): hidden (N, D) before them, their ids (N,), and the places, (N,) in B x T.
+
+    By indices, not by a mask: a mask is searched again for each tensor that it selects from, and in each backward pass.
+    """
+    at = mask.flatten().nonzero().squeeze(1)  # never a row's first, so the place before is in the same row
+    return hidden.flatten(0, 1).index_select(0, at - 1), ids.flatten().index_select(0, at), at
+
+
+def spread(values: Tensor, at: Tensor, mask: Tensor) -> Tensor:
+    """(N,) values onto the places `at` of mask's shape (B, T); 0 elsewhere."""
+    return values.new_zeros(mask.numel()).index_copy(0, at, values).view(mask.shape)
 
 
 def hidden_and_head(
@@ -115,11 +128,6 @@ class ScoreRows(torch.autograd.Function):
         return d_logits.div_(ctx.temperature).to(ctx.dtype), None, None
 
 
-def _spread(values: Tensor, mask: Tensor) -> Tensor:
-    """(N,) values onto the N true places of mask (B, T); 0 elsewhere."""
-    return values.new_zeros(mask.shape).masked_scatter(mask, values)
-
-
 def _check(ids: Tensor, mask: Tensor, cu_seqlens: Tensor | None, temperature: float) -> None:
     if ids.ndim != 2 or mask.shape != ids.shape or mask.dtype != torch.bool:
         raise ValueError(
@@ -129,11 +137,15 @@ def _check(ids: Tensor, mask: Tensor, cu_seqlens: Tensor | None, temperature: fl
         raise ValueError(f"temperature={temperature} must be > 0; use 1.0 for the model's own probabilities")
     if not readable(mask):
         return
-    first = torch.zeros(1, dtype=torch.int64) if cu_seqlens is None else cu_seqlens[:-1].long()
-    first = first[first < ids.shape[1]]
-    wrong = mask[:, first].nonzero()
+    if cu_seqlens is None:
+        wrong = mask[:, :1].nonzero()
+    else:
+        first = cu_seqlens[:-1].long()
+        first = first[first < ids.shape[1]]
+        wrong = mask.index_select(1, first).nonzero()
     if wrong.numel():
-        row, at = int(wrong[0, 0]), int(first[wrong[0, 1]])
+        row, at = wrong[0].tolist()
+        at = at if cu_seqlens is None else int(cu_seqlens[:-1][cu_seqlens[:-1] < ids.shape[1]][at])
         raise ValueError(
             f"mask[{row}, {at}] names the first token of a sequence, which has nothing before it; mask the prompt's tokens out"
         )

@@ -1,4 +1,4 @@
-"""Preference rows -> batches: both answers of each pair in one pass, packed end to end or one a padded row.
+"""Pairs -> batches: both answers of each pair in one pass, packed end to end or one a padded row.
 
     pairs        (the fox | ran), (the fox | slept)   (a cat | sat down), (a cat | ate)
     ids          the fox ran  the fox slept  a cat sat down  a cat ate        one row, documents that don't see each other
@@ -9,19 +9,16 @@
 Documents 2 p and 2 p + 1 of a batch are pair p's chosen and rejected answer; `answer_sums` reads them back.
 """
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...base.tokenizer.tokenizer import Tokenizer
-from ..data.chat import ChatTemplate, Encoded, encode_record
+from ..data.chat import Encoded
 from ..data.packing import pack
-from ..data.records import Message, Record
 
 Batch = dict[str, Tensor]
 
@@ -32,105 +29,6 @@ class Pair:
 
     chosen: Encoded
     rejected: Encoded
-
-
-# --- rows -> pairs -------------------------------------------------------------------------------------------------
-
-
-def split_pair(record: Record) -> tuple[Record, Record]:
-    """The row with its chosen answer and the row with its rejected one, each as a record for fine-tuning.
-
-    A row's own answer (Alpaca's output, a last assistant turn of conversations) gives way to chosen and rejected. Without a
-    prompt of its own a row's prompt is what both conversations have in common. Raises ValueError naming the row
-    when an answer is missing or isn't of the prompt's kind.
-    """
-    for name in ("chosen", "rejected"):
-        if getattr(record, name) is None:
-            raise ValueError(f"{record.where}: no {name} answer; a preference row has prompt, chosen and rejected")
-    chosen, rejected = record.chosen, record.rejected
-    if record.messages is not None:
-        answers = [_as_turns(answer) for answer in (chosen, rejected)]
-        turns = record.messages
-        if not record.n_prompt_messages and turns and turns[-1]["role"] == "assistant":
-            turns = turns[:-1]
-        if not turns:
-            n_common = next(
-                (i for i, (a, b) in enumerate(zip(*answers, strict=False)) if a != b), min(map(len, answers))
-            )
-            # Equal conversations: all but the last turn is the prompt; the pair is dropped as one without a preference.
-            n_common = min(n_common, *(len(answer) - 1 for answer in answers))
-            turns, answers = answers[0][:n_common], [answer[n_common:] for answer in answers]
-        return tuple(  # pyright: ignore[reportReturnType]
-            replace(record, messages=turns + answer, n_prompt_messages=len(turns), chosen=None, rejected=None)
-            for answer in answers
-        )
-    if not (isinstance(chosen, str) and isinstance(rejected, str)):
-        raise ValueError(
-            f"{record.where}: the prompt is a string but an answer is a conversation; give both as one kind"
-        )
-    return tuple(  # pyright: ignore[reportReturnType]
-        replace(record, prompt=record.prompt or "", completion=answer, text=None, chosen=None, rejected=None)
-        for answer in (chosen, rejected)
-    )
-
-
-def _as_turns(answer: str | tuple[Message, ...] | None) -> tuple[Message, ...]:
-    return ({"role": "assistant", "content": answer},) if isinstance(answer, str) else tuple(answer or ())
-
-
-def encode_pairs(
-    records: Sequence[Record],
-    tokenizer: Tokenizer,
-    template: ChatTemplate | None,
-    max_seq_len: int,  # tokens of prompt and answer; what is beyond is cut off
-) -> tuple[list[Pair], int]:
-    """The pairs, and how many rows were left out because chosen and rejected are the same tokens (after the cut).
-
-    Raises ValueError naming the row as `encode_record` does (a prompt that fills max_seq_len), or when no pair is left.
-    """
-    pairs, n_equal = [], 0
-    for record in records:
-        chosen, rejected = (encode_record(one, tokenizer, template, max_seq_len) for one in split_pair(record))
-        if np.array_equal(chosen.ids, rejected.ids):
-            n_equal += 1
-        else:
-            pairs.append(Pair(chosen, rejected))
-    if not pairs:
-        raise ValueError(
-            f"chosen equals rejected in all {n_equal} rows (in their first max_seq_len={max_seq_len} tokens), so there is no "
-            "preference to learn; check the data's fields"
-        )
-    return pairs, n_equal
-
-
-def content_hash(pairs: Sequence[Pair]) -> str:
-    """Of all ids and masks in order: what reference log-probabilities on disk belong to."""
-    digest = hashlib.sha256()
-    for pair in pairs:
-        for one in (pair.chosen, pair.rejected):
-            digest.update(len(one.ids).to_bytes(8, "little"))
-            digest.update(one.ids.astype("<i4").tobytes() + np.packbits(one.loss_mask).tobytes())
-    return digest.hexdigest()
-
-
-def mismatched(encoded: Sequence[Encoded]) -> list[Encoded]:
-    """Each row's prompt with the next row's answer, the last with the first's: KTO's sample of unrelated answers.
-
-    A row's prompt ends where its first label stands. Raises ValueError for fewer than two rows.
-    """
-    if len(encoded) < 2:
-        raise ValueError(
-            f"KTO's KL estimate needs at least 2 rows in a micro-batch, got {len(encoded)}; raise micro_batch"
-        )
-    starts = [int(one.loss_mask.argmax()) for one in encoded]
-    following = [*range(1, len(encoded)), 0]
-    return [
-        Encoded(
-            np.concatenate([encoded[i].ids[: starts[i]], encoded[j].ids[starts[j] :]]),
-            np.concatenate([encoded[i].loss_mask[: starts[i]], encoded[j].loss_mask[starts[j] :]]),
-        )
-        for i, j in enumerate(following)
-    ]
 
 
 # --- documents -> tensors ------------------------------------------------------------------------------------------

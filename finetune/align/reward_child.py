@@ -1,7 +1,7 @@
 """A reward function of the user's own: imported here, or run in a child process that is killed when it takes too long.
 
-The child is this file, `python -m graft.finetune.align.reward_child MODULE FUNCTION`. It reads requests from stdin, each 8
-bytes of length and a pickle of (prompt, completion, row), and writes JSON lines to stdout: one when the import is done, then
+The child is this file, `python -m graft.finetune.align.reward_child MODULE FUNCTION`. It reads requests from stdin, JSON
+lines of [prompt, completion, row], and writes JSON lines to stdout: one when the import is done, then
 one a request, {"value": number} or {"error": text}. What the function prints goes to stderr.
 """
 
@@ -10,10 +10,8 @@ import importlib
 import json
 import math
 import os
-import pickle
 import selectors
 import signal
-import struct
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -54,10 +52,10 @@ class ChildReward:
 
     def __call__(self, prompt: str, completion: str, row: Row) -> float:
         child = self._child or self._start()
-        request = pickle.dumps((prompt, completion, dict(row)))
+        request = json.dumps([prompt, completion, dict(row)]).encode() + b"\n"  # ASCII: a line break inside is escaped
         assert child.stdin is not None
         try:
-            child.stdin.write(struct.pack("<Q", len(request)) + request)
+            child.stdin.write(request)
             child.stdin.flush()
         except BrokenPipeError:
             self.close()
@@ -135,10 +133,9 @@ def main(module: str, function: str) -> None:
         reply(error=str(error))
         return
     reply(value=None)
-    while header := sys.stdin.buffer.read(8):
-        (size,) = struct.unpack("<Q", header)
+    for request in sys.stdin.buffer:
         try:
-            value = reward(*pickle.loads(sys.stdin.buffer.read(size)))
+            value = reward(*json.loads(request))
             reply(value=value if isinstance(value, str | None) else float(value))
         except Exception as error:
             reply(error=f"{type(error).__name__}: {error}")

@@ -1,12 +1,18 @@
 """Reward models: a scalar head on the hidden states, trained on pairs, or a verifier that judges every token."""
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...base.model.init import Role
+
 
 class ScalarHead(nn.Module):
     """One number a position: a reward model's score, PPO's value, or a verifier's logit. Weight N(0, 1 / (D + 1)), bias 0."""
+
+    ROLES: ClassVar[dict[str, Role]] = {"score.weight": "head", "score.bias": "bias"}
 
     def __init__(self, d_model: int, *, seed: int = 0) -> None:
         super().__init__()

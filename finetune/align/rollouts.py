@@ -9,130 +9,25 @@ between two updates is part of each checkpoint (`state`).
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ...base.generate.engine import Engine, Request, evaluating
+from ...base.generate.engine import evaluating
 from ...base.generate.sampling import Sampling
-from ...base.model.transformer import Transformer
-from ...base.tokenizer.tokenizer import Tokenizer
 from ...base.train import Batch
-from ..data.chat import ChatTemplate, encode_prompt
-from ..data.records import Record, read_rows
-from ..data.stop import stop_ids
-from ..generate import ids_with_text, start_ids
 from .grpo import groups_without_signal
 from .preferences import permutation
+from .prompts import Prompt
 from .rewards import Sample, Term, score
+from .run import StoppedEarly
+from .sampler import Answer, Sampler
 
 LOG = "rollouts.jsonl"
 SAYS_NO_SIGNAL_AFTER = 5  # rollouts in a row
-
-
-class NoSignal(Exception):
-    """All rewards of so many rollouts in a row were equal within their groups, and the run was asked to stop then."""
-
-
-@dataclass(frozen=True, eq=False)
-class Prompt:
-    """One row to answer."""
-
-    ids: list[int]
-    text: str  # as reward functions see it: the string, or the last turn
-    row: dict[str, Any]  # every field of the file's row
-    where: str
-    is_chat: bool  # messages, which went through the chat template
-
-
-@dataclass(frozen=True, eq=False)
-class Answer:
-    """One sampled answer."""
-
-    ids: list[int]  # with the stop token, if it came
-    logp: list[float]  # of each under the sampler, nats; empty when greedy
-    truncated: bool  # max_new_tokens came before a stop token
-
-
-class Sampler:
-    """Answers from the model as it is now."""
-
-    def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, template: ChatTemplate | None, *, max_batch: int
-    ) -> None:
-        self.model, self.tokenizer, self.max_batch = model, tokenizer, max_batch
-        self.stops = stop_ids(model.config, tokenizer, template)
-        self.allowed = ids_with_text(model, tokenizer, self.stops)
-
-    def answers(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Answer]:
-        """One answer for each prompt; answer i has the seed `sampling.seed + i`."""
-        logp: dict[int, list[float]] = {}
-
-        def record(requests: Sequence[Request], logits: Tensor, tokens: Sequence[int]) -> None:
-            at = torch.tensor(tokens, device=logits.device)[:, None]
-            chosen = (logits.float() / sampling.temperature).log_softmax(-1).gather(1, at)
-            for request, value in zip(requests, chosen[:, 0].tolist(), strict=True):
-                logp.setdefault(request.id, []).append(value)
-
-        hook = record if sampling.temperature else None
-        engine = Engine(self.model, max_batch=self.max_batch, allowed=self.allowed, on_choice=hook)
-        sampling = replace(sampling, stop_ids=self.stops)
-        order = [engine.add(p.ids, replace(sampling, seed=sampling.seed + i)) for i, p in enumerate(prompts)]
-        ids: dict[int, list[int]] = {request: [] for request in order}
-        ended: dict[int, str] = {}
-        while engine.n_running or engine.n_waiting:
-            for event in engine.step():
-                ids[event.request].append(event.token)
-                if event.finished:
-                    ended[event.request] = event.finished
-        return [Answer(ids[r], logp.get(r, []), ended[r] == "length") for r in order]
-
-    def text(self, answer: Answer) -> str:
-        """Without what ended it."""
-        return self.tokenizer.decode([one for one in answer.ids if one not in self.stops])
-
-
-def read_prompts(
-    path: Path, tokenizer: Tokenizer, template: ChatTemplate | None, max_seq_len: int, max_new_tokens: int
-) -> list[Prompt]:
-    """The rows of a file as prompts; an answer that stands in a row is left for the rewards. Raises ValueError naming the row
-    for one without a prompt, and for a prompt that leaves no room for max_new_tokens."""
-    prompts = []
-    for row, record in read_rows(path):
-        turns, answer = prompt_of(record)
-        arguments = {"tools": record.tools, "args": record.template_args}
-        ids = start_ids(encode_prompt(turns, tokenizer, template, **arguments).tolist(), tokenizer)
-        if len(ids) + max_new_tokens > max_seq_len:
-            raise ValueError(
-                f"{record.where}: the prompt has {len(ids)} tokens; with max_new_tokens={max_new_tokens} that is more than "
-                f"max_seq_len={max_seq_len}; lower max_new_tokens, or shorten or drop the row"
-            )
-        text = turns if isinstance(turns, str) else str(turns[-1]["content"]) if turns else ""
-        prompts.append(
-            Prompt(
-                ids,
-                text,
-                row if answer is None else row | {"completion": answer},
-                record.where,
-                record.messages is not None,
-            )
-        )
-    if not prompts:
-        raise ValueError(f"{path} holds no rows; give rows with a prompt (a string or messages)")
-    return prompts
-
-
-def prompt_of(record: Record) -> tuple[Any, str | None]:
-    """(string or messages to answer, the answer that the row gives in messages)."""
-    if record.prompt is not None:
-        return record.prompt, None
-    if not record.messages:
-        raise ValueError(f"{record.where}: no prompt to answer; give the field prompt or messages")
-    n = record.n_prompt_messages or len(record.messages) - (record.messages[-1]["role"] == "assistant")
-    return record.messages[:n], str(record.messages[n]["content"]) if record.messages[n:] else None
 
 
 class Algorithm(Protocol):
@@ -231,7 +126,7 @@ class Rollouts:
         if n == SAYS_NO_SIGNAL_AFTER:
             print(f"warning: {said}; make the prompts easier or harder, or add a reward", file=sys.stderr)
         if self.stop_without_signal and n >= self.stop_without_signal:
-            raise NoSignal(said)
+            raise StoppedEarly(said)
 
     def _write(self, step: int, samples: Sequence[Sample], totals: Sequence[float]) -> None:
         """Append examples to rollouts.jsonl, behind what the resumed checkpoint knew of."""

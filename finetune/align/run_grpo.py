@@ -22,7 +22,9 @@ from .grpo import (
     policy_loss,
 )
 from .logprobs import response_logprobs
-from .run_rewards import Reference, RolloutOptions, run_rewards
+from .rollout_task import Reference, RolloutOptions, spec_text, stage
+from .run import align
+from .step_memory import AnswerWork
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,6 @@ class GRPOOptions:
     def averaged(self, max_new_tokens: int) -> str:
         """What the loss is a mean over."""
         return self.normalize or OWN_MEAN.get(self.kind, f"constant:{max_new_tokens}")
-
-
-PARTS = setup.parts(GRPOOptions, RolloutOptions)
 
 
 class GRPO:
@@ -117,6 +116,9 @@ class GRPO:
         n = self.n_labels(batch)
         return value * n, {name: figure * n for name, figure in {**figures, **stats}.items()}
 
+    def detach(self, model: Transformer) -> None:
+        """Nothing was added."""
+
     def n_labels(self, batch: Batch) -> int:
         # At least 1: a batch in which every answer is masked makes an update of 0, not an error.
         return max(1, n_averaged(batch["mask"], self.normalize))
@@ -125,41 +127,21 @@ class GRPO:
         return batch["ids"].numel()
 
 
+def _work(config: Run) -> AnswerWork:
+    per_token = [("old_logp", config.data.updates_per_rollout > 1), ("ref_logp", config.objective.kl_coef > 0)]
+    return AnswerWork(config, GRPO, per_token=[name for name, used in per_token if used], per_row=["advantages"])
+
+
+STAGE = stage("grpo", setup.parts(GRPOOptions, RolloutOptions), GRPO, _work)
+
+
 def grpo(
-    *,
-    base: Path | str,
-    data: Path | str,
-    rewards: str | Mapping[str, float],
-    out: Path | str,
-    method: str = "lora",
-    adapter: Path | str | None = None,
-    eval_data: Path | str | None = None,
-    resume: bool = False,
-    force: bool = False,
-    device: str = "auto",
-    progress: bool = False,
-    **settings: Any,  # keys of the parts, as `graft config grpo` lists them: group_size, kind, max_new_tokens, ...
+    *, base: Path | str, data: Path | str, rewards: str | Mapping[str, float], out: Path | str, **options: Any
 ) -> dict[str, Any]:
     """`graft grpo` from Python: trains `base` on answers that it samples to the prompts in `data`, scored by `rewards` (see
     rewards.py for the spec), into `out`; returns the summary's figures.
 
-    `adapter`: an SFT adapter to go on with, which is then the reference too. Raises ValueError or OSError for bad input,
-    Interrupted after a signal.
+    options: `align`'s arguments (method, adapter, eval_data, resume, force, device, progress) and keys of the parts, as `graft
+    config grpo` lists them (group_size, kind, max_new_tokens, ...). Raises as `align`.
     """
-    return run_rewards(
-        "grpo",
-        PARTS,
-        GRPO,
-        base=Path(base),
-        data=Path(data),
-        rewards=rewards,
-        out=Path(out),
-        method=method,
-        adapter=Path(adapter) if adapter is not None else None,
-        eval_data=Path(eval_data) if eval_data is not None else None,
-        resume=resume,
-        force=force,
-        device=device,
-        progress=progress,
-        settings=settings,
-    )
+    return align(STAGE, base=base, data=data, out=out, rewards=spec_text(rewards), **options)

@@ -14,10 +14,12 @@ from ...base.run import Run
 from ...base.train import Batch, Figures
 from . import setup
 from .grpo import policy_loss
-from .logprobs import head_logprobs, hidden_and_head
+from .logprobs import head_logprobs, hidden_and_head, scored_rows, spread
 from .ppo import advantages_and_returns, token_rewards, value_loss, whiten
 from .reward_model import ScalarHead
-from .run_rewards import Reference, RolloutOptions, run_rewards
+from .rollout_task import Reference, RolloutOptions, spec_text, stage
+from .run import align
+from .step_memory import AnswerWork
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,6 @@ class PPOOptions:
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"{name}={value} must be >= 0 and finite")
-
-
-PARTS = setup.parts(PPOOptions, RolloutOptions)
 
 
 class PPO:
@@ -93,12 +92,12 @@ class PPO:
     def logps_and_values(self, model: Transformer, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """log pi(token) and V before it, (B, T) each, 0 where not mask, from one pass; a model without a value head gives 0."""
         hidden, head = hidden_and_head(model, ids, None, None)
-        before, labels = hidden[:, :-1][mask[:, 1:]], ids[:, 1:][mask[:, 1:]]  # (N, D), (N,)
+        before, labels, at = scored_rows(hidden, ids, mask)
         temperature = self.rollouts.temperature
         logp, _ = head_logprobs(head, before, labels, temperature=temperature, n_vocab=model.config.vocab_size)
         value_head = getattr(model, "value_head", None)
         values = torch.zeros_like(logp) if value_head is None else value_head(before)
-        return tuple(one.new_zeros(mask.shape).masked_scatter(mask, one) for one in (logp, values))  # pyright: ignore
+        return spread(logp, at, mask), spread(values, at, mask)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor | tuple[Tensor, Figures]:
         """(policy loss + value_coef * value loss) times the tokens that both are means over."""
@@ -114,6 +113,10 @@ class PPO:
         n = self.n_labels(batch)
         return (value + options.value_coef * of_values) * n, {name: figure * n for name, figure in figures.items()}
 
+    def detach(self, model: Transformer) -> None:
+        """Without the value head."""
+        del model.value_head
+
     def n_labels(self, batch: Batch) -> int:
         return int(batch["mask"].sum())
 
@@ -121,37 +124,15 @@ class PPO:
         return batch["ids"].numel()
 
 
+def _work(config: Run) -> AnswerWork:
+    return AnswerWork(config, PPO, per_token=["advantages", "old_logp", "old_values", "returns"], per_row=[])
+
+
+STAGE = stage("ppo", setup.parts(PPOOptions, RolloutOptions), PPO, _work, {"group_size": 1, "updates_per_rollout": 4})
+
+
 def ppo(
-    *,
-    base: Path | str,
-    data: Path | str,
-    rewards: str | Mapping[str, float],
-    out: Path | str,
-    method: str = "lora",
-    adapter: Path | str | None = None,
-    eval_data: Path | str | None = None,
-    resume: bool = False,
-    force: bool = False,
-    device: str = "auto",
-    progress: bool = False,
-    **settings: Any,  # keys of the parts: clip, kl_coef, lam, value_coef, max_new_tokens, ...
+    *, base: Path | str, data: Path | str, rewards: str | Mapping[str, float], out: Path | str, **options: Any
 ) -> dict[str, Any]:
     """`graft ppo` from Python; arguments and errors as of `grpo`. Defaults: one answer a prompt, 4 updates a rollout."""
-    return run_rewards(
-        "ppo",
-        PARTS,
-        PPO,
-        base=Path(base),
-        data=Path(data),
-        rewards=rewards,
-        out=Path(out),
-        method=method,
-        adapter=Path(adapter) if adapter is not None else None,
-        eval_data=Path(eval_data) if eval_data is not None else None,
-        resume=resume,
-        force=force,
-        device=device,
-        progress=progress,
-        settings=settings,
-        defaults={"group_size": 1, "updates_per_rollout": 4},
-    )
+    return align(STAGE, base=base, data=data, out=out, rewards=spec_text(rewards), **options)

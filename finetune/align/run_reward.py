@@ -5,9 +5,9 @@ The folder is an adapter (lora, qlora) or a base (full), and reward_head.safeten
 """
 
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,29 +15,25 @@ import torch
 from torch import Tensor, nn
 
 from ...base.checkpoint import load_tensors, save_tensors
-from ...base.device import peak_bytes, reset_peak, resolve_device
 from ...base.json_fields import read_json
-from ...base.model.huggingface import fingerprint, load_config
 from ...base.model.transformer import Transformer
 from ...base.pretrain import TOKENIZER_FILES
-from ...base.progress import step_progress
-from ...base.run import Input, Run, check_same_inputs, resumed_settings
-from ...base.runlog import RunFolder
-from ...base.settings import check_settings
+from ...base.run import Input, Run
 from ...base.tokenizer.tokenizer import Tokenizer
-from ...base.train import Batch, Figures, Result, check_evaluation, train
+from ...base.train import Batch, Figures, Objective
 from ..adapters.bank import AdapterBank
 from ..adapters.files import CONFIG, GRAFT, read_adapter
 from ..data.chat import ChatTemplate, encode_record
-from ..data.packing import steps_for_epochs
-from ..data.records import Message, Record, read_records, to_record
+from ..data.records import Message, Record, to_record
 from ..loading import load_model
-from ..sft import row_limit, save_trained, stored_in_4_bits
-from . import setup
-from .preferences import PreferenceBatches
+from ..sft import row_limit
+from . import preference_task, setup
+from .preference_rows import PreferenceData
+from .preference_task import PreferenceTask
+from .prompts import prompt_of
 from .reward_model import ScalarHead, bradley_terry_loss
-from .rollouts import prompt_of
-from .run_dpo import PreferenceData, encode_preferences, evaluate_preferences
+from .run import Source, Stage, align
+from .step_memory import PairWork
 
 HEAD = "reward_head.safetensors"
 LEARNING_RATES = {"full": 1e-5, "lora": 3e-4, "qlora": 3e-4}  # peak
@@ -55,11 +51,6 @@ class RewardModelOptions:
     def __post_init__(self) -> None:
         if not (self.center >= 0 and math.isfinite(self.center)):
             raise ValueError(f"center={self.center} must be >= 0 and finite")
-        if not (self.epochs > 0 and math.isfinite(self.epochs)):
-            raise ValueError(f"epochs={self.epochs} must be > 0 and finite")
-
-
-PARTS = setup.parts(RewardModelOptions)
 
 
 class RewardObjective:
@@ -103,117 +94,58 @@ def add_head(model: Transformer, *, seed: int = 0) -> None:
 # --- training ------------------------------------------------------------------------------------------------------
 
 
-def reward(
-    *,
-    base: Path | str,
-    data: Path | str,
-    out: Path | str,
-    method: str = "lora",
-    eval_data: Path | str | None = None,
-    resume: bool = False,
-    force: bool = False,
-    device: str = "auto",
-    progress: bool = False,
-    **settings: Any,  # keys of the parts: center, rank, learning_rate, epochs, ...
-) -> dict[str, Any]:
+class RewardMethod:
+    """The method of a PreferenceTask; the score's head trains beside the adapter."""
+
+    def __init__(self, source: Source, limit: int) -> None:
+        self.source, self.limit = source, limit
+
+    def attach(self, model: Transformer, config: Run) -> None:
+        """A new head."""
+        add_head(model, seed=config.train.seed)
+
+    def detach(self, model: Transformer, folder: Path, config: Run) -> dict[str, Any]:
+        """The head to its own file; what a policy's tokenizer is compared with."""
+        save_tensors(folder / HEAD, dict(cast(nn.Module, model.value_head).state_dict()))
+        del model.value_head
+        return {"tokenizer_sha256": config.inputs["tokenizer"].sha256, "max_seq_len": self.limit}
+
+    def objective(self, data: PreferenceData, config: Run) -> Objective:
+        """Bradley-Terry."""
+        return RewardObjective(config.objective)
+
+    def needs_reference(self, config: Run) -> bool:
+        """A score is compared with nothing."""
+        return False
+
+    def see(self, line: Mapping[str, Any]) -> None:
+        """Nothing to warn of."""
+
+    def figures(self, config: Run) -> dict[str, Any]:
+        """None of its own."""
+        return {}
+
+
+def _read(draft: Run, source: Source) -> PreferenceTask:
+    limit = min(row_limit(draft.objective.max_seq_len, source.model), source.model.max_seq_len)
+    return PreferenceTask.read(RewardMethod(source, limit), draft, source)
+
+
+def _work(config: Run) -> PairWork:
+    return PairWork(config, RewardObjective(config.objective), attach=add_head, reference=False)
+
+
+STAGE = Stage(
+    "reward", setup.parts(RewardModelOptions), partial(preference_task.defaults, LEARNING_RATES), _read, _work
+)
+
+
+def reward(*, base: Path | str, data: Path | str, out: Path | str, **options: Any) -> dict[str, Any]:
     """`graft reward` from Python: trains a reward model on the preference rows in `data` into `out`; returns the summary.
 
-    Raises ValueError or OSError for bad input, Interrupted after a signal.
+    options: `align`'s arguments and keys of the parts (center, rank, learning_rate, epochs, ...). Raises as `align`.
     """
-    base, data, device = Path(base), Path(data), resolve_device(device)
-    if Path(out).resolve() == base.resolve():
-        raise ValueError(f"--out {out} is the base itself; choose another folder")
-    eval_data = Path(eval_data) if eval_data is not None else None
-    records = read_records(data)
-    with RunFolder(out, stage=f"reward {method}", resume=resume, force=force) as run:
-        requested = check_settings(settings, *PARTS.values())
-        model_config = load_config(base)
-        inputs = setup.all_inputs(base, data, eval_data, None)
-        if run.previous:
-            check_same_inputs(run.previous["config"], inputs)
-            requested = resumed_settings(requested, run.previous["config"])
-        limit = min(row_limit(requested.get("max_seq_len"), model_config), model_config.max_seq_len)
-        tokenizer = Tokenizer.load(base)
-        template = ChatTemplate.of(tokenizer)
-        rows = encode_preferences(records, "sigmoid", tokenizer, template, limit)
-        held_out = read_records(eval_data) if eval_data is not None else []
-        rows_eval = encode_preferences(held_out, "sigmoid", tokenizer, template, limit) if held_out else None
-        defaults: dict[str, Any] = {
-            "batch_size": 16,
-            "weight_decay": 0.0,
-            "learning_rate": LEARNING_RATES.get(method, 0.0),
-        }
-        epochs = requested.get("epochs", RewardModelOptions.epochs)
-        defaults["steps"] = steps_for_epochs(
-            len(rows.pairs), requested.get("batch_size", defaults["batch_size"]), epochs
-        )
-        config = setup.resolve(requested, PARTS, method=method, defaults=defaults, inputs=inputs)
-        stored_in_4_bits(config)  # refuses what doesn't go together
-        check_evaluation(config.train, has_evaluation=rows_eval is not None)
-        if rows.n_equal:
-            print(f"note: {rows.n_equal:,} rows have equal answers and were left out", file=sys.stderr)
-        reset_peak(device)
-        model = setup.make_policy(config, device, None).model
-        metadata = {
-            "prompt_format": "chat" if any(record.messages is not None for record in records) else "text",
-            "base_fingerprint": fingerprint(model),
-            "method": f"reward {method}",
-            "tokenizer_sha256": inputs["tokenizer"].sha256,
-            "max_seq_len": limit,
-        }
-        add_head(model, seed=config.train.seed)
-        result = _train(model, config, rows, rows_eval, run, device, progress)
-        with run.results() as folder:
-            save_tensors(folder / HEAD, dict(cast(nn.Module, model.value_head).state_dict()))
-            del model.value_head
-            save_trained(model, config, folder, tokenizer, template, metadata)
-        summary = {"method": method, **result.summary(), **rows.figures(), **peak_bytes(device), "device": device}
-        run.finish(summary)
-        return summary
-
-
-def _train(
-    model: Transformer,
-    config: Run,
-    rows: PreferenceData,
-    rows_eval: PreferenceData | None,
-    run: RunFolder,
-    device: str,
-    progress: bool,
-) -> Result:
-    loop = config.train
-    batches, val = (
-        None
-        if one is None
-        else PreferenceBatches(
-            one.pairs,
-            batch_size=loop.batch_size,
-            max_tokens=2 * min(loop.micro_batch, loop.batch_size) * one.longest,
-            packed=config.objective.packing,
-            seed=loop.seed,
-        )
-        for one in (rows, rows_eval)
-    )
-    assert batches is not None
-    optimizer, objective = setup.policy_optimizer(model, config), RewardObjective(config.objective)
-    run.start(config.saved(), seed=loop.seed)
-
-    def evaluate() -> dict[str, float]:
-        assert val is not None
-        return evaluate_preferences(model, objective, val, dtype=loop.dtype, device=device)
-
-    with step_progress(f"reward {config.method}", loop.steps, shown=progress) as observe:
-        return train(
-            model,
-            optimizer,
-            batches.batch_at,
-            loop,
-            run,
-            objective=objective,
-            evaluate=evaluate if val is not None else None,
-            on_step=observe,
-            device=device,
-        )
+    return align(STAGE, base=base, data=data, out=out, **options)
 
 
 # --- scoring -------------------------------------------------------------------------------------------------------

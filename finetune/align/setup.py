@@ -1,6 +1,5 @@
 """What `graft dpo`, `grpo`, `ppo` and `reward` have in common: settings, the policy and its frozen reference."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ...base.model.init import parameter_roles
 from ...base.model.transformer import Transformer
 from ...base.run import Input, Run, TrainConfig
 from ...base.settings import check_settings, split_settings
@@ -128,9 +128,5 @@ def policy_optimizer(model: torch.nn.Module, config: Run) -> Optimizer:
             model, config.train, lora=config.lora, makers=PAGED_OPTIMIZERS if config.quant.paged else OPTIMIZERS
         )
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    return make_optimizer(trained, config.train, PAGED_OPTIMIZERS if config.quant.paged else OPTIMIZERS)
-
-
-def doubled(train: TrainConfig) -> TrainConfig:
-    """The loop's config with two answers for each row, for the memory prediction."""
-    return dataclasses.replace(train, batch_size=2 * train.batch_size, micro_batch=2 * train.micro_batch)
+    makers = PAGED_OPTIMIZERS if config.quant.paged else OPTIMIZERS
+    return make_optimizer(trained, config.train, makers, roles=parameter_roles(model))

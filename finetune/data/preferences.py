@@ -1,7 +1,7 @@
 """Preference rows: a prompt with a better and a worse answer (TRL, LLaMA-Factory), or one answer with a verdict (KTO)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .records import Message, Record, join_errors, read_all
@@ -28,14 +28,23 @@ class PreferenceRecord:
         """Whether both answers are there."""
         return self.chosen is not None and self.rejected is not None
 
+    def answered(self, answer: Side) -> Record:
+        """Prompt and one of the answers as a record for fine-tuning, whose loss is on the answer."""
+        if isinstance(answer, str):
+            assert isinstance(self.prompt, str)
+            return Record(self.where, prompt=self.prompt, completion=answer)
+        turns = tuple(self.prompt)
+        rest = {"tools": self.tools, "template_args": self.template_args}
+        return Record(self.where, messages=(*turns, *answer), n_prompt_messages=len(turns), **rest)  # pyright: ignore[reportArgumentType]
+
 
 def to_preference(record: Record) -> PreferenceRecord:
     """A Record that `is_preference` as a PreferenceRecord.
 
     A prompt that is not given on its own is what both conversations (or strings) have in common, up to the last whole
     message (character). A prompt string with answers in messages becomes one user turn; a prompt in messages with answer
-    strings makes each an assistant turn. Raises ValueError naming the row for a row without preferences, without an
-    answer, and for one whose answers are equal.
+    strings makes each an assistant turn. Equal answers are kept: who trains on them counts them. Raises ValueError naming
+    the row for a row without preferences, and for one without an answer.
     """
     if not record.is_preference:
         raise ValueError(
@@ -50,8 +59,6 @@ def to_preference(record: Record) -> PreferenceRecord:
     chosen, rejected = record.chosen, record.rejected
     if chosen is None or rejected is None:
         raise ValueError(f"{record.where}: no {'chosen' if chosen is None else 'rejected'} answer; give both")
-    if chosen == rejected:
-        raise ValueError(f"{record.where}: chosen and rejected are the same, so there is no preference; drop the row")
     prompt: Side = record.messages if record.messages is not None else record.prompt or ""
     if record.messages and record.messages[-1]["role"] == "assistant" and not record.n_prompt_messages:
         prompt = record.messages[:-1]  # the row's own answer gives way to chosen and rejected
@@ -71,14 +78,29 @@ def to_preference(record: Record) -> PreferenceRecord:
     return PreferenceRecord(record.where, prompt, chosen, rejected, **rest)
 
 
-def read_preferences(
-    specs: Sequence[str | Path], fields: Mapping[str, str] | None = None
-) -> tuple[list[PreferenceRecord], int]:
-    """Every row of files, folders and globs (`read_all`), and how many labelled rows found no partner.
+def pair_labelled(rows: Sequence[PreferenceRecord]) -> tuple[list[PreferenceRecord], int]:
+    """Pairs only, and how many labelled rows found no partner and were left out.
 
-    Labelled rows of one prompt are paired in file order: the first good answer with the first bad one, and so on; those
-    left over stay labelled rows at the end. Raises ValueError naming all bad rows.
+    Labelled rows of one prompt are paired in file order: the first good answer with the first bad one, and so on.
     """
+    waiting: dict[str, list[PreferenceRecord]] = {}
+    pairs: list[PreferenceRecord] = []
+    for row in rows:
+        if row.is_pair:
+            pairs.append(row)
+            continue
+        others = waiting.setdefault(repr(row.prompt), [])
+        if others and (others[0].chosen is None) != (row.chosen is None):
+            first = others.pop(0)
+            good, poor = (first, row) if first.chosen is not None else (row, first)
+            pairs.append(replace(first, chosen=good.chosen, rejected=poor.rejected))
+        else:
+            others.append(row)
+    return pairs, sum(len(left) for left in waiting.values())
+
+
+def read_preferences(specs: Sequence[str | Path], fields: Mapping[str, str] | None = None) -> list[PreferenceRecord]:
+    """Every row of files, folders and globs (`read_all`), in order. Raises ValueError naming all bad rows."""
     found, bad = [], []
     for record in read_all(specs, fields):
         try:
@@ -87,23 +109,7 @@ def read_preferences(
             bad.append(str(error))
     if bad:
         raise ValueError(join_errors(bad))
-    waiting: dict[str, list[PreferenceRecord]] = {}
-    pairs: list[PreferenceRecord] = []
-    for row in found:
-        if row.is_pair:
-            pairs.append(row)
-            continue
-        others = waiting.setdefault(repr(row.prompt), [])
-        if others and (others[0].chosen is None) != (row.chosen is None):
-            first = others.pop(0)
-            good, poor = (first, row) if first.chosen is not None else (row, first)
-            pairs.append(
-                PreferenceRecord(first.where, row.prompt, good.chosen, poor.rejected, row.tools, row.template_args)
-            )
-        else:
-            others.append(row)
-    left = [row for rows in waiting.values() for row in rows]
-    return pairs + left, len(left)
+    return found
 
 
 def _split(record: Record) -> tuple[Side, Side]:

@@ -21,8 +21,12 @@ vram_app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Option("--model", help="Preset, model folder or config.json.")]
-MethodOption = Annotated[str | None, typer.Option("--method", help=r"full, lora, qlora or generate. \[default: all]")]
-Batch = Annotated[int, typer.Option("--batch", help="Sequences an update.")]
+MethodOption = Annotated[
+    str | None,
+    typer.Option("--method", help=r"full, lora, qlora, generate, dpo, reward, grpo or ppo. \[default: the first four]"),
+]
+Weights = Annotated[str, typer.Option("--weights", help="What trains in dpo, reward, grpo, ppo: full, lora or qlora.")]
+Batch = Annotated[int, typer.Option("--batch", help="Sequences an update; dpo, reward: pairs.")]
 MicroBatch = Annotated[int | None, typer.Option("--micro-batch", help=r"Sequences at once. \[default: the batch]")]
 Seq = Annotated[
     int | None, typer.Option("--seq", help=r"Tokens a sequence. \[default: 512, or the model's longest if less]")
@@ -61,6 +65,7 @@ def estimate_command(
     targets: Targets = "all-linear",
     double_quant: DoubleQuant = True,
     settings: AdapterSettings = None,
+    weights: Weights = "lora",
     fit: Annotated[str | None, typer.Option("--fit", help="Search what fits into it, such as 24GiB.")] = None,
     device: Annotated[
         str, typer.Option("--device", help="Whose kernels: auto, cpu or cuda; no GPU is needed.")
@@ -71,6 +76,7 @@ def estimate_command(
 
     Example: graft vram estimate --model llama-7b --method qlora --device cuda
     """
+    from ..stages import step_work
     from .predict import estimate
     from .settings import METHODS, read_model_config
     from .units import parse_bytes
@@ -78,13 +84,15 @@ def estimate_command(
     config = read_model_config(model)
     seq = min(512, config.max_seq_len) if seq is None else seq
     requested = _settings(
-        method, batch, micro_batch, seq, dtype, optimizer, checkpointing, rank, targets, double_quant, settings
+        method, batch, micro_batch, seq, dtype, optimizer, checkpointing, rank, targets, double_quant, settings, weights
     )
     if fit is not None:
-        _print_fits(config, requested[0], parse_bytes(fit), [method] if method else None, device, as_json)
+        _print_fits(config, requested[0], parse_bytes(fit), [requested[0].method] if method else None, device, as_json)
         return
     methods = METHODS[:3] if method is None and seq > config.max_seq_len else METHODS
-    estimates = [estimate(config, one, device=device) for one in requested if one.method in methods]
+    estimates = [
+        estimate(config, one, device=device, work=step_work(one)) for one in requested if one.method in methods
+    ]
     if as_json:
         _print_json(estimates[0].to_dict() if method else {"estimates": [e.to_dict() for e in estimates]})
         return
@@ -98,7 +106,9 @@ def estimate_command(
         longest = f"the model's longest sequence is {config.max_seq_len:,}"
         console.print(f"generate is left out: {longest}, and training beyond it needs another config")
     for one in estimates:
-        console.print(f"{one.method}: peak {_bytes(one.peak_bytes)} in {one.peak_at}: {_parts(one)}", highlight=False)
+        console.print(
+            f"{one.settings.name}: peak {_bytes(one.peak_bytes)} in {one.peak_at}: {_parts(one)}", highlight=False
+        )
     if method is not None and max(estimates[0].activations):
         kept = estimates[0].activations
         console.print(f"activations kept: {_bytes(sum(kept))}, {_bytes(max(kept))} a layer at most", highlight=False)
@@ -118,6 +128,7 @@ def measure_command(
     targets: Targets = "all-linear",
     double_quant: DoubleQuant = True,
     settings: AdapterSettings = None,
+    weights: Weights = "lora",
     out: Annotated[Path, typer.Option("--out", help="The picture.")] = Path("vram.png"),
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     as_json: Json = False,
@@ -129,6 +140,7 @@ def measure_command(
     from dataclasses import replace
 
     from ...base.device import resolve_device
+    from ..stages import step_work
     from .measure import measure
     from .picture import memory_picture
     from .predict import estimate, fits
@@ -138,16 +150,16 @@ def measure_command(
     config = read_model_config(model)
     seq = min(512, config.max_seq_len) if seq is None else seq
     base = _settings(
-        method, batch, micro_batch, seq, dtype, optimizer, checkpointing, rank, targets, double_quant, settings
+        method, batch, micro_batch, seq, dtype, optimizer, checkpointing, rank, targets, double_quant, settings, weights
     )[0]
     bars = {label: replace(base, method=m, double_quant=dq) for label, (m, dq) in BARS.items()}
     chosen = [base] if method else list(bars.values())
-    estimates = {label: estimate(config, one, device=device) for label, one in bars.items()}
+    estimates = {label: estimate(config, one, device=device, work=step_work(one)) for label, one in bars.items()}
     for one in chosen:
-        warning = fits(device, estimate(config, one, device=device).peak_bytes)
+        warning = fits(device, estimate(config, one, device=device, work=step_work(one)).peak_bytes)
         if warning:
             raise ValueError(f"{one.method}: {warning}, or a smaller --model")
-    measures = [measure(config, one, device=device) for one in chosen]
+    measures = [measure(config, one, device=device, work=step_work(one)) for one in chosen]
     measured = {
         label: measure.measured_bytes
         for label, one in bars.items()
@@ -241,18 +253,26 @@ def _settings(
     targets: str,
     double_quant: bool,
     settings: Sequence[str] | None,
+    weights: str,
 ) -> "list[MemorySettings]":
-    """Settings of the requested method, or of every method."""
+    """Settings of the requested method, or of every method that isn't alignment. Raises ValueError for unknown names."""
     from ...base.settings import check_settings, parse_assignments
     from ..adapters.config import LoraConfig
-    from .settings import METHODS, MemorySettings
+    from .settings import METHODS, STAGES, MemorySettings
+
+    stage = method if method in STAGES[1:] else "sft"
+    if stage == "sft" and method is not None and method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; choose {', '.join((*METHODS, *STAGES[1:]))}")
+    method = method if stage == "sft" else weights
 
     names = tuple(target.strip() for target in targets.split(",") if target.strip())
     given = check_settings(parse_assignments(settings or []), LoraConfig)
     plain = {"rank": rank, "targets": names} if given.get("adapter_kind", "lora") == "lora" else {}
     lora = LoraConfig(**plain | given)
     return [
-        MemorySettings(one, batch, micro_batch, seq, dtype, optimizer, checkpointing, rank, names, double_quant, lora)
+        MemorySettings(
+            one, batch, micro_batch, seq, dtype, optimizer, checkpointing, rank, names, double_quant, lora, stage
+        )
         for one in ([method] if method else METHODS)
     ]
 
@@ -263,6 +283,7 @@ def _print_fits(
     from rich.console import Console
     from rich.table import Table
 
+    from ..stages import step_work
     from .fit import TRAINING, find_fits
 
     with Console(stderr=True).status("predicting") as status:
@@ -272,6 +293,7 @@ def _print_fits(
             budget,
             methods=methods or TRAINING,
             device=device,
+            work_of=step_work,
             on_try=lambda one: status.update(
                 f"predicting {one.method}, batch {one.batch_size}, sequence {one.seq_len}"
             ),
@@ -320,7 +342,7 @@ def _estimate_table(model: str, estimates: "Sequence[MemoryEstimate]") -> "tuple
     table = Table()
     table.add_column("")
     for e in estimates:
-        table.add_column(e.method, justify="right")
+        table.add_column(e.settings.name, justify="right")
     rows = {
         "weights": [e.weights for e in estimates],
         "adapters": [e.adapters for e in estimates],
@@ -350,7 +372,7 @@ def _measure_table(model: str, measures: "Sequence[MemoryMeasure]") -> "Table":
         table.add_column(column, justify="left" if column in ("method", "peak at") else "right")
     for measure in measures:
         p = measure.predicted
-        name = p.method + ("" if p.settings.double_quant else ", no DQ")
+        name = p.settings.name + ("" if p.settings.double_quant else ", no DQ")
         error = f"{measure.error:+.2%}"
         table.add_row(
             name, _bytes(p.peak_bytes), _bytes(measure.measured_bytes), error, p.peak_at, f"{measure.seconds:.2f} s"

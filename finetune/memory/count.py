@@ -34,8 +34,8 @@ class LiveBytes(TorchDispatchMode):
     """Counts every storage once, from the operator that made it until its memory is given back.
 
     What autograd saves stays alive, so it is counted; a view is not counted again. Memory that an operator takes and gives
-    back within itself is not seen; `within` may tell it. With `shapes` every tensor made is a ShapeTensor, which has no memory,
-    and autograd sums gradients in place, as it does with real tensors and no mode on.
+    back within itself is not seen; `within` may tell it. With `shapes` every tensor made from nothing or from a ShapeTensor is a
+    ShapeTensor, which has no memory, and autograd sums gradients in place, as it does with real tensors and no mode on.
     """
 
     def __init__(
@@ -96,7 +96,9 @@ class LiveBytes(TorchDispatchMode):
         if self.shapes and func is torch.ops.aten.add.Tensor and _called_by_autograd():
             func = torch.ops.aten.add_.Tensor
         within = self.within(func, args) if self.within else 0
-        out = run_on_shapes(func, args, kwargs or {}) if self.shapes else func(*args, **(kwargs or {}))
+        # Among real tensors alone (a batch's mask, whose true places are counted) values are known: they are computed.
+        by_shape = self.shapes and (bool(types) or not any(isinstance(value, Tensor) for value in args))
+        out = run_on_shapes(func, args, kwargs or {}) if by_shape else func(*args, **(kwargs or {}))
         kind = self.kind
         if func is torch.ops.aten._to_copy.default and self._kind_of(args[0]) in ("weights", "adapters"):
             kind = "casts"  # autocast's copy of a weight, kept until the backward pass has used it

@@ -8,6 +8,7 @@ from typing import Any
 from ...base.model.config import ModelConfig
 from .predict import estimate
 from .settings import MemorySettings
+from .step import Work
 from .units import say_bytes
 
 TRAINING = ("full", "lora", "qlora")
@@ -39,6 +40,7 @@ def find_fits(
     methods: Sequence[str] = TRAINING,
     device: str = "auto",
     on_try: Callable[[MemorySettings], None] | None = None,  # sees each setting before it is predicted
+    work_of: Callable[[MemorySettings], Work | None] = lambda _: None,  # what an alignment stage's step computes
 ) -> list[Fit]:
     """Every method with and without checkpointing, those that change most of the model first.
 
@@ -54,11 +56,11 @@ def find_fits(
                 tried = replace(one, batch_size=batch_size, seq_len=seq_len)
                 if on_try is not None:
                     on_try(tried)
-                return estimate(config, tried, device=device).peak_bytes
+                return estimate(config, tried, device=device, work=work_of(tried)).peak_bytes
 
             found.append(_fit_one(config, one, budget, peak))
     if not any(fit.batch_size or fit.longest_seq_len for fit in found):
-        raise ValueError(_nothing_fits(config, settings, budget, methods, device))
+        raise ValueError(_nothing_fits(config, settings, budget, methods, device, work_of))
     return found
 
 
@@ -96,12 +98,17 @@ def largest(peak: Callable[[int], int], budget: int, *, most: int) -> int:
 
 
 def _nothing_fits(
-    config: ModelConfig, settings: MemorySettings, budget: int, methods: Sequence[str], device: str
+    config: ModelConfig,
+    settings: MemorySettings,
+    budget: int,
+    methods: Sequence[str],
+    device: str,
+    work_of: Callable[[MemorySettings], Work | None],
 ) -> str:
     """The message: the least that any method needs."""
     seq_len = min(SEQ_STEP, config.max_seq_len)
     least = [
-        (estimate(config, tried, device=device).peak_bytes, tried)
+        (estimate(config, tried, device=device, work=work_of(tried)).peak_bytes, tried)
         for method in methods
         for tried in [
             replace(settings, method=method, checkpointing=True, batch_size=1, micro_batch=None, seq_len=seq_len)

@@ -19,7 +19,7 @@ from ...base.model.config import ModelConfig
 from ..adapters.config import LoraConfig
 from .predict import MemoryEstimate, estimate
 from .settings import MemorySettings, read_model_config
-from .step import make_optimizer, place_, run_generation, run_training_step, shaped_model
+from .step import Work, make_optimizer, place_, run_decoding, run_generation, run_training_step, shaped_model
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,12 @@ def measure_memory(
     return measure(read_model_config(config_or_dir), settings, device=device)
 
 
-def measure(config: ModelConfig, settings: MemorySettings, *, device: str = "auto") -> MemoryMeasure:
+def measure(
+    config: ModelConfig, settings: MemorySettings, *, device: str = "auto", work: Work | None = None
+) -> MemoryMeasure:
     """`measure_memory` on a settings object. The prediction is made before anything is allocated."""
     device = resolve_device(device)
-    predicted = estimate(config, settings, device=device)
+    predicted = estimate(config, settings, device=device, work=work)
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
@@ -89,24 +91,27 @@ def measure(config: ModelConfig, settings: MemorySettings, *, device: str = "aut
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)  # another model of this process, not ours
         began = time.perf_counter()
-        _whole_step(config, settings, device)
+        _whole_step(config, settings, device, work)
         torch.cuda.synchronize(device)
         seconds = time.perf_counter() - began
         return MemoryMeasure(predicted, torch.cuda.max_memory_allocated(device) - before, seconds)
     began = time.perf_counter()
     with cpu_allocations() as peak:
-        _whole_step(config, settings, device)
+        _whole_step(config, settings, device, work)
     return MemoryMeasure(predicted, peak[0], time.perf_counter() - began)
 
 
-def _whole_step(config: ModelConfig, settings: MemorySettings, device: str) -> None:
+def _whole_step(config: ModelConfig, settings: MemorySettings, device: str, work: Work | None) -> None:
     """From nothing to one update. The model is placed tensor by tensor in its final form, which is never the peak."""
-    model = shaped_model(config, settings)
+    model = shaped_model(config, settings, work)
     place_(model, device)
     if settings.method == "generate":
         run_generation(model, settings, device)
-    else:
-        run_training_step(model, make_optimizer(model, settings), settings, device)
+        return
+    optimizer = make_optimizer(model, settings)
+    if work is not None and (rows := work.rollout_rows(settings.batch_size)):
+        run_decoding(model, settings, device, rows)
+    run_training_step(model, optimizer, settings, device, work=work)
 
 
 @contextmanager

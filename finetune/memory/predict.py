@@ -19,7 +19,15 @@ from .count import LiveBytes, Peak, Place
 from .devices import CUDA_GRANULE, cpu_bytes_within, cuda_bytes_within, workspace_bytes
 from .settings import MemorySettings, read_model_config
 from .shapes import ShapeTensor
-from .step import make_optimizer, run_generation, run_training_step, shaped_model
+from .step import (
+    Work,
+    make_micro_batches,
+    make_optimizer,
+    run_decoding,
+    run_generation,
+    run_training_step,
+    shaped_model,
+)
 
 SAMPLES = (3, 4)  # repetitions of a group of layers that are run in place of more
 LONGEST_GROUP = 8  # layers that may repeat as a group, such as five with a window and one without
@@ -97,14 +105,21 @@ def estimate_memory(
 
 
 def estimate(
-    config: ModelConfig, settings: MemorySettings, *, device: str = "auto", whole: bool = False
+    config: ModelConfig,
+    settings: MemorySettings,
+    *,
+    device: str = "auto",
+    whole: bool = False,  # run all layers however many there are
+    work: Work | None = None,  # what the stage computes; None: the next token's loss
 ) -> MemoryEstimate:
-    """`estimate_memory` on a settings object; `whole` runs all layers however many there are."""
+    """`estimate_memory` on a settings object."""
+    if (work is None) != (settings.stage == "sft"):
+        raise ValueError(f"stage {settings.stage} and its work go together; see finetune/stages.py")
     if settings.method == "generate" and settings.seq_len > config.max_seq_len:
         raise ValueError(f"seq_len={settings.seq_len} is more than the model's max_seq_len={config.max_seq_len}")
     kind = device_kind(device)
     differs = differs_by_layer(settings.adapter)
-    run = over_layers(config, lambda fewer: _run(fewer, settings, kind), whole=whole or differs)
+    run = over_layers(config, lambda fewer: _run(fewer, settings, kind, work), whole=whole or differs)
     return summarize(run, config, settings, kind)
 
 
@@ -118,6 +133,8 @@ def predict_run(
     double_quant: bool = True,
     optimizer: str = "adamw",
     device: str = "auto",
+    stage: str = "sft",
+    work: Work | None = None,
 ) -> int:
     """Peak bytes of a run before it starts, for the training commands to print: about a second."""
     settings = MemorySettings(
@@ -130,8 +147,9 @@ def predict_run(
         checkpointing=train.checkpointing,
         lora=lora,
         double_quant=double_quant,
+        stage=stage,
     )
-    return estimate(config, settings, device=device).peak_bytes
+    return estimate(config, settings, device=device, work=work).peak_bytes
 
 
 def fits(device: str, n_bytes: int) -> str | None:
@@ -202,13 +220,14 @@ def over_layers(config: ModelConfig, run: Callable[[ModelConfig], Counted], *, w
     return extrapolate(*runs, start=start, size=size, steps=n_groups - more)
 
 
-def _run(config: ModelConfig, settings: MemorySettings, device: str) -> Counted:
+def _run(config: ModelConfig, settings: MemorySettings, device: str, work: Work | None) -> Counted:
     """The step on a fake model. The tensors are the CPU's throughout, since fake CUDA ones need a CUDA build of PyTorch; for
     a GPU the kernels are chosen as there."""
     on_gpu = device == "cuda"
     counter = new_counter(device)
     with predicting("cuda" if on_gpu else "cpu"):
-        model = shaped_model(config, settings)
+        model = shaped_model(config, settings, work)
+        batches = None if work is None else make_micro_batches(config, settings, work)
         sizes = count_model(model, counter)
         if on_gpu:
             add_workspace(counter, backward=settings.method != "generate")
@@ -220,7 +239,12 @@ def _run(config: ModelConfig, settings: MemorySettings, device: str) -> Counted:
                 optimizer = make_optimizer(model, settings)
                 counter.add(optimizer.state_tensors().values(), "optimizer")
                 sizes["optimizer"] = counter.kinds["optimizer"]
-                run_training_step(model, optimizer, settings, "cpu", counter=counter)
+                if work is not None and (rows := work.rollout_rows(settings.batch_size)):
+                    counter.enter("rollout", "", "temporaries")
+                    sizes["cache"] = run_decoding(model, settings, "cpu", rows, counter=counter).n_bytes
+                for batch in batches or ():
+                    counter.add(batch.values(), "batch")
+                run_training_step(model, optimizer, settings, "cpu", counter=counter, work=work, micro_batches=batches)
     kept = [counter.kept[i] for i in range(config.n_layers)]
     return Counted(config.n_layers, sizes, kept, counter.peaks)
 

@@ -6,6 +6,7 @@ from ...base.model.config import ModelConfig
 from ...base.train import TrainConfig
 from ..adapters.config import LoraConfig
 from .predict import fits, predict_run
+from .step import Work
 from .units import say_bytes
 
 
@@ -18,6 +19,8 @@ def print_prediction(
     seq_len: int | None = None,  # tokens a row; None: the model's longest
     lora: LoraConfig | None = None,
     double_quant: bool = True,
+    stage: str = "sft",
+    work: Work | None = None,  # of alignment's stages
 ) -> int:
     """Print the predicted peak of a step to standard error, warn when the device has less free, and return it in bytes."""
     predicted = predict_run(
@@ -29,6 +32,8 @@ def print_prediction(
         double_quant=double_quant,
         optimizer=train.optimizer,
         device=device,
+        stage=stage,
+        work=work,
     )
     print(f"predicted peak memory of tensors: {say_bytes(predicted)} on {device}", file=sys.stderr)
     warning = fits(device, predicted)

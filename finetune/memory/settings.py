@@ -10,12 +10,17 @@ from ..adapters.config import LoraConfig
 
 Method = Literal["full", "lora", "qlora", "generate"]
 METHODS = ("full", "lora", "qlora", "generate")
+STAGES = ("sft", "dpo", "reward", "grpo", "ppo")  # what a training step computes; pretraining's is sft's
 SMALL_VOCAB = 8192  # of the small presets, which take their tokenizer's in a real run
 
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """One training step, or one prompt and its answer. Raises ValueError for names that don't exist and sizes below 1."""
+    """One training step, or one prompt and its answer. Raises ValueError for names that don't exist and sizes below 1.
+
+    In dpo and reward a row of the batch is a pair, two answers of seq_len tokens each with their prompt; in grpo and ppo it is
+    an answer with its prompt.
+    """
 
     method: str = "full"  # full: float32 weights; lora: frozen weights in dtype; qlora: in NF4; generate: in dtype
     batch_size: int = 1  # sequences an update
@@ -28,6 +33,7 @@ class MemorySettings:
     targets: tuple[str, ...] = ("all-linear",)  # which linears have one
     double_quant: bool = True
     lora: LoraConfig | None = None  # the adapter in full, in place of rank and targets
+    stage: str = "sft"  # sft, dpo, reward, grpo or ppo
 
     def __post_init__(self) -> None:
         from ...base.dtypes import DTYPES  # not above: `graft plan` reads this file and needs no torch
@@ -35,6 +41,12 @@ class MemorySettings:
 
         if self.method not in METHODS:
             raise ValueError(f"unknown method {self.method!r}; choose {', '.join(METHODS)}")
+        if self.stage not in STAGES:
+            raise ValueError(f"unknown stage {self.stage!r}; choose {', '.join(STAGES)}")
+        if self.stage != "sft" and self.method == "generate":
+            raise ValueError(
+                f"method generate trains nothing, so stage {self.stage} has none; choose full, lora or qlora"
+            )
         if self.dtype not in DTYPES:
             raise ValueError(f"unknown dtype {self.dtype!r}; choose {', '.join(DTYPES)}")
         if self.optimizer not in OPTIMIZERS:
@@ -50,6 +62,11 @@ class MemorySettings:
     def adapter(self) -> LoraConfig:
         """The adapter of lora and qlora."""
         return self.lora or LoraConfig(rank=self.rank, targets=self.targets)
+
+    @property
+    def name(self) -> str:
+        """Of a column or a bar: the method, behind the stage where that is alignment."""
+        return self.method if self.stage == "sft" else f"{self.stage} {self.method}"
 
     @property
     def rows(self) -> int:

@@ -105,8 +105,8 @@ REDUCTIONS = {
 }
 
 
-def _by_own_rule(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The result of a concatenation, a reduction or an elementwise operator, on meta tensors; None for any other operator."""
+def _by_own_rule(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | tuple[Tensor, ...] | None:
+    """The result of an operator that alignment, generation or training uses often, on meta tensors; None for any other."""
     if func in REDUCTIONS:
         return _reduced(
             args[0], *_dims(args, REDUCTIONS[func]), torch.bool if func is aten.all.default else kwargs.get("dtype")
@@ -124,6 +124,12 @@ def _by_own_rule(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> T
         return args[0].new_empty(args[0].shape[:1])
     if func is aten.embedding.default:
         return args[0].new_empty((*args[1].shape, args[0].shape[1]))
+    if func is aten._log_softmax.default:
+        return args[0].new_empty(args[0].shape, dtype=torch.float32 if args[2] else None)
+    if func is aten.log_sigmoid_forward.default:
+        return torch.empty_like(args[0]), torch.empty_like(args[0])  # and e^-|x|, which the backward pass reads
+    if func is aten.log_sigmoid_backward.default:
+        return torch.empty_like(args[1])
     if func is aten.clone.default and kwargs.get("memory_format") is torch.contiguous_format:
         return args[0].new_empty(args[0].shape)
     if func in LIKE:
@@ -137,8 +143,10 @@ def _by_own_rule(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> T
         whole = all(isinstance(value, int) for value in (start, end, step))
         dtype = kwargs.get("dtype") or (torch.int64 if whole else torch.get_default_dtype())
         return torch.empty(math.ceil((end - start) / step), dtype=dtype, device="meta")
-    if func is aten.stack.default and len(args) == 1:
-        return args[0][0].new_empty((len(args[0]), *args[0][0].shape))
+    if func is aten.stack.default:
+        first, shape = args[0][0], list(args[0][0].shape)
+        shape.insert((args[1] if len(args) > 1 else 0) % (first.ndim + 1), len(args[0]))
+        return first.new_empty(shape)
     if func is aten.cat.default:
         parts = [part for part in args[0] if part.shape != (0,)]
         dim = (args[1] if len(args) > 1 else 0) % parts[0].ndim

@@ -1,7 +1,8 @@
 """One real step, watched: the functions that training and generation call, on real tensors or on fake ones."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,20 +22,53 @@ from .settings import MemorySettings
 from .shapes import ShapeTensor
 
 
-def shaped_model(config: ModelConfig, settings: MemorySettings, *, bare: bool = False) -> Transformer:
+class Work(Protocol):
+    """What a step computes where it is not the next token's loss; finetune/align/step_memory.py has alignment's."""
+
+    def attach(self, model: Transformer, /) -> None:
+        """Add to the model what trains, or is held, beside its own weights."""
+        ...
+
+    def micro_batch(self, config: ModelConfig, rows: int, seq_len: int) -> dict[str, Tensor]:
+        """Real tensors on the CPU, as the data pipeline leaves them, with every token but a sequence's first in the loss."""
+        ...
+
+    def rollout_rows(self, rows: int) -> int:
+        """Answers that are sampled together before the step; 0: none."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor], /) -> Any:
+        """As base/train.py's Objective."""
+        ...
+
+    def n_labels(self, batch: Mapping[str, Tensor], /) -> int:
+        """As base/train.py's Objective."""
+        ...
+
+
+def shaped_model(
+    config: ModelConfig, settings: MemorySettings, work: Work | None = None, *, bare: bool = False
+) -> Transformer:
     """The model as the method trains it, of ShapeTensors: every dtype and shape, no memory. `bare`: frozen, without adapters."""
     with LiveBytes(shapes=True):
-        model = Transformer(config)
-        if settings.method == "full":
-            return model
-        dtype = dtype_named(settings.dtype)
-        replace_tensors_(model, lambda tensor: tensor.to(dtype))
-        if settings.method == "qlora":
-            quantize_linears_(model, double_quant=settings.double_quant)
-        if settings.method in ("lora", "qlora") and not bare:
-            attach_adapter(model, settings.adapter, shapes_only=True)
-        else:
-            model.requires_grad_(False)
+        model = _as_trained(config, settings, bare)
+        if work is not None:
+            work.attach(model)
+    return model
+
+
+def _as_trained(config: ModelConfig, settings: MemorySettings, bare: bool) -> Transformer:
+    model = Transformer(config)
+    if settings.method == "full":
+        return model
+    dtype = dtype_named(settings.dtype)
+    replace_tensors_(model, lambda tensor: tensor.to(dtype))
+    if settings.method == "qlora":
+        quantize_linears_(model, double_quant=settings.double_quant)
+    if settings.method in ("lora", "qlora") and not bare:
+        attach_adapter(model, settings.adapter, shapes_only=True)
+    else:
+        model.requires_grad_(False)
     return model
 
 
@@ -79,26 +113,42 @@ def token_batch(config: ModelConfig, rows: int, seq_len: int) -> dict[str, Tenso
     return {"ids": ids, "targets": torch.zeros_like(ids)}
 
 
+def make_micro_batches(
+    config: ModelConfig, settings: MemorySettings, work: Work | None = None
+) -> list[dict[str, Tensor]]:
+    """Of one step: from the second micro-batch on each is like the one before, so two stand for any number."""
+    make = token_batch if work is None else work.micro_batch
+    n = min(-(-settings.batch_size // settings.rows), 2)
+    return [make(config, settings.rows, settings.seq_len) for _ in range(n)]
+
+
 def run_training_step(
-    model: Transformer, optimizer: Optimizer, settings: MemorySettings, device: str, *, counter: LiveBytes | None = None
+    model: Transformer,
+    optimizer: Optimizer,
+    settings: MemorySettings,
+    device: str,
+    *,
+    counter: LiveBytes | None = None,
+    work: Work | None = None,
+    micro_batches: Sequence[Mapping[str, Tensor]] | None = None,  # None: `make_micro_batches`
 ) -> None:
     """base/train.py's own step on one batch; the counter, if any, is told where the step stands."""
     model.train()
     model.checkpointing = settings.checkpointing
-    rows, n_micro = settings.rows, -(-settings.batch_size // settings.rows)
-    # From the second micro-batch on each is like the one before, so two stand for any number.
-    micro_batches = [token_batch(model.config, rows, settings.seq_len) for _ in range(min(n_micro, 2))]
+    if micro_batches is None:
+        micro_batches = make_micro_batches(model.config, settings, work)
+    loss, count = (next_token_loss, n_labels) if work is None else (work.loss, work.n_labels)
+    rows = settings.rows
     config = TrainConfig(
         steps=10, batch_size=settings.batch_size, micro_batch=rows, dtype=settings.dtype, warmup_steps=0
     )
     scaler = LossScaler(settings.dtype, scale=1.0)
     if counter is None:
-        one_step(model, optimizer, micro_batches, config, scaler, 0, next_token_loss, n_labels, device)
+        one_step(model, optimizer, micro_batches, config, scaler, 0, loss, count, device)
         return
     with watched(model, counter):
         marked = MarkedOptimizer(optimizer, counter)
-        loss = _marked_loss(counter)
-        one_step(model, marked, micro_batches, config, scaler, 0, loss, n_labels, device)
+        one_step(model, marked, micro_batches, config, scaler, 0, _marked_loss(loss, counter), count, device)
 
 
 @torch.no_grad()
@@ -116,14 +166,29 @@ def run_generation(
     return cache
 
 
-def _marked_loss(counter: LiveBytes) -> Callable[[nn.Module, Mapping[str, Tensor]], Tensor]:
-    def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+@torch.no_grad()
+def run_decoding(
+    model: Transformer, settings: MemorySettings, device: str, rows: int, *, counter: LiveBytes | None = None
+) -> KVCache:
+    """The last token of `rows` answers of seq_len tokens, as the engine decodes them together. Returns the cache."""
+    model.eval()
+    cache = model.new_cache(rows, settings.seq_len)
+    if counter is not None:
+        counter.add([t for layer in cache.layers for t in layer.tensors()], "cache")
+    model(torch.zeros(rows, 1, dtype=torch.int64, device=device), cache=cache)[:, 0].float().log_softmax(-1)
+    return cache
+
+
+def _marked_loss(
+    loss: Callable[[nn.Module, Mapping[str, Tensor]], Any], counter: LiveBytes
+) -> Callable[[nn.Module, Mapping[str, Tensor]], Any]:
+    def marked(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
         counter.enter("forward", "embedding", "activations")
-        value = next_token_loss(model, batch)
+        value = loss(model, batch)
         counter.enter("backward", "loss", "temporaries")
         return value
 
-    return loss
+    return marked
 
 
 class MarkedOptimizer:

@@ -1,13 +1,24 @@
 """Worked by hand, law and parity with an independent fit: ratings from battles, pass@k, majority vote."""
 
+import json
 import math
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from graft.finetune.align.arena import Battle, majority_vote, pass_at_k, play, ratings
+from graft.finetune.align.arena import (
+    Battle,
+    battle_lines,
+    majority_vote,
+    pass_at_k,
+    play,
+    ratings,
+    read_battles,
+    win_rates,
+)
 
 
 def games(a: str, b: str, wins: int, losses: int, ties: int = 0) -> list[Battle]:
@@ -137,3 +148,72 @@ def test_majority_vote():
     assert majority_vote(["8", "7", "7", "8"]) == "8"
     with pytest.raises(ValueError, match="no answers to vote among"):
         majority_vote([])
+
+
+# --- files of battles ----------------------------------------------------------------------------------------------
+
+
+def written(path: Path, *rows: object) -> Path:
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+def test_a_file_of_battles(tmp_path: Path) -> None:
+    """Worked by hand: a win, a tie, a battle judged in both orders alike, and one whose verdict turned with the order."""
+    file = written(
+        tmp_path / "votes.jsonl",
+        {"a": "x", "b": "y", "winner": "a", "prompt": "hi", "when": 3},
+        "",
+        {"a": "x", "b": "y", "winner": "tie"},
+        {"a": "x", "b": "y", "winner": "a", "id": 7},
+        {"a": "y", "b": "x", "winner": "b", "id": 7},
+        {"a": "x", "b": "y", "winner": "a", "id": "q"},
+        {"a": "y", "b": "x", "winner": "a", "id": "q"},
+    )
+    battles, n_both, n_turned = read_battles(file)
+    assert battles == [Battle("x", "y", score) for score in (1.0, 0.5, 1.0, 0.5)]
+    assert (n_both, n_turned) == (2, 1)
+    assert win_rates(battles) == {("x", "y"): 0.75, ("y", "x"): 0.25}
+    again = tmp_path / "again.jsonl"
+    again.write_text(battle_lines(battles), encoding="utf-8")
+    assert read_battles(again)[0] == battles
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{", r"votes.jsonl line 2: not JSON \(.* at column \d\)"),
+        ("[1]", "line 2: a and b must name two different players, got"),
+        ({"a": "x", "b": "x", "winner": "a"}, "line 2: a and b must name two different players"),
+        ({"a": "x", "winner": "a"}, "line 2: a and b must name"),
+        ({"a": "x", "b": "y", "winner": "x"}, "line 2: winner is 'x'; write a, b or tie"),
+        ({"a": "x", "b": "y", "winner": "a", "id": [1]}, r"line 2: id is \[1\]; give a string or a number"),
+        ({"a": "x", "b": "z", "winner": "a", "id": 1}, "id 1 names different players"),
+    ],
+)
+def test_lines_that_are_no_battle(row: object, message: str, tmp_path: Path) -> None:
+    good = {"a": "x", "b": "y", "winner": "a", "id": 1}
+    with pytest.raises(ValueError, match=message):
+        read_battles(written(tmp_path / "votes.jsonl", good, row))
+    with pytest.raises(ValueError, match="holds no battles; give lines such as"):
+        read_battles(written(tmp_path / "empty.jsonl", ""))
+
+
+def test_command(tmp_path: Path) -> None:
+    """Law: the command prints ratings, best first, and win rates; what can't be asked together is refused."""
+    from typer.testing import CliRunner
+
+    from graft.cli import app
+
+    file = written(tmp_path / "v.jsonl", *[{"a": "x", "b": "y", "winner": w} for w in ("a", "a", "a", "b")])
+    said = CliRunner().invoke(app, ["arena", str(file)]).output
+    assert said.index("x, 4 battles") < said.index("y, 4 battles")
+    assert "x wins 75.0% against y" in said
+    figures = json.loads(CliRunner().invoke(app, ["arena", str(file), "--json"]).output)
+    assert [one["player"] for one in figures["ratings"]] == ["x", "y"]
+    for arguments, message in (
+        ([str(file), "--base", "b"], "not both"),
+        (["--base", "b"], "give a FILE of battles, or"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            CliRunner().invoke(app, ["arena", *arguments], catch_exceptions=False)

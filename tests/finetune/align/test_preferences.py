@@ -11,18 +11,12 @@ from graft.base.model.huggingface import load_config
 from graft.base.model.transformer import Transformer, initialize_
 from graft.base.tokenizer.tokenizer import Tokenizer
 from graft.finetune.align.logprobs import response_logprobs
-from graft.finetune.align.preferences import (
-    Pair,
-    PreferenceBatches,
-    answer_sums,
-    collate_answers,
-    content_hash,
-    encode_pairs,
-    mismatched,
-    split_pair,
-)
+from graft.finetune.align.preference_rows import encode_pairs, mismatched
+from graft.finetune.align.preferences import Pair, PreferenceBatches, answer_sums, collate_answers
+from graft.finetune.align.reference import content_hash
 from graft.finetune.data.chat import ChatTemplate, Encoded
-from graft.finetune.data.records import read_records, to_record
+from graft.finetune.data.preferences import read_preferences, to_preference
+from graft.finetune.data.records import to_record
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 
@@ -56,24 +50,18 @@ def some_pairs(n: int = 7) -> list[Pair]:
           "rejected": [*MESSAGES, {"role": "assistant", "content": "b"}]}, "user", ["b", "b"]),
     ],
 )  # fmt: skip
-def test_split_pair(row, prompt, answers):
-    """Every layout of a preference row gives two fine-tuning records with one prompt."""
-    for one, answer in zip(split_pair(to_record(row, "x line 1")), answers, strict=True):
-        assert (one.chosen, one.rejected) == (None, None)
+def test_both_answers_as_records(row, prompt, answers):
+    """Every layout of a preference row gives two fine-tuning records with one prompt, equal answers too."""
+    one = to_preference(to_record(row, "x line 1"))
+    for side, answer in zip((one.chosen, one.rejected), answers, strict=True):
+        record = one.answered(side)
+        assert (record.chosen, record.rejected) == (None, None)
         if prompt == "a":
-            assert (one.prompt, one.completion) == ("a", answer)
+            assert (record.prompt, record.completion) == ("a", answer)
         else:
-            assert [m["role"] for m in one.messages] == ["user", "assistant"]
-            assert one.messages[-1]["content"] == answer
-            assert one.n_prompt_messages == 1
-
-
-def test_split_pair_refuses():
-    with pytest.raises(ValueError, match=r"x line 1: no rejected answer"):
-        split_pair(to_record({"prompt": "a", "chosen": "b"}, "x line 1"))
-    mixed = {"prompt": "a", "chosen": MESSAGES, "rejected": MESSAGES}
-    with pytest.raises(ValueError, match=r"x line 1: the prompt is a string but an answer is a conversation"):
-        split_pair(to_record(mixed, "x line 1"))
+            assert [m["role"] for m in record.messages] == ["user", "assistant"]
+            assert record.messages[-1]["content"] == answer
+            assert record.n_prompt_messages == 1
 
 
 def test_encode_pairs(tokenizer_dir: Path, tmp_path: Path):
@@ -86,8 +74,9 @@ def test_encode_pairs(tokenizer_dir: Path, tmp_path: Path):
     file = tmp_path / "pairs.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     tokenizer = Tokenizer.load(tokenizer_dir)
-    [one], n_equal = encode_pairs(read_records(file), tokenizer, None, 50)
-    assert n_equal == 1
+    found = encode_pairs(read_preferences([file]), tokenizer, None, 50)
+    [one] = found.pairs
+    assert (found.n_equal, found.n_cut, found.is_chat) == (1, 0, False)
     for encoded, answer in ((one.chosen, " sat"), (one.rejected, " slept")):
         start = int(encoded.loss_mask.argmax())
         assert tokenizer.decode(encoded.ids[:start].tolist()) == "the cat"
@@ -95,9 +84,9 @@ def test_encode_pairs(tokenizer_dir: Path, tmp_path: Path):
     with pytest.raises(
         ValueError, match=r"chosen equals rejected in all 1 rows \(in their first max_seq_len=50 tokens\)"
     ):
-        encode_pairs(read_records(file)[1:], tokenizer, None, 50)
+        encode_pairs(read_preferences([file])[1:], tokenizer, None, 50)
     with pytest.raises(ValueError, match=r"pairs.jsonl line 1: no label is left after truncation to max_seq_len=2"):
-        encode_pairs(read_records(file), tokenizer, ChatTemplate.of(tokenizer), 2)
+        encode_pairs(read_preferences([file]), tokenizer, ChatTemplate.of(tokenizer), 2)
 
 
 def test_packed_layout():

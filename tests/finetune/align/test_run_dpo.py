@@ -14,7 +14,7 @@ import graft
 from graft.base.runlog import read_metrics
 from graft.base.train import Interrupted
 from graft.finetune.adapters.bank import AdapterBank
-from graft.finetune.align import run_dpo
+from graft.finetune.align import run, run_dpo
 from graft.finetune.align.run_dpo import FallWatch, dpo
 from graft.finetune.data.chat import encode_record
 from graft.finetune.data.records import Record
@@ -113,6 +113,7 @@ def test_resumes_to_the_bit(
             raise KeyboardInterrupt
         return original(self, *arguments)
 
+    monkeypatch.setattr(run, "print_prediction", lambda *_, **__: 0)  # it calls the loss too
     monkeypatch.setattr(run_dpo.PreferenceObjective, "loss", dies)
     with pytest.raises(KeyboardInterrupt):
         train(base_dir, rows, tmp_path / "resumed", method, **settings)
@@ -161,10 +162,10 @@ def test_kto_takes_labelled_rows(base_dir: Path, tmp_path: Path) -> None:
     lines = train(base_dir, rows, tmp_path / "out", loss="kto", steps=30, batch_size=6)
     assert lines[-1]["accuracy"] == 1.0
     assert lines[-1]["desirable_gain"] > 0 > lines[-1]["undesirable_gain"]
-    with pytest.raises(
-        ValueError, match=r"kto.jsonl line 1: a row with one labelled answer, which loss sigmoid can't use"
-    ):
-        train(base_dir, rows, tmp_path / "other")
+    paired = dpo(base=base_dir, data=rows, out=tmp_path / "pairs", steps=1, batch_size=2, device="cpu")
+    assert (paired["n_pairs"], paired["n_single"]) == (2, 2)  # two prompts have an answer of each kind
+    with pytest.raises(ValueError, match="none of 3 labelled answers has a partner with the other label"):
+        train(base_dir, write(tmp_path / "good.jsonl", labelled[:3]), tmp_path / "other")
 
 
 def test_both_falling_is_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,7 +208,7 @@ def test_rows_without_a_preference(base_dir: Path, tmp_path: Path, capsys: pytes
         ({"beta": -1.0}, "beta=-1.0 must be > 0"),
         ({"label_smoothing": 0.7}, "label_smoothing=0.7 must lie in"),
         ({"label_smoothing": 0.1, "loss": "ipo"}, "label_smoothing=0.1 is for the losses sigmoid and robust, got ipo"),
-        ({"epochs": 0}, "epochs=0.0 must be > 0"),
+        ({"epochs": 0}, "epochs=0.0 must be a positive number"),
         ({"method": "half"}, "unknown method 'half'; choose full, lora, qlora"),
         ({"bata": 0.1}, "unknown config key 'bata'; did you mean beta"),
         ({"patience": 1}, "patience=1 needs a validation loss"),
@@ -235,6 +236,7 @@ def test_a_signal_stops_after_the_step(
         os.kill(os.getpid(), signal.SIGTERM)
         return original(self, *arguments)
 
+    monkeypatch.setattr(run, "print_prediction", lambda *_, **__: 0)  # it calls the loss too
     monkeypatch.setattr(run_dpo.PreferenceObjective, "loss", signals)
     with pytest.raises(Interrupted, match="stopped after step 1 of 4"):
         train(base_dir, rows, tmp_path / "out")

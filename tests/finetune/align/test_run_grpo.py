@@ -15,9 +15,11 @@ from graft.base.generate.engine import Engine
 from graft.base.generate.sampling import Sampling
 from graft.base.model.huggingface import save_model
 from graft.base.runlog import read_metrics
-from graft.finetune.align import run_rewards
-from graft.finetune.align.rollouts import Prompt, Rollouts, Sampler, collate_rollout
+from graft.finetune.align import rollout_task, run
+from graft.finetune.align.prompts import Prompt
+from graft.finetune.align.rollouts import Rollouts, collate_rollout
 from graft.finetune.align.run_grpo import GRPO, GRPOOptions, grpo
+from graft.finetune.align.sampler import Sampler
 from graft.finetune.loading import load_model
 
 WORDS = ["the cat", "a bird", "the tree", "rivers run"]
@@ -180,6 +182,7 @@ def test_resumes_to_the_bit(
             raise KeyboardInterrupt
         return original(self, *arguments)
 
+    monkeypatch.setattr(run, "print_prediction", lambda *_, **__: 0)  # it calls the loss too
     monkeypatch.setattr(target, name, dies)
     with pytest.raises(KeyboardInterrupt):
         train(base_dir, prompts, tmp_path / "resumed", **settings)
@@ -189,7 +192,7 @@ def test_resumes_to_the_bit(
     file = "model.safetensors" if method == "full" else "adapter_model.safetensors"
     a, b = load_file(tmp_path / "straight" / file), load_file(tmp_path / "resumed" / file)
     assert all(torch.equal(a[key], b[key]) for key in a)
-    logs = [(tmp_path / run / "rollouts.jsonl").read_bytes() for run in ("straight", "resumed")]
+    logs = [(tmp_path / one / "rollouts.jsonl").read_bytes() for one in ("straight", "resumed")]
     assert logs[0] == logs[1]
 
 
@@ -307,7 +310,7 @@ def test_options_of_the_kinds() -> None:
     assert found == {
         "grpo": "sequence", "dr_grpo": "constant:7", "dapo": "token", "gspo": "sequence", "cispo": "token",
     }  # fmt: skip
-    assert run_rewards.RolloutOptions(rewards='{"regex:a + b": 0.5}').terms()[0].weight == 0.5
+    assert rollout_task.RolloutOptions(rewards='{"regex:a + b": 0.5}').terms()[0].weight == 0.5
 
 
 def test_command(base_dir: Path, prompts: Path, tmp_path: Path, graft: Callable[..., Any]) -> None:

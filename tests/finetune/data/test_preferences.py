@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from graft.finetune.data.preferences import PreferenceRecord, read_preferences, to_preference
+from graft.finetune.data.preferences import PreferenceRecord, pair_labelled, read_preferences, to_preference
 from graft.finetune.data.records import Record, read_records
 
 U, A, B = (
@@ -15,7 +15,7 @@ U, A, B = (
 )
 
 
-def read(tmp_path: Path, *rows: dict) -> tuple[list[PreferenceRecord], int]:
+def read(tmp_path: Path, *rows: dict) -> list[PreferenceRecord]:
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return read_preferences([tmp_path / "p.jsonl"])
 
@@ -36,9 +36,11 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("name", list(LAYOUTS))
 def test_layouts(name: str, tmp_path: Path) -> None:
-    [row], left = read(tmp_path, LAYOUTS[name])
+    [row] = read(tmp_path, LAYOUTS[name])
     question = {"role": "user", "content": "2 +\n2?"} if "alpaca" in name else U
-    assert (row.prompt, row.chosen, row.rejected, left) == ((question,), (A,), (B,), 0)
+    assert (row.prompt, row.chosen, row.rejected) == ((question,), (A,), (B,))
+    answered = row.answered((B,))
+    assert (answered.messages, answered.n_prompt_messages) == ((question, B), 1)
 
 
 def test_strings_stay_strings_and_share_their_beginning(tmp_path: Path) -> None:
@@ -51,20 +53,23 @@ def test_strings_stay_strings_and_share_their_beginning(tmp_path: Path) -> None:
 
 
 def test_verdicts_are_paired_by_prompt(tmp_path: Path) -> None:
-    """good a, bad b, bad a: the two of prompt a make a pair; b is left."""
-    rows, left = read(
+    """good a, bad b, bad a, whole c: the two of prompt a make a pair; b is left out and counted."""
+    rows = read(
         tmp_path,
         {"prompt": "a", "completion": "good", "label": True},
         {"prompt": "b", "completion": "bad", "label": False},
         {"prompt": "a", "completion": "poor", "label": False},
+        {"prompt": "c", "chosen": "x", "rejected": "y"},
     )
-    assert left == 1
-    assert [(r.prompt, r.chosen, r.rejected, r.is_pair) for r in rows] == [
-        ("a", "good", "poor", True),
-        ("b", None, "bad", False),
+    pairs, n_single = pair_labelled(rows)
+    assert n_single == 1
+    assert [(r.where[-1], r.prompt, r.chosen, r.rejected) for r in pairs] == [
+        ("1", "a", "good", "poor"),
+        ("4", "c", "x", "y"),
     ]
-    rows, left = read(tmp_path, {"messages": [U, A], "kto_tag": True}, {"messages": [U, B], "label": False})
-    assert (left, rows[0].prompt, rows[0].chosen, rows[0].rejected) == (0, (U,), (A,), (B,))
+    rows = read(tmp_path, {"messages": [U, A], "kto_tag": True}, {"messages": [U, B], "label": False})
+    [pair], n_single = pair_labelled(rows)
+    assert (n_single, pair.prompt, pair.chosen, pair.rejected) == (0, (U,), (A,), (B,))
 
 
 def test_a_class_label_is_no_verdict(tmp_path: Path) -> None:
@@ -74,8 +79,6 @@ def test_a_class_label_is_no_verdict(tmp_path: Path) -> None:
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="r: chosen and rejected are the same, so there is no preference"):
-        to_preference(Record("r", prompt="a", chosen="b", rejected="b"))
     with pytest.raises(ValueError, match="r: no rejected answer; give both"):
         to_preference(Record("r", prompt="a", chosen="b"))
     with pytest.raises(

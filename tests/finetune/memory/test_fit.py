@@ -116,7 +116,7 @@ def test_estimate_prints_json_and_a_table(folder: Path) -> None:
 def test_fit_prints_json_and_a_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a cost in place of the prediction: 50 kB and 1 kB a token, so 550 kB hold 500 tokens, 15 rows of 32."""
 
-    def cost(config: ModelConfig, settings: MemorySettings, *, device: str) -> SimpleNamespace:
+    def cost(config: ModelConfig, settings: MemorySettings, *, device: str, work: object = None) -> SimpleNamespace:
         return SimpleNamespace(peak_bytes=50_000 + 1000 * settings.batch_size * settings.seq_len)
 
     monkeypatch.setattr("graft.finetune.memory.fit.estimate", cost)

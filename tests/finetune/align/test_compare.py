@@ -1,0 +1,67 @@
+"""Law and worked by hand: adapters compared on held-out pairs and by a reward model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from graft.finetune.align.arena import Battle
+from graft.finetune.align.compare import battles_between, compare_by_reward, compare_on_pairs
+from graft.finetune.align.run_dpo import dpo
+from graft.finetune.align.run_reward import reward
+
+PAIRS = [("the cat", " sat on the mat", " slept"), ("a bird", " sang", " flew into the sea")]
+
+
+@pytest.fixture(scope="module")
+def folders(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Pairs, an adapter that learned them, one that learned them swapped, and a reward model."""
+    folder = tmp_path_factory.mktemp("compare")
+    for name, (first, second) in {"rows": ("chosen", "rejected"), "swapped": ("rejected", "chosen")}.items():
+        rows = [{"prompt": p, first: a, second: b} for p, a, b in PAIRS]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    rate = {"steps": 8, "batch_size": 2, "learning_rate": 1e-2, "rank": 4, "device": "cpu"}
+    dpo(base=base_dir, data=folder / "rows.jsonl", out=folder / "good", **rate)
+    dpo(base=base_dir, data=folder / "swapped.jsonl", out=folder / "bad", **rate)
+    reward(base=base_dir, data=folder / "rows.jsonl", out=folder / "judge", **rate)
+    return {path.stem: path for path in folder.iterdir()}
+
+
+def test_battles_between() -> None:
+    """Worked by hand: higher wins, equal ties, every pair of players on every row."""
+    scores = {"x": torch.tensor([1.0, 0.0]), "y": torch.tensor([0.5, 0.0]), "z": torch.tensor([2.0, -1.0])}
+    found = [(b.first, b.second, b.score) for b in battles_between(scores)]
+    assert found == [
+        ("x", "y", 1.0),
+        ("x", "y", 0.5),
+        ("x", "z", 0.0),
+        ("x", "z", 1.0),
+        ("y", "z", 0.0),
+        ("y", "z", 1.0),
+    ]
+
+
+def test_on_held_out_pairs(base_dir: Path, folders: dict[str, Path]) -> None:
+    """Law: who learned the preference beats the base, who learned its opposite loses to both."""
+    players, battles = compare_on_pairs(base_dir, [folders["good"], folders["bad"]], folders["rows"])
+    assert [(p.name, p.accuracy) for p in players] == [("good", 1.0), ("bad", 0.0)]
+    assert players[0].margin > 0 > players[1].margin
+    scores = {(b.first, b.second): b.score for b in battles}
+    assert scores == {("base", "good"): 0.0, ("base", "bad"): 1.0, ("good", "bad"): 1.0}
+
+
+def test_by_a_reward_model(base_dir: Path, folders: dict[str, Path]) -> None:
+    """Law: every pair of players battles on every prompt; two that answer alike tie."""
+    twin = folders["good"].parent / "twin"
+    if not twin.exists():
+        twin.symlink_to(folders["good"])
+    battles = compare_by_reward(base_dir, [folders["good"], twin], folders["rows"], folders["judge"], max_new_tokens=4)
+    assert len(battles) == 3 * len(PAIRS)
+    assert [b.score for b in battles if b.first == "good"] == [0.5] * len(PAIRS)
+    assert all(isinstance(b, Battle) for b in battles)
+
+
+def test_names_must_differ(base_dir: Path, folders: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match=r"adapters good, good: names must differ"):
+        compare_on_pairs(base_dir, [folders["good"], folders["good"]], folders["rows"])
