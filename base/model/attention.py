@@ -8,10 +8,12 @@ from torch import Tensor, nn
 
 from ...kernels.attention import attention
 from ...kernels.decode import place_token_
+from ...kernels.paged_attention import paged_attention
 from ...kernels.rope import rope
 from .config import LayerSpec, ModelConfig
 from .kv_cache import LayerCache, StepContext
 from .norm import RMSNorm
+from .paged_cache import PagedLayer
 
 
 class Attention(nn.Module):
@@ -46,7 +48,7 @@ class Attention(nn.Module):
         self,
         x: Tensor,  # (B, T, D)
         context: StepContext,  # angles and masks that all layers share
-        cache: LayerCache | None = None,
+        cache: LayerCache | PagedLayer | None = None,
     ) -> Tensor:
         """Causal self-attention; with a cache, the new keys are written to it and the old ones are seen too."""
         B, T, _ = x.shape
@@ -63,7 +65,10 @@ class Attention(nn.Module):
             q, k = rope(q, k, context.cos, context.sin)
         if cache is not None:
             cache.write(k, v, context)
-        if cache is not None and context.start:
+        if isinstance(cache, PagedLayer) and context.start and context.pages is not None:
+            table, lengths = context.pages.table, context.pages.lengths
+            mixed = paged_attention(q, cache.keys, cache.values, table, lengths, window=self.spec.window)
+        elif isinstance(cache, LayerCache) and context.start:
             mixed = self._attend_cached(q, cache, context)
         else:  # the new keys are the only ones
             mixed = attention(q, k, v, window=self.spec.window, cu_seqlens=context.cu_seqlens)

@@ -185,7 +185,9 @@ class Worker:
 
     def _take(self, event: Event) -> None:
         """One token's text goes to its job."""
-        job = self._jobs[event.request]
+        job = self._jobs.get(event.request)
+        if job is None:  # a stop string came before, in the same step: speculation gives several tokens at once
+            return
         assert job.decoder is not None
         assert job.stopper is not None
         job.n_tokens += 1

@@ -1,0 +1,272 @@
+"""Speculative decoding: guess some tokens cheaply, let the model judge them all in one pass, keep those it chooses itself.
+
+    drafts      d1 d2 d3                       from earlier text (NgramDraft) or a small model (ModelDraft)
+    one pass    last d1 d2 d3 -> p1 p2 p3 p4   the model's distributions after each
+    choose      x1 ~ p1; if x1 = d1: x2 ~ p2; if x2 = d2: x3 ~ p3; ...   stop at the first xi that is not di
+
+Every token that comes out is the model's own choice, drawn from its own distribution with the request's own random numbers,
+as without drafts. So greedy output is that of plain greedy decoding, sampling keeps the distribution, and a seed gives the
+same text with any drafts or none ("drafter-invariant", Daliri et al. 2024, arXiv:2408.07978, section 3). A sampling draft
+model draws with a copy of the request's generator: the same random numbers meet two similar distributions, which agree with
+a probability of at least (1 - TV) / (1 + TV), TV their total variation distance. The rejection rule of Leviathan et al.
+2023 (arXiv:2211.17192, theorem 3.5) accepts 1 - TV, at the price of texts that depend on the drafts.
+"""
+
+import statistics
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..model.kv_cache import KVCache
+from ..model.transformer import Transformer
+from .requests import Request
+from .sampling import choose_tokens
+
+MOST_DRAFTED = 16  # tokens a row and step
+FIRST_DRAFTED = 4
+LONGEST_PAUSE = 256  # steps
+
+
+class Drafter(Protocol):
+    """Guesses what comes next."""
+
+    def propose(self, requests: Sequence[Request], limits: Sequence[int]) -> list[list[int]]:
+        """For each request at most limits[i] tokens; [] where there is nothing to guess."""
+        ...
+
+    def forget(self, request: Request) -> None:
+        """The request has ended."""
+        ...
+
+
+class NgramDraft:
+    """Prompt look-up (Saxena 2023; transformers' prompt_lookup_num_tokens): what followed the last n tokens before.
+
+    The longest n that occurred decides, its latest occurrence is copied. A text's n-grams are kept in tables, so a step costs
+    a few look-ups, whatever the text's length.
+    """
+
+    def __init__(self, longest: int = 4, shortest: int = 2) -> None:
+        if not 1 <= shortest <= longest:
+            raise ValueError(f"shortest={shortest} and longest={longest} must be 1 <= shortest <= longest")
+        self.sizes = range(longest, shortest - 1, -1)
+        self._tables: dict[int, dict[tuple[int, ...], int]] = {}  # by request: n-gram -> where its continuation begins
+        self._indexed: dict[int, int] = {}  # by request: n-grams that end at or before this position are in the table
+
+    def propose(self, requests: Sequence[Request], limits: Sequence[int]) -> list[list[int]]:
+        """See Drafter."""
+        return [self._propose(r, limit) if limit > 0 else [] for r, limit in zip(requests, limits, strict=True)]
+
+    def forget(self, request: Request) -> None:
+        """See Drafter."""
+        self._tables.pop(request.id, None)
+        self._indexed.pop(request.id, None)
+
+    def _propose(self, request: Request, limit: int) -> list[int]:
+        tokens = request.tokens
+        table = self._tables.setdefault(request.id, {})
+        for end in range(self._indexed.get(request.id, 0) + 1, len(tokens)):
+            for n in self.sizes:
+                if n <= end:
+                    table[tuple(tokens[end - n : end])] = end
+        self._indexed[request.id] = len(tokens) - 1
+        for n in self.sizes:
+            begin = table.get(tuple(tokens[-n:])) if n <= len(tokens) else None
+            if begin is not None:
+                draft: list[int] = []
+                period = len(tokens) - begin  # past the text's end the copy goes on from itself
+                for i in range(limit):
+                    draft.append(tokens[begin + i] if i < period else draft[i - period])
+                return draft
+        return []
+
+
+class ModelDraft:
+    """A small model of the same vocabulary that writes a few tokens ahead.
+
+    Its cache has one row for each running request. A row is cut back to the tokens that both sides agree on, reads what came
+    since, and goes on. Raises ValueError for a model of another vocabulary.
+    """
+
+    def __init__(self, model: Transformer, *, vocab_size: int) -> None:
+        if model.config.vocab_size != vocab_size:
+            raise ValueError(
+                f"the draft model has {model.config.vocab_size} ids, the model {vocab_size}; both must share a tokenizer"
+            )
+        self.model = model.eval()
+        self._device = model.model.embed_tokens.weight.device
+        self._cache: KVCache | None = None
+        self._ids: list[int] = []  # the request of each row of the cache
+        self._read: list[list[int]] = []  # the tokens that each row of the cache holds
+
+    def forget(self, request: Request) -> None:
+        """See Drafter."""
+        if request.id in self._ids:
+            self._remove(self._ids.index(request.id))
+
+    def propose(self, requests: Sequence[Request], limits: Sequence[int]) -> list[list[int]]:
+        """See Drafter. Texts longer than the draft model reads get no draft."""
+        room = self.model.config.max_seq_len - MOST_DRAFTED
+        limits = [n if request.n_tokens < room else 0 for request, n in zip(requests, limits, strict=True)]
+        chosen = [i for i, n in enumerate(limits) if n > 0]
+        drafts: list[list[int]] = [[] for _ in requests]
+        if not chosen:
+            return drafts
+        found = self._write([requests[i] for i in chosen], max(limits))
+        for i, draft in zip(chosen, found, strict=True):
+            drafts[i] = draft[: limits[i]]
+        return drafts
+
+    def _write(self, requests: Sequence[Request], n: int) -> list[list[int]]:
+        """n tokens for each request."""
+        texts = [request.tokens for request in requests]
+        n_last = self._catch_up(requests, texts)
+        cache = self._cache
+        assert cache is not None
+        drafts: list[list[int]] = [[] for _ in requests]
+        generators = [_copy(request.generator) if request.sampling.temperature > 0 else request.generator
+                      for request in requests]  # fmt: skip
+        ids = torch.tensor([text[-n_last:] for text in texts], device=self._device)
+        for _ in range(n):
+            logits = self.model(ids, cache=cache, logits_at=_last(ids))[:, 0]  # (B, V)
+            tokens = choose_tokens(logits, [request.sampling for request in requests], generators)
+            for draft, token in zip(drafts, tokens, strict=True):
+                draft.append(token)
+            ids = torch.tensor(tokens, device=self._device)[:, None]
+        self._read = [[*text, *draft[:-1]] for text, draft in zip(texts, drafts, strict=True)]
+        return drafts
+
+    def _catch_up(self, requests: Sequence[Request], texts: Sequence[list[int]]) -> int:
+        """Make the cache's rows those of the requests, each without the same number of its last tokens; returns it."""
+        wanted = [request.id for request in requests]
+        for row in range(len(self._ids) - 1, -1, -1):
+            if self._ids[row] not in wanted:
+                self._remove(row)
+        at = {request: row for row, request in enumerate(self._ids)}
+        agreed = [
+            _common(self._read[at[id_]], text) if id_ in at else 0 for id_, text in zip(wanted, texts, strict=True)
+        ]
+        missing = [len(text) - n for text, n in zip(texts, agreed, strict=True)]
+        n_last = max((n for n in missing if n <= MOST_DRAFTED + 1), default=1)
+        n_last = min(n_last, min(map(len, texts)) - 1)  # each row keeps at least one token
+        stale = [id_ for id_, n in zip(wanted, missing, strict=True) if id_ in at and n > n_last]
+        for id_ in stale:
+            self._remove(self._ids.index(id_))
+        order = {id_: i for i, id_ in enumerate(wanted)}
+        if self._ids:
+            assert self._cache is not None
+            self._cache.truncate([len(texts[order[id_]]) - n_last for id_ in self._ids])
+        for id_ in wanted:
+            if id_ not in self._ids:
+                self._append(id_, texts[order[id_]][:-n_last])
+        if self._ids != wanted:
+            self._reorder(wanted)
+        return n_last
+
+    def _append(self, request: int, text: list[int]) -> None:
+        """Read a text into a new row."""
+        one = self.model.new_cache(1, len(text))
+        self.model.hidden_states(torch.tensor([text], device=self._device), cache=one)
+        if self._cache is None or len(self._ids) == self._cache.max_rows:
+            larger = self.model.new_cache(max(8, 2 * len(self._ids)), len(text) + 256)
+            larger.clear(0)
+            if self._cache is not None:
+                ends = [self._cache.end - n for n in self._cache.lengths]
+                larger.append_rows(self._cache, self._cache.lengths, ends)
+            self._cache = larger
+        self._cache.append_rows(one, [len(text)])
+        self._ids.append(request)
+        self._read.append(list(text))
+
+    def _reorder(self, wanted: list[int]) -> None:
+        """Put the rows in another order."""
+        old = self._cache
+        assert old is not None
+        rows = [self._ids.index(id_) for id_ in wanted]
+        self._cache = self.model.new_cache(old.max_rows, old.capacity)
+        self._cache.clear(0)
+        self._cache.append_rows(
+            old, [old.lengths[r] for r in rows], [old.end - old.lengths[r] for r in rows], rows=rows
+        )
+        self._ids, self._read = wanted, [self._read[row] for row in rows]
+
+    def _remove(self, row: int) -> None:
+        assert self._cache is not None
+        self._cache.remove_row(row)
+        self._ids[row], self._read[row] = self._ids[-1], self._read[-1]
+        self._ids.pop()
+        self._read.pop()
+
+
+class Pace:
+    """Decides whether drafts pay, from the time of steps with and without them, and how long each row's drafts are.
+
+    A row's drafts double where all were right and shrink to one more than were right otherwise. While tokens come slower with
+    drafts than without, there are none; from time to time, ever more rarely, one step tries again.
+    """
+
+    def __init__(self) -> None:
+        self._plain: dict[int, deque[float]] = {}  # by number of rows: seconds of the latest steps without drafts
+        self._gains: deque[float] = deque(maxlen=4)  # of the latest steps with drafts: tokens/s over those without
+        self._pause, self._left = 1, 0  # steps
+        self._sizes: dict[int, int] = {}  # by request
+
+    def size(self, request: Request) -> int:
+        """How many tokens to draft for a request."""
+        return self._sizes.setdefault(request.id, FIRST_DRAFTED)
+
+    def wants(self, n_rows: int) -> bool:
+        """Whether the next step should have drafts."""
+        if len(self._plain.get(n_rows, ())) < 2:  # nothing to compare with yet
+            return False
+        if self._left > 0:
+            self._left -= 1
+            return False
+        return True
+
+    def plain(self, n_rows: int, seconds: float) -> None:
+        """A step without drafts took so long."""
+        self._plain.setdefault(n_rows, deque(maxlen=5)).append(seconds)
+
+    def drafted(self, n_rows: int, n_tokens: int, seconds: float) -> None:
+        """A step with drafts made n_tokens in all."""
+        self._gains.append(n_tokens / n_rows * statistics.median(self._plain[n_rows]) / seconds)
+        recent = statistics.fmean(self._gains)
+        if recent >= 1:
+            self._pause = max(1, self._pause // 2)
+        elif len(self._gains) >= 2:
+            self._pause = min(2 * self._pause, LONGEST_PAUSE)
+            self._left = self._pause
+            while len(self._gains) > 1:  # what comes after the pause counts for more
+                self._gains.popleft()
+
+    def judged(self, request: Request, n_drafted: int, n_right: int) -> None:
+        """So many of a row's drafts were the model's own choices."""
+        size = min(2 * n_drafted, MOST_DRAFTED) if n_right == n_drafted else n_right + 1
+        self._sizes[request.id] = max(size, self._sizes.get(request.id, 0)) if n_right == n_drafted else size
+
+    def forget(self, request: Request) -> None:
+        """The request has ended."""
+        self._sizes.pop(request.id, None)
+
+
+def _last(ids: Tensor) -> Tensor:
+    return torch.full((ids.shape[0],), ids.shape[1] - 1, device=ids.device)
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """The number of first tokens that two texts share, found from the end, where they differ if at all."""
+    n = min(len(a), len(b))
+    if a[:n] == b[:n]:
+        return n
+    return next(i for i in range(n) if a[i] != b[i])
+
+
+def _copy(generator: torch.Generator) -> torch.Generator:
+    """A generator that will give the same numbers."""
+    copy = torch.Generator(generator.device)
+    copy.set_state(generator.get_state())
+    return copy
