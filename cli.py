@@ -460,6 +460,9 @@ def generate(
         list[str] | None, typer.Option("--stop", help="A string that ends a text; can be repeated.")
     ] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
+    speculate: Annotated[
+        str | None, typer.Option("--speculate", help="Guess tokens ahead: ngram, or the folder of a small model.")
+    ] = None,
     chat: Annotated[
         bool | None,
         typer.Option("--chat/--raw", help=r"As a turn of a chat, or not. \[default: as trained]"),
@@ -488,6 +491,8 @@ def generate(
     )
     args = parse_template_args(template_arg) if template_arg else None
     session = Session(base, dtype=dtype, device=device, chat=chat, chat_template=chat_template, template_args=args)
+    if speculate is not None:
+        session.speculate(speculate, dtype=dtype, device=device)
     if adapter is not None:
         session.load(adapter.name or "adapter", adapter)
     talks: list[list[dict[str, object]]] = [[{"role": "user", "content": text}] for text in prompts]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..base.generate.engine import generate_ids
 from ..base.generate.sampling import Sampling
+from ..base.generate.speculative import Drafter
 from ..base.model.transformer import Transformer
 from ..base.tokenizer.tokenizer import Tokenizer
 from .adapters.bank import bank_of
@@ -118,6 +119,7 @@ def generate_answers(
     template: ChatTemplate | None = None,  # its end of turn stops too; None: the tokenizer's
     stop: Sequence[str] = (),  # strings that end a text, which they are not part of
     on_text: Callable[[int, str], None] | None = None,
+    drafter: Drafter | None = None,  # speculative decoding: the same texts, in fewer passes where its guesses are right
 ) -> list[Answer]:
     """`generate` for prompts that are ids already. Raises ValueError for an empty stop string."""
     stops = stop_ids(model.config, tokenizer, template)
@@ -137,6 +139,7 @@ def generate_answers(
         adapters=rows_of(model, len(prompts), adapters),
         on_token=show if on_text is not None or stop else None,
         allowed=ids_with_text(model, tokenizer, stops),
+        drafter=drafter,
     )
     if on_text is not None or stop:
         for row, decoder in enumerate(decoders):

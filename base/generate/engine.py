@@ -440,7 +440,6 @@ class Engine:
             ended = self._running[row]
             if self.drafter is not None:
                 self.drafter.forget(ended)
-                self.pace.forget(ended)
             self._drop_row(row)
         self._rows_changed()
 

@@ -16,6 +16,7 @@ import statistics
 from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -53,8 +54,9 @@ class NgramDraft:
         if not 1 <= shortest <= longest:
             raise ValueError(f"shortest={shortest} and longest={longest} must be 1 <= shortest <= longest")
         self.sizes = range(longest, shortest - 1, -1)
-        self._tables: dict[int, dict[tuple[int, ...], int]] = {}  # by request: n-gram -> where its continuation begins
-        self._indexed: dict[int, int] = {}  # by request: n-grams that end at or before this position are in the table
+        # By request: n-gram -> where its continuation begins; and the position up to which n-grams are in that table.
+        self._tables: WeakKeyDictionary[Request, dict[tuple[int, ...], int]] = WeakKeyDictionary()
+        self._indexed: WeakKeyDictionary[Request, int] = WeakKeyDictionary()
 
     def propose(self, requests: Sequence[Request], limits: Sequence[int]) -> list[list[int]]:
         """See Drafter."""
@@ -62,17 +64,17 @@ class NgramDraft:
 
     def forget(self, request: Request) -> None:
         """See Drafter."""
-        self._tables.pop(request.id, None)
-        self._indexed.pop(request.id, None)
+        self._tables.pop(request, None)
+        self._indexed.pop(request, None)
 
     def _propose(self, request: Request, limit: int) -> list[int]:
         tokens = request.tokens
-        table = self._tables.setdefault(request.id, {})
-        for end in range(self._indexed.get(request.id, 0) + 1, len(tokens)):
+        table = self._tables.setdefault(request, {})
+        for end in range(self._indexed.get(request, 0) + 1, len(tokens)):
             for n in self.sizes:
                 if n <= end:
                     table[tuple(tokens[end - n : end])] = end
-        self._indexed[request.id] = len(tokens) - 1
+        self._indexed[request] = len(tokens) - 1
         for n in self.sizes:
             begin = table.get(tuple(tokens[-n:])) if n <= len(tokens) else None
             if begin is not None:
@@ -99,13 +101,13 @@ class ModelDraft:
         self.model = model.eval()
         self._device = model.model.embed_tokens.weight.device
         self._cache: KVCache | None = None
-        self._ids: list[int] = []  # the request of each row of the cache
+        self._rows: list[Request] = []  # the request of each row of the cache
         self._read: list[list[int]] = []  # the tokens that each row of the cache holds
 
     def forget(self, request: Request) -> None:
         """See Drafter."""
-        if request.id in self._ids:
-            self._remove(self._ids.index(request.id))
+        if request in self._rows:
+            self._remove(self._rows.index(request))
 
     def propose(self, requests: Sequence[Request], limits: Sequence[int]) -> list[list[int]]:
         """See Drafter. Texts longer than the draft model reads get no draft."""
@@ -141,63 +143,61 @@ class ModelDraft:
 
     def _catch_up(self, requests: Sequence[Request], texts: Sequence[list[int]]) -> int:
         """Make the cache's rows those of the requests, each without the same number of its last tokens; returns it."""
-        wanted = [request.id for request in requests]
-        for row in range(len(self._ids) - 1, -1, -1):
-            if self._ids[row] not in wanted:
+        for row in range(len(self._rows) - 1, -1, -1):
+            if self._rows[row] not in requests:
                 self._remove(row)
-        at = {request: row for row, request in enumerate(self._ids)}
-        agreed = [
-            _common(self._read[at[id_]], text) if id_ in at else 0 for id_, text in zip(wanted, texts, strict=True)
+        read = {id(request): tokens for request, tokens in zip(self._rows, self._read, strict=True)}
+        missing = [
+            len(text) - _common(read.get(id(request), []), text) for request, text in zip(requests, texts, strict=True)
         ]
-        missing = [len(text) - n for text, n in zip(texts, agreed, strict=True)]
         n_last = max((n for n in missing if n <= MOST_DRAFTED + 1), default=1)
         n_last = min(n_last, min(map(len, texts)) - 1)  # each row keeps at least one token
-        stale = [id_ for id_, n in zip(wanted, missing, strict=True) if id_ in at and n > n_last]
-        for id_ in stale:
-            self._remove(self._ids.index(id_))
-        order = {id_: i for i, id_ in enumerate(wanted)}
-        if self._ids:
+        for request, n in zip(requests, missing, strict=True):
+            if request in self._rows and n > n_last:
+                self._remove(self._rows.index(request))
+        text_of = {id(request): text for request, text in zip(requests, texts, strict=True)}
+        if self._rows:
             assert self._cache is not None
-            self._cache.truncate([len(texts[order[id_]]) - n_last for id_ in self._ids])
-        for id_ in wanted:
-            if id_ not in self._ids:
-                self._append(id_, texts[order[id_]][:-n_last])
-        if self._ids != wanted:
-            self._reorder(wanted)
+            self._cache.truncate([len(text_of[id(request)]) - n_last for request in self._rows])
+        for request in requests:
+            if request not in self._rows:
+                self._append(request, text_of[id(request)][:-n_last])
+        if self._rows != list(requests):
+            self._reorder(list(requests))
         return n_last
 
-    def _append(self, request: int, text: list[int]) -> None:
+    def _append(self, request: Request, text: list[int]) -> None:
         """Read a text into a new row."""
         one = self.model.new_cache(1, len(text))
         self.model.hidden_states(torch.tensor([text], device=self._device), cache=one)
-        if self._cache is None or len(self._ids) == self._cache.max_rows:
-            larger = self.model.new_cache(max(8, 2 * len(self._ids)), len(text) + 256)
+        if self._cache is None or len(self._rows) == self._cache.max_rows:
+            larger = self.model.new_cache(max(8, 2 * len(self._rows)), len(text) + 256)
             larger.clear(0)
             if self._cache is not None:
                 ends = [self._cache.end - n for n in self._cache.lengths]
                 larger.append_rows(self._cache, self._cache.lengths, ends)
             self._cache = larger
         self._cache.append_rows(one, [len(text)])
-        self._ids.append(request)
+        self._rows.append(request)
         self._read.append(list(text))
 
-    def _reorder(self, wanted: list[int]) -> None:
+    def _reorder(self, wanted: list[Request]) -> None:
         """Put the rows in another order."""
         old = self._cache
         assert old is not None
-        rows = [self._ids.index(id_) for id_ in wanted]
+        rows = [self._rows.index(request) for request in wanted]
         self._cache = self.model.new_cache(old.max_rows, old.capacity)
         self._cache.clear(0)
         self._cache.append_rows(
             old, [old.lengths[r] for r in rows], [old.end - old.lengths[r] for r in rows], rows=rows
         )
-        self._ids, self._read = wanted, [self._read[row] for row in rows]
+        self._rows, self._read = wanted, [self._read[row] for row in rows]
 
     def _remove(self, row: int) -> None:
         assert self._cache is not None
         self._cache.remove_row(row)
-        self._ids[row], self._read[row] = self._ids[-1], self._read[-1]
-        self._ids.pop()
+        self._rows[row], self._read[row] = self._rows[-1], self._read[-1]
+        self._rows.pop()
         self._read.pop()
 
 
@@ -212,11 +212,11 @@ class Pace:
         self._plain: dict[int, deque[float]] = {}  # by number of rows: seconds of the latest steps without drafts
         self._gains: deque[float] = deque(maxlen=4)  # of the latest steps with drafts: tokens/s over those without
         self._pause, self._left = 1, 0  # steps
-        self._sizes: dict[int, int] = {}  # by request
+        self._sizes: WeakKeyDictionary[Request, int] = WeakKeyDictionary()
 
     def size(self, request: Request) -> int:
         """How many tokens to draft for a request."""
-        return self._sizes.setdefault(request.id, FIRST_DRAFTED)
+        return self._sizes.setdefault(request, FIRST_DRAFTED)
 
     def wants(self, n_rows: int) -> bool:
         """Whether the next step should have drafts."""
@@ -245,12 +245,10 @@ class Pace:
 
     def judged(self, request: Request, n_drafted: int, n_right: int) -> None:
         """So many of a row's drafts were the model's own choices."""
-        size = min(2 * n_drafted, MOST_DRAFTED) if n_right == n_drafted else n_right + 1
-        self._sizes[request.id] = max(size, self._sizes.get(request.id, 0)) if n_right == n_drafted else size
-
-    def forget(self, request: Request) -> None:
-        """The request has ended."""
-        self._sizes.pop(request.id, None)
+        if n_right < n_drafted:
+            self._sizes[request] = n_right + 1
+        else:  # a draft may have been short for want of tokens: that shrinks nothing
+            self._sizes[request] = max(min(2 * n_drafted, MOST_DRAFTED), self.size(request))
 
 
 def _last(ids: Tensor) -> Tensor:

@@ -15,16 +15,19 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
+from ...base.generate.json_grammar import JsonGrammar
 from ...base.generate.sampling import Sampling
 from ..data.chat import encode_prompt
 from ..generate import start_ids
 from .adapters import Lease, Served
+from .battles import Arena
 from .errors import ApiError
 from .guard import Guard, Receive, Scope, Send, read_body, send_error, send_json
 from .metrics import Metrics
 from .schema import (
     COMPLETION_TOKENS,
     MAX_CHOICES,
+    BattleRequest,
     ChatRequest,
     CompletionRequest,
     Format,
@@ -35,6 +38,7 @@ from .schema import (
 )
 from .worker import Delta, Job, Worker
 
+MAX_GRAMMARS = 64  # schemas whose grammar is kept
 PAGE = Path(__file__).with_name("page.html")
 
 
@@ -59,6 +63,7 @@ class Api:
         # One thread for templates and tokens: the tokenizer serves one caller at a time, and the event loop must not wait.
         self.text = ThreadPoolExecutor(1, thread_name_prefix="text")
         self._loading = asyncio.Lock()
+        self._grammars: dict[tuple[str, frozenset[int]], JsonGrammar] = {}
 
     async def body(self, request: Request) -> bytes:
         """The request's body, within the limits."""
@@ -151,6 +156,18 @@ class Api:
             raise ApiError(400, f"{len(prompts)} prompts times n is more than {MAX_CHOICES} choices", param="n")
         return prompts
 
+    def grammar(self, schema: dict[str, object], served: Served) -> JsonGrammar:
+        """The grammar of a schema, kept for the next request with it. Raises ValueError for one that can't be used."""
+        key = json.dumps(schema, sort_keys=True), served.stops
+        found = self._grammars.pop(key, None)
+        if found is None:
+            vocab_size = self.worker.model.config.vocab_size
+            found = JsonGrammar(self.models.tokenizer, vocab_size=vocab_size, stop_ids=served.stops, schema=schema)
+        self._grammars[key] = found  # the most recently used last
+        while len(self._grammars) > MAX_GRAMMARS:
+            del self._grammars[next(iter(self._grammars))]
+        return found
+
     def sampling(self, asked: ChatRequest | CompletionRequest, served: Served, n_prompt: int) -> Sampling:
         """The request's settings with OpenAI's defaults. Raises ApiError 400."""
         room = self.worker.model.config.max_seq_len - n_prompt
@@ -169,6 +186,12 @@ class Api:
                 code="context_length_exceeded",
             )
         try:
+            grammar = None if asked.response_format is None else self.grammar(asked.response_format, served)
+        except ValueError as error:
+            raise ApiError(400, str(error), param="response_format") from None
+        if grammar is not None and asked.ignore_eos:
+            raise ApiError(400, "ignore_eos with response_format: the JSON would never end", param="ignore_eos")
+        try:
             return Sampling(
                 temperature=1.0 if asked.temperature is None else asked.temperature,
                 top_k=asked.top_k if asked.top_k is not None and asked.top_k > 0 else None,
@@ -178,6 +201,7 @@ class Api:
                 stop_ids=frozenset() if asked.ignore_eos else served.stops,
                 seed=secrets.randbits(62) if asked.seed is None else asked.seed,
                 logprobs=logprobs,
+                grammar=grammar,
             )
         except ValueError as error:
             raise ApiError(400, str(error)) from None
@@ -211,7 +235,7 @@ class Run(Response):
                 self.jobs.append(
                     Job(
                         len(self.jobs), prompt, one, lease.served.internal, asked.stop or (), self.stream,
-                        self.queue.put_nowait,
+                        self.queue.put_nowait, asked.priority or 0,
                     )
                 )  # fmt: skip
         self.has_logprobs = self.jobs[0].sampling.logprobs is not None
@@ -343,6 +367,7 @@ def create_app(
     api_key: str | None = None,
     allow_adapter_changes: bool = False,
     log: bool = True,
+    arena: Arena | None = None,  # where the page's votes go; None: it has no buttons for them
 ) -> Guard:
     """The ASGI application: what `graft serve` runs."""
     api = Api(worker, limits or Limits(), allow_adapter_changes=allow_adapter_changes)
@@ -370,6 +395,8 @@ def create_app(
         app.add_exception_handler(kind, refused)
     for add in (_add_models, _add_answers, _add_looks):
         add(app, api)
+    if arena is not None:
+        _add_arena(app, api, arena)
     return Guard(app, api_key=api_key, metrics=api.metrics, log=log)  # pyright: ignore[reportArgumentType]
 
 
@@ -430,6 +457,23 @@ def _add_models(app: FastAPI, api: Api) -> None:
         name = parse(UnloadRequest, await api.body(request)).lora_name
         await api.worker.call(lambda: models.detach(name))
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
+
+
+def _add_arena(app: FastAPI, api: Api, arena: Arena) -> None:
+    @app.get("/arena/battles")
+    async def count() -> Response:
+        return JSONResponse({"n_battles": arena.n_battles})
+
+    @app.post("/arena/battles")
+    async def vote(request: Request) -> Response:
+        asked = parse(BattleRequest, await api.body(request))
+        for name in (asked.a, asked.b):
+            if name not in api.models.names():
+                api.models.find(name)  # raises for an unknown name
+        if asked.a == asked.b:
+            raise ApiError(400, "a and b are one model; a battle needs two", param="b")
+        await asyncio.to_thread(arena.write, asked.model_dump())
+        return JSONResponse({"n_battles": arena.n_battles})
 
 
 def _add_looks(app: FastAPI, api: Api) -> None:

@@ -24,7 +24,7 @@ COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for /v1/completions
 # Accepted only with these values, which ask for nothing.
 NEUTRAL: dict[str, tuple[object, ...]] = {
     "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "logit_bias": ({},), "best_of": (1,),
-    "suffix": ("",), "response_format": ({"type": "text"},), "parallel_tool_calls": (True, False), "functions": ([],),
+    "suffix": ("",), "parallel_tool_calls": (True, False), "functions": ([],),
     "modalities": (["text"],), "echo": (False,),
 }  # fmt: skip
 # Notes to a service that say nothing about the answer.
@@ -138,6 +138,24 @@ class StreamOptions(BaseModel):
     include_obfuscation: Literal[False] | None = None
 
 
+def _response_format(value: object) -> object:
+    """OpenAI's three kinds -> the schema, None for plain text."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    if not isinstance(value, dict) or kind not in ("text", "json_object", "json_schema"):
+        raise ValueError(
+            "must be {type: 'text'}, {type: 'json_object'} or {type: 'json_schema', json_schema: {schema}}"
+        )
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return {"type": "object"}
+    described = value.get("json_schema")
+    schema = described.get("schema") if isinstance(described, dict) else None
+    if not isinstance(schema, dict):
+        raise ValueError("json_schema must be {name, schema: an object}")
+    return schema
+
+
 class Common(BaseModel):
     """What both kinds of request have. None is always the default."""
 
@@ -153,6 +171,9 @@ class Common(BaseModel):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     stop: Annotated[list[str], BeforeValidator(_stop)] | None = None
+    # The schema that the answer must be JSON of.
+    response_format: Annotated[dict[str, Any] | None, BeforeValidator(_response_format)] = None
+    priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None  # vLLM's: the lowest number is answered first
     ignore_eos: bool | None = None  # vLLM's: go on past the end of the text, for measurements
 
 
@@ -183,6 +204,18 @@ class LoadRequest(BaseModel):
     lora_name: str
     lora_path: str
     load_inplace: bool | None = None  # replace an adapter of that name
+
+
+class BattleRequest(BaseModel):
+    """`/arena/battles`, this server's own: which of two answers is better."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    a: str  # the models
+    b: str
+    winner: Literal["a", "b", "tie"]
+    prompt: Annotated[str, Field(max_length=100_000)]
+    answer_a: Annotated[str, Field(max_length=100_000)]
+    answer_b: Annotated[str, Field(max_length=100_000)]
 
 
 class UnloadRequest(BaseModel):

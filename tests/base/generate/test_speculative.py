@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,6 +38,13 @@ class Always(Pace):
 
     def drafted(self, n_rows: int, n_tokens: int, seconds: float) -> None:
         pass
+
+
+class Text:
+    """What the look-up and the pace ask of a request."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
 
 
 class Oracle:
@@ -191,9 +197,11 @@ def test_ngram_look_up_by_hand() -> None:
     longest match wins over a later shorter one; without a match of two tokens there is no draft."""
     draft = NgramDraft()
 
+    texts: Any = [Text() for _ in range(4)]
+
     def propose(tokens: list[int], limit: int, request: int = 0) -> list[int]:
-        fake: Any = SimpleNamespace(id=request, tokens=tokens)
-        return draft.propose([fake], [limit])[0]
+        texts[request].tokens = tokens
+        return draft.propose([texts[request]], [limit])[0]
 
     assert propose([1, 2, 3, 9, 1, 2, 3], 3) == [9, 1, 2]
     assert propose([1, 2, 3, 9, 1, 2, 3, 9, 1], 5) == [2, 3, 9, 1, 2]  # the copy goes on past the text's end
@@ -202,8 +210,7 @@ def test_ngram_look_up_by_hand() -> None:
     ]  # three tokens, though "2 3" came later with 8
     assert propose([4, 5, 6, 5], 4, request=2) == []
     assert propose([1, 2, 1, 2], 0, request=3) == []
-    fake: Any = SimpleNamespace(id=0)
-    draft.forget(fake)
+    draft.forget(texts[0])
     assert propose([1, 9], 4) == []
     with pytest.raises(ValueError, match="shortest=3 and longest=2"):
         NgramDraft(longest=2, shortest=3)
@@ -230,7 +237,7 @@ def test_the_pace_stops_what_does_not_pay() -> None:
         if pace.wants(1):
             pace.drafted(1, 4, 2.0)
     assert sum(pace.wants(1) for _ in range(50)) == 50
-    request: Any = SimpleNamespace(id=7)
+    request: Any = Text()
     assert pace.size(request) == 4
     pace.judged(request, 4, 4)
     assert pace.size(request) == 8
