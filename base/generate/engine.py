@@ -216,7 +216,7 @@ class Engine:
             events, ended = self._verify(drafts, T)
         if self.drafter is not None:
             seconds = perf_counter() - began
-            self.pace.plain(n_rows, seconds) if T == 1 else self.pace.drafted(n_rows, len(events), seconds)
+            self.pace.plain(n_rows, seconds) if T == 1 else self.pace.judged(n_rows, T - 1, seconds)
         self._free(ended)
         return events
 
@@ -227,7 +227,7 @@ class Engine:
         limits = [
             min(self.pace.size(each), each.sampling.max_new_tokens - len(each.produced) - 1) for each in self._running
         ]
-        return self.drafter.propose(self._running, limits)
+        return self.pace.trim(self.drafter.propose(self._running, limits))
 
     def _verify(self, drafts: Sequence[list[int]], T: int) -> tuple[list[Event], list[int]]:
         """Let the model judge each row's drafts in one pass; the tokens that it chooses, and the rows that end."""
@@ -255,7 +255,7 @@ class Engine:
                 break
         for request, draft, n in zip(self._running, drafts, n_new, strict=True):
             if draft:
-                self.pace.judged(request, len(draft), min(n - 1, len(draft)))
+                self.pace.learn(request, len(draft), min(n - 1, len(draft)))
                 self.n_drafted += len(draft)
                 self.n_accepted += min(n - 1, len(draft))
         self._cache.truncate([length + n for length, n in zip(before, n_new, strict=True)])

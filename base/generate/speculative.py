@@ -28,7 +28,9 @@ from .sampling import choose_tokens
 
 MOST_DRAFTED = 16  # tokens a row and step
 FIRST_DRAFTED = 4
-LONGEST_PAUSE = 256  # steps
+FIRST_RIGHT, FIRST_COST = 0.7, 0.05  # hopeful, so that each is tried once
+LEAST_GAIN = 1.05  # over a step without guesses
+DRIFT = 0.995  # of both figures towards the first ones, a step without guesses
 
 
 class Drafter(Protocol):
@@ -202,49 +204,56 @@ class ModelDraft:
 
 
 class Pace:
-    """Decides whether drafts pay, from the time of steps with and without them, and how long each row's drafts are.
+    """Decides how many guesses a step should judge, so that tokens come faster with them than without.
 
-    A row's drafts double where all were right and shrink to one more than were right otherwise. While tokens come slower with
-    drafts than without, there are none; from time to time, ever more rarely, one step tries again.
+    With p the share of guesses that are right and c what one more column costs, in steps without guesses, T columns of guesses
+    for n rows make 1 + sum_{t <= T} p^t rows(t) / n tokens a row in the time 1 + c T, where rows(t) have a t-th guess. The best
+    T is taken, 0 if none gains. Both figures are measured as the engine goes, c for each number of rows; while nothing is
+    judged they drift back to their first values, so that what was given up is tried again, rarely.
+
+    A row's drafts double where all were right and shrink to one more than were right otherwise.
     """
 
     def __init__(self) -> None:
-        self._plain: dict[int, deque[float]] = {}  # by number of rows: seconds of the latest steps without drafts
-        self._gains: deque[float] = deque(maxlen=4)  # of the latest steps with drafts: tokens/s over those without
-        self._pause, self._left = 1, 0  # steps
+        self._plain: dict[int, deque[float]] = {}  # by number of rows: seconds of the latest steps without guesses
+        self._cost: dict[int, float] = {}  # by number of rows: c
+        self._right = FIRST_RIGHT  # p
         self._sizes: WeakKeyDictionary[Request, int] = WeakKeyDictionary()
 
     def size(self, request: Request) -> int:
-        """How many tokens to draft for a request."""
+        """How many tokens to guess for a request."""
         return self._sizes.setdefault(request, FIRST_DRAFTED)
 
     def wants(self, n_rows: int) -> bool:
-        """Whether the next step should have drafts."""
-        if len(self._plain.get(n_rows, ())) < 2:  # nothing to compare with yet
-            return False
-        if self._left > 0:
-            self._left -= 1
-            return False
-        return True
+        """Whether guesses may be worth making: there is something to compare with, and one for each row would pay."""
+        return len(self._plain.get(n_rows, ())) >= 2 and any(self.trim([[0] * FIRST_DRAFTED] * n_rows))
+
+    def trim(self, drafts: Sequence[list[int]]) -> list[list[int]]:
+        """The drafts up to the best number of columns."""
+        n, best, n_best, gain = len(drafts), LEAST_GAIN, 0, 0.0
+        cost = self._cost.get(n, FIRST_COST)
+        for t in range(1, 1 + max(map(len, drafts), default=0)):
+            gain += self._right**t * sum(len(draft) >= t for draft in drafts) / n
+            if (rate := (1 + gain) / (1 + cost * t)) > best:
+                best, n_best = rate, t
+        return [draft[:n_best] for draft in drafts]
 
     def plain(self, n_rows: int, seconds: float) -> None:
-        """A step without drafts took so long."""
+        """A step without guesses took so long."""
         self._plain.setdefault(n_rows, deque(maxlen=5)).append(seconds)
+        self._cost[n_rows] = DRIFT * self._cost.get(n_rows, FIRST_COST) + (1 - DRIFT) * FIRST_COST
+        self._right = DRIFT * self._right + (1 - DRIFT) * FIRST_RIGHT
 
-    def drafted(self, n_rows: int, n_tokens: int, seconds: float) -> None:
-        """A step with drafts made n_tokens in all."""
-        self._gains.append(n_tokens / n_rows * statistics.median(self._plain[n_rows]) / seconds)
-        recent = statistics.fmean(self._gains)
-        if recent >= 1:
-            self._pause = max(1, self._pause // 2)
-        elif len(self._gains) >= 2:
-            self._pause = min(2 * self._pause, LONGEST_PAUSE)
-            self._left = self._pause
-            while len(self._gains) > 1:  # what comes after the pause counts for more
-                self._gains.popleft()
+    def judged(self, n_rows: int, n_columns: int, seconds: float) -> None:
+        """A step with so many columns of guesses took so long."""
+        extra = max(0.0, seconds / statistics.median(self._plain[n_rows]) - 1) / n_columns
+        self._cost[n_rows] = (self._cost.get(n_rows, extra) + extra) / 2
 
-    def judged(self, request: Request, n_drafted: int, n_right: int) -> None:
-        """So many of a row's drafts were the model's own choices."""
+    def learn(self, request: Request, n_drafted: int, n_right: int) -> None:
+        """So many of a row's guesses were the model's own choices."""
+        n_tried = min(n_right + 1, n_drafted)  # what comes after a wrong one was not tried
+        weight = 0.9**n_tried
+        self._right = weight * self._right + (1 - weight) * n_right / n_tried
         if n_right < n_drafted:
             self._sizes[request] = n_right + 1
         else:  # a draft may have been short for want of tokens: that shrinks nothing

@@ -8,7 +8,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 from uuid import uuid4
 
 from fastapi import FastAPI, Request
@@ -16,7 +18,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
 from ...base.generate.json_grammar import JsonGrammar
+from ...base.generate.requests import TokenLogprob
 from ...base.generate.sampling import Sampling
+from ...base.generate.scoring import text_logprobs
 from ..data.chat import encode_prompt
 from ..generate import start_ids
 from .adapters import Lease, Served
@@ -50,6 +54,13 @@ class Limits:
     max_body_bytes: int = 2 << 20
     body_timeout_s: float = 20.0  # for a request's body to come in
     timeout_s: float = 600.0  # for an answer, waiting included
+
+
+class Echo(NamedTuple):
+    """A prompt at the beginning of its answer."""
+
+    text: str
+    logprobs: list[tuple[int, TokenLogprob | None]]
 
 
 class Api:
@@ -109,11 +120,29 @@ class Api:
             loop = asyncio.get_running_loop()
             prompts = await loop.run_in_executor(self.text, self._prompts, asked, lease.served)
             self.refuse_if_full(len(prompts) * (asked.n or 1))
-            run = Run(self, asked, lease, prompts, notes)
+            echoes = []
+            if isinstance(asked, CompletionRequest) and asked.echo:
+                echoes = await self.echoes(asked, lease, prompts)
+            run = Run(self, asked, lease, prompts, notes, echoes)
         except BaseException:
             lease.close()
             raise
         return run
+
+    async def echoes(self, asked: CompletionRequest, lease: Lease, prompts: Sequence[list[int]]) -> list[Echo]:
+        """Each prompt as its answers begin, one for each choice; log-probabilities are read between two steps."""
+        if asked.stream:
+            raise ApiError(400, "echo with stream is not supported here; leave one of them out", param="echo")
+        found = []
+        n_top, adapter = asked.logprobs, lease.served.internal
+        for ids in prompts:
+            logprobs: list[TokenLogprob | None] = []
+            if n_top is not None:
+                read = partial(text_logprobs, self.worker.model, ids, n_top, adapter=adapter)
+                logprobs = await self.worker.call(read)
+            text = self.models.tokenizer.decode(ids)
+            found += [Echo(text, list(zip(ids, logprobs, strict=False)))] * (asked.n or 1)
+        return found
 
     def _prompts(self, asked: ChatRequest | CompletionRequest, served: Served) -> list[list[int]]:
         """The ids that each answer starts from. Raises ApiError 400 for a prompt that can't be made or is too long."""
@@ -217,6 +246,7 @@ class Run(Response):
         lease: Lease,
         prompts: Sequence[list[int]],
         notes: dict[str, object],
+        echoes: Sequence[Echo] = (),  # one for each job, where the prompt is to come back
     ) -> None:
         self.api, self.lease, self.notes, self.background = api, lease, notes, None
         self.is_chat, self.stream = isinstance(asked, ChatRequest), bool(asked.stream)
@@ -228,6 +258,7 @@ class Run(Response):
         )
         self.queue: asyncio.Queue[Delta] = asyncio.Queue()
         self.jobs: list[Job] = []
+        self.echoes = echoes
         for prompt in prompts:
             sampling = api.sampling(asked, lease.served, len(prompt))
             for i in range(asked.n or 1):
@@ -313,8 +344,11 @@ class Run(Response):
         async for deltas in self._deltas():
             for delta in deltas:
                 assert delta.finished is not None  # jobs that don't stream hand over the whole
-                logprobs = delta.logprobs if self.has_logprobs else None
-                choices[delta.choice] = self.format.choice(delta.choice, delta.text, delta.finished, logprobs)
+                echo = self.echoes[delta.choice] if self.echoes else Echo("", [])
+                logprobs = [*echo.logprobs, *delta.logprobs] if self.has_logprobs else None
+                choices[delta.choice] = self.format.choice(
+                    delta.choice, echo.text + delta.text, delta.finished, logprobs
+                )
         await send_json(self.format.whole(choices, usage(self.n_prompt, sum(self._n_tokens))), send)
 
     async def _stream(self, send: Send) -> None:

@@ -25,7 +25,7 @@ COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for /v1/completions
 NEUTRAL: dict[str, tuple[object, ...]] = {
     "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "logit_bias": ({},), "best_of": (1,),
     "suffix": ("",), "parallel_tool_calls": (True, False), "functions": ([],),
-    "modalities": (["text"],), "echo": (False,),
+    "modalities": (["text"],),
 }  # fmt: skip
 # Notes to a service that say nothing about the answer.
 NOTES = ("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "verbosity")
@@ -194,6 +194,7 @@ class CompletionRequest(Common):
     """`/v1/completions`."""
 
     prompt: Annotated[list[str | list[int]], BeforeValidator(_prompt)]
+    echo: bool | None = None  # begin with the prompt, and with its log-probabilities where those are asked for
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
 
@@ -294,7 +295,7 @@ class Format:
         return {**self._whole, "choices": list(choices), "usage": usage}
 
     def choice(
-        self, index: int, text: str, finished: str, logprobs: Sequence[tuple[int, TokenLogprob]] | None
+        self, index: int, text: str, finished: str, logprobs: Sequence[tuple[int, TokenLogprob | None]] | None
     ) -> dict[str, object]:
         """One choice of a complete answer."""
         shown = None if logprobs is None else self._logprobs(logprobs, 0)
@@ -326,12 +327,14 @@ class Format:
     def _event(self, choices: list[dict[str, object]]) -> bytes:
         return f"data: {json.dumps({**self._chunk, 'choices': choices})}\n\n".encode()
 
-    def _logprobs(self, tokens: Sequence[tuple[int, TokenLogprob]], offset: int) -> dict[str, object]:
+    def _logprobs(self, tokens: Sequence[tuple[int, TokenLogprob | None]], offset: int) -> dict[str, object]:
+        """None in place of the figures: a prompt's first token."""
         if self.chat:
             return {
                 "content": [
                     {**self._token(index, found.logprob), "top_logprobs": [self._token(*one) for one in found.top]}
                     for index, found in tokens
+                    if found is not None
                 ]
             }
         offsets = []
@@ -340,8 +343,8 @@ class Format:
             offset += len(self._spelling(index))
         return {
             "tokens": [self._spelling(index) for index, _ in tokens],
-            "token_logprobs": [found.logprob for _, found in tokens],
-            "top_logprobs": [{self._spelling(i): value for i, value in found.top} for _, found in tokens],
+            "token_logprobs": [found and found.logprob for _, found in tokens],
+            "top_logprobs": [found and {self._spelling(i): value for i, value in found.top} for _, found in tokens],
             "text_offset": offsets,
         }
 

@@ -249,7 +249,7 @@ def test_a_malformed_body_is_refused(client: httpx.Client, body: bytes, part: st
 @pytest.mark.parametrize(
     "fields",
     [{"prompt": 3}, {"prompt": []}, {"prompt": [[]]}, {"prompt": [1, "a"]}, {"prompt": [[1.5]]}, {"prompt": [99999]},
-     {"prompt": ["a"] * 20}, {"prompt": "a", "logprobs": True}, {"prompt": "a", "echo": True}],
+     {"prompt": ["a"] * 20}, {"prompt": "a", "logprobs": True}, {"prompt": "a", "echo": 1}],
     ids=str,
 )  # fmt: skip
 def test_a_malformed_completion_is_refused(client: httpx.Client, fields: dict[str, Any]) -> None:

@@ -8,9 +8,11 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
 pytest.importorskip("fastapi")
 
+from graft.base.generate.scoring import text_logprobs
 from graft.base.generate.speculative import NgramDraft
 from graft.finetune.serve.battles import Arena
 
@@ -110,3 +112,38 @@ def test_votes_are_lines_on_disk(
     assert lines[3:] == [""]
     with serving(served_base, None) as live:
         assert httpx.post(f"{live.url}/arena/battles", json=fields).status_code == 404
+
+
+def test_echo_is_the_prompt_and_its_probabilities(live: Any, alone: Any) -> None:
+    """Parity with the full forward pass, for an adapter: the first token has no figure, the answer follows, spellings add up to
+    the text. With a stream it is refused."""
+    ids = alone.tokenizer.encode("the tree stood by").tolist()
+    body = {
+        "model": "ant",
+        "prompt": [ids, "a bird"],
+        "echo": True,
+        "logprobs": 2,
+        "max_tokens": 3,
+        "temperature": 0,
+        "n": 1,
+    }
+    [choice, other] = httpx.post(f"{live.url}/v1/completions", json=body, timeout=60).json()["choices"]
+    expected = text_logprobs(alone.model, ids, 2, adapter="ant")
+    logprobs = choice["logprobs"]
+    assert logprobs["token_logprobs"][0] is expected[0] is logprobs["top_logprobs"][0] is None
+    for i, one in enumerate(expected[1:], 1):
+        assert one is not None
+        assert logprobs["token_logprobs"][i] == pytest.approx(one.logprob, abs=1e-3)
+    assert len(logprobs["token_logprobs"]) == len(ids) + 3
+    assert choice["text"] == alone.tokenizer.decode([*ids, *alone.ids("ant", ids, 3)])
+    assert logprobs["text_offset"] == [len("".join(logprobs["tokens"][:i])) for i in range(len(ids) + 3)]
+    assert other["text"].startswith("a bird")
+    refused = httpx.post(f"{live.url}/v1/completions", json={**body, "stream": True}, timeout=60)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "echo")
+    plain = httpx.post(f"{live.url}/v1/completions", json={**body, "logprobs": None}, timeout=60).json()["choices"][0]
+    assert (plain["text"], plain["logprobs"]) == (choice["text"], None)
+    with torch.no_grad(), alone.bank.rows(["ant"]):
+        full = alone.model(torch.tensor([ids]))[0].log_softmax(-1)
+    assert expected[-1].logprob == pytest.approx(float(full[-2, ids[-1]]), abs=1e-4)
+    with pytest.raises(ValueError, match="the text has 0 tokens"):
+        text_logprobs(alone.model, [], 0)
