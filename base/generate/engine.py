@@ -62,7 +62,8 @@ class Engine:
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name}={value} must be >= 1, a whole number")
         self.model, self.max_batch, self.prefix_cache = model, max_batch, prefix_cache
-        self.drafter, self.pace, self.prefill_chunk = drafter, Pace(), prefill_chunk
+        self.drafter, self.prefill_chunk = drafter, prefill_chunk
+        self.pace = Pace(is_free=drafter is not None and drafter.is_free)
         self.n_preempted = self.n_drafted = self.n_accepted = 0  # requests; tokens guessed, and those that were right
         self._device = model.model.embed_tokens.weight.device
         self._forbidden = None if allowed is None else ~allowed.to(self._device)
@@ -77,6 +78,7 @@ class Engine:
         self._cache: KVCache | PagedKVCache | None = None
         self._selection: AbstractContextManager[object] = nullcontext()  # the rows' adapters
         self._last: list[int] = []  # the newest token of each row
+        self._guesses: list[list[int]] = []  # what the drafter said of each row in this step
         self._ended: set[int] = set()  # requests that ended in the latest step
         self._next_id = 0
 
@@ -212,6 +214,10 @@ class Engine:
                 logits = self.model(ids, cache=self._cache)[:, 0]  # (B, V)
             events, ended = self._choose(logits, self._running)
             self._last = [event.token for event in events]
+            if len(self._guesses) == n_rows:
+                right = [draft[0] == token for draft, token in zip(self._guesses, self._last, strict=True) if draft]
+                if right:
+                    self.pace.compared(sum(right), len(right))
         else:
             events, ended = self._verify(drafts, T)
         if self.drafter is not None:
@@ -222,12 +228,14 @@ class Engine:
 
     def _drafts(self) -> list[list[int]]:
         """Each row's guesses; [] where a step without any is due."""
-        if self.drafter is None or not self.pace.wants(len(self._running)):
+        self._guesses = []
+        if self.drafter is None or not (self.drafter.is_free or self.pace.wants(len(self._running))):
             return []
         limits = [
             min(self.pace.size(each), each.sampling.max_new_tokens - len(each.produced) - 1) for each in self._running
         ]
-        return self.pace.trim(self.drafter.propose(self._running, limits))
+        self._guesses = self.drafter.propose(self._running, limits)
+        return self.pace.trim(self._guesses)
 
     def _verify(self, drafts: Sequence[list[int]], T: int) -> tuple[list[Event], list[int]]:
         """Let the model judge each row's drafts in one pass; the tokens that it chooses, and the rows that end."""

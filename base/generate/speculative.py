@@ -29,12 +29,15 @@ from .sampling import choose_tokens
 MOST_DRAFTED = 16  # tokens a row and step
 FIRST_DRAFTED = 4
 FIRST_RIGHT, FIRST_COST = 0.7, 0.05  # hopeful, so that each is tried once
+FIRST_RIGHT_FREE = 0.3
 LEAST_GAIN = 1.05  # over a step without guesses
 DRIFT = 0.995  # of both figures towards the first ones, a step without guesses
 
 
 class Drafter(Protocol):
     """Guesses what comes next."""
+
+    is_free: bool  # whether a guess costs nothing to speak of, so that it can be made only to be compared
 
     def propose(self, requests: Sequence[Request], limits: Sequence[int]) -> list[list[int]]:
         """For each request at most limits[i] tokens; [] where there is nothing to guess."""
@@ -51,6 +54,8 @@ class NgramDraft:
     The longest n that occurred decides, its latest occurrence is copied. A text's n-grams are kept in tables, so a step costs
     a few look-ups, whatever the text's length.
     """
+
+    is_free = True
 
     def __init__(self, longest: int = 4, shortest: int = 2) -> None:
         if not 1 <= shortest <= longest:
@@ -94,6 +99,8 @@ class ModelDraft:
     Its cache has one row for each running request. A row is cut back to the tokens that both sides agree on, reads what came
     since, and goes on. Raises ValueError for a model of another vocabulary.
     """
+
+    is_free = False
 
     def __init__(self, model: Transformer, *, vocab_size: int) -> None:
         if model.config.vocab_size != vocab_size:
@@ -206,18 +213,21 @@ class ModelDraft:
 class Pace:
     """Decides how many guesses a step should judge, so that tokens come faster with them than without.
 
-    With p the share of guesses that are right and c what one more column costs, in steps without guesses, T columns of guesses
-    for n rows make 1 + sum_{t <= T} p^t rows(t) / n tokens a row in the time 1 + c T, where rows(t) have a t-th guess. The best
-    T is taken, 0 if none gains. Both figures are measured as the engine goes, c for each number of rows; while nothing is
-    judged they drift back to their first values, so that what was given up is tried again, rarely.
+    With p the share of guesses that are right and c(T) what T columns of guesses cost, in steps without guesses, n rows get
+    1 + sum_{t <= T} p^t rows(t) / n tokens each in the time 1 + c(T), where rows(t) have a t-th guess. The best T is taken, 0 if
+    none gains. Both figures are measured as the engine goes, c for each number of rows, from the nearest T that was measured;
+    while nothing is judged c drifts back to its first value, so that what was given up is tried again, rarely. Free guesses
+    are compared with the tokens of plain steps too, and p begins low; else it begins high and drifts back as c does.
 
     A row's drafts double where all were right and shrink to one more than were right otherwise.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_free: bool = False) -> None:
+        self._first_right = FIRST_RIGHT_FREE if is_free else FIRST_RIGHT
+        self._drift_right = 1.0 if is_free else DRIFT
         self._plain: dict[int, deque[float]] = {}  # by number of rows: seconds of the latest steps without guesses
-        self._cost: dict[int, float] = {}  # by number of rows: c
-        self._right = FIRST_RIGHT  # p
+        self._cost: dict[int, dict[int, float]] = {}  # by number of rows: c, by columns
+        self._right = self._first_right  # p
         self._sizes: WeakKeyDictionary[Request, int] = WeakKeyDictionary()
 
     def size(self, request: Request) -> int:
@@ -226,34 +236,48 @@ class Pace:
 
     def wants(self, n_rows: int) -> bool:
         """Whether guesses may be worth making: there is something to compare with, and one for each row would pay."""
-        return len(self._plain.get(n_rows, ())) >= 2 and any(self.trim([[0] * FIRST_DRAFTED] * n_rows))
+        return any(self.trim([[0] * FIRST_DRAFTED] * n_rows))
 
     def trim(self, drafts: Sequence[list[int]]) -> list[list[int]]:
         """The drafts up to the best number of columns."""
         n, best, n_best, gain = len(drafts), LEAST_GAIN, 0, 0.0
-        cost = self._cost.get(n, FIRST_COST)
+        if len(self._plain.get(n, ())) < 2:  # nothing to compare with yet
+            return [[] for _ in drafts]
         for t in range(1, 1 + max(map(len, drafts), default=0)):
             gain += self._right**t * sum(len(draft) >= t for draft in drafts) / n
-            if (rate := (1 + gain) / (1 + cost * t)) > best:
+            if (rate := (1 + gain) / (1 + self._extra(n, t))) > best:
                 best, n_best = rate, t
         return [draft[:n_best] for draft in drafts]
 
     def plain(self, n_rows: int, seconds: float) -> None:
         """A step without guesses took so long."""
         self._plain.setdefault(n_rows, deque(maxlen=5)).append(seconds)
-        self._cost[n_rows] = DRIFT * self._cost.get(n_rows, FIRST_COST) + (1 - DRIFT) * FIRST_COST
-        self._right = DRIFT * self._right + (1 - DRIFT) * FIRST_RIGHT
+        for t, cost in self._cost.get(n_rows, {}).items():
+            self._cost[n_rows][t] = DRIFT * cost + (1 - DRIFT) * FIRST_COST * t
+        self._right = self._drift_right * self._right + (1 - self._drift_right) * self._first_right
+
+    def compared(self, n_right: int, n_tried: int) -> None:
+        """So many guesses that were not judged turned out right."""
+        weight = 0.9**n_tried
+        self._right = weight * self._right + (1 - weight) * n_right / n_tried
 
     def judged(self, n_rows: int, n_columns: int, seconds: float) -> None:
         """A step with so many columns of guesses took so long."""
-        extra = max(0.0, seconds / statistics.median(self._plain[n_rows]) - 1) / n_columns
-        self._cost[n_rows] = (self._cost.get(n_rows, extra) + extra) / 2
+        extra = max(0.0, seconds / statistics.median(self._plain[n_rows]) - 1)
+        known = self._cost.setdefault(n_rows, {})
+        known[n_columns] = (known.get(n_columns, extra) + extra) / 2
+
+    def _extra(self, n_rows: int, t: int) -> float:
+        """c(t): as measured for the nearest number of columns, each further one at the first guess of a column's cost."""
+        known = self._cost.get(n_rows)
+        if not known:
+            return FIRST_COST * t
+        near = min(known, key=lambda one: abs(one - t))
+        return max(0.0, known[near] + FIRST_COST * (t - near))
 
     def learn(self, request: Request, n_drafted: int, n_right: int) -> None:
         """So many of a row's guesses were the model's own choices."""
-        n_tried = min(n_right + 1, n_drafted)  # what comes after a wrong one was not tried
-        weight = 0.9**n_tried
-        self._right = weight * self._right + (1 - weight) * n_right / n_tried
+        self.compared(n_right, min(n_right + 1, n_drafted))  # what comes after a wrong one was not tried
         if n_right < n_drafted:
             self._sizes[request] = n_right + 1
         else:  # a draft may have been short for want of tokens: that shrinks nothing

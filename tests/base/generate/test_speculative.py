@@ -53,6 +53,8 @@ class Text:
 class Oracle:
     """Guesses a known text, wrong at every `bad`-th place."""
 
+    is_free = True
+
     def __init__(self, texts: dict[int, list[int]], bad: int) -> None:
         self.texts, self.bad = texts, bad
 
@@ -151,6 +153,8 @@ def test_sampling_keeps_the_distribution() -> None:
     exact = first @ after  # of the second token
 
     class Likeliest:
+        is_free = True
+
         def propose(self, requests: Sequence[Request], limits: Sequence[int]) -> list[list[int]]:
             return [
                 [int(after[each.produced[-1]].argmax())][:limit] for each, limit in zip(requests, limits, strict=True)
@@ -221,8 +225,8 @@ def test_ngram_look_up_by_hand() -> None:
 
 def test_the_pace_takes_what_pays() -> None:
     """Worked by hand. A step takes 1 s. Where a column of guesses costs another 0.5 s and none is right, it only costs: given up,
-    it is tried again rarely. Where all are right and a column costs 0.1 s, eight columns are best taken whole: 9 / 1.8 = 5
-    tokens a second. One row's guess among eight rows is not worth its column."""
+    it is tried again rarely. Where all are right and a column costs 0.1 s, eight columns are best taken whole, further ones
+    being cheaper yet until they are measured. One row's guess among eight rows is not worth its column."""
     pace = Pace()
     request: Any = Text()
     assert not pace.wants(2)
@@ -236,16 +240,18 @@ def test_the_pace_takes_what_pays() -> None:
             pace.plain(2, 1.0)
             continue
         n_judged += 1
-        drafts = pace.trim([[7], [7]])
-        assert drafts == [[7], [7]]
-        pace.judged(2, 1, 1.5)
-        for _ in range(2):
-            pace.learn(request, 1, 0)
+        drafts = pace.trim([[7] * 4, [7] * 4])
+        assert drafts[0]
+        pace.judged(2, len(drafts[0]), 1 + 0.5 * len(drafts[0]))
+        for draft in drafts:
+            pace.learn(request, len(draft), 0)
     assert 1 < n_judged < 60  # each costs half a step: under 2% of the time in all
     for _ in range(30):
         pace.judged(2, 1, 1.1)
         pace.learn(request, 4, 4)
     assert pace.trim([[7] * 8, [7] * 8]) == [[7] * 8, [7] * 8]
+    pace.judged(2, 8, 9.0)
+    assert len(pace.trim([[7] * 8, [7] * 8])[0]) < 8  # eight at nine times a step's time don't pay
     pace.plain(8, 1.0)
     pace.plain(8, 1.0)
     pace.judged(8, 1, 1.4)
@@ -263,3 +269,13 @@ def test_sizes_double_and_shrink() -> None:
     assert pace.size(request) == 8
     pace.learn(request, 8, 2)
     assert pace.size(request) == 3
+
+
+def test_free_guesses_are_compared_before_they_are_judged() -> None:
+    """Law: what guesses for nothing is believed after plain steps have shown it right, and never when they show it wrong."""
+    for right, believed in ((1, True), (0, False)):
+        pace = Pace(is_free=True)
+        for _ in range(200):
+            pace.plain(1, 1.0)
+            pace.compared(right, 1)
+        assert bool(pace.trim([[5, 6]])[0]) == believed

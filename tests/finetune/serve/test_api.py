@@ -206,7 +206,7 @@ BAD = [
     ({"tool_choice": "required"}, "tool_choice", 'tool_choice="required"'),
     ({"chat_template_kwargs": {"messages": 1}}, "chat_template_kwargs", "set by the server itself"),
     ({"frequency_penalty": 0.5}, "frequency_penalty", "not supported"),
-    ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+    ({"response_format": {"type": "yaml"}}, "response_format", "must be {type: 'text'}"),
     ({"temprature": 1}, "temprature", "'temprature' is unknown"),
     ({"model": 3}, "model", "model=3"),
     ({"model": None}, "model", "model=null"),
