@@ -28,10 +28,10 @@ from .sampling import choose_tokens
 
 MOST_DRAFTED = 16  # tokens a row and step
 FIRST_DRAFTED = 4
-FIRST_RIGHT, FIRST_COST = 0.7, 0.05  # hopeful, so that each is tried once
+FIRST_RIGHT, FIRST_COST = 0.7, 0.15  # hopeful, so that each is tried once
 FIRST_RIGHT_FREE = 0.3
-LEAST_GAIN = 1.05  # over a step without guesses
-DRIFT = 0.995  # of both figures towards the first ones, a step without guesses
+LEAST_GAIN = 1.15  # over a step without guesses
+DRIFT = 0.998  # of both figures towards the first ones, a step without guesses
 
 
 class Drafter(Protocol):
