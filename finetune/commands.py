@@ -47,6 +47,9 @@ def generate(
         float, typer.Option("--length-penalty", help="Of beams: above 0 favours long texts, 0 compares plain sums.")
     ] = 1.0,
     seed: Annotated[int, typer.Option("--seed")] = 0,
+    speculate: Annotated[
+        str | None, typer.Option("--speculate", help="Guess tokens ahead: ngram, or the folder of a small model.")
+    ] = None,
     chat: Annotated[
         bool | None,
         typer.Option("--chat/--raw", help=r"As a turn of a chat, or not. \[default: as trained]"),
@@ -75,12 +78,16 @@ def generate(
     )
     args = parse_template_args(template_arg) if template_arg else None
     session = Session(base, dtype=dtype, device=device, chat=chat, chat_template=chat_template, template_args=args)
+    if speculate is not None and beams == 1:
+        session.speculate(speculate, dtype=dtype, device=device)
     if adapter is not None:
         session.load(adapter.name or "adapter", adapter)
     talks: list[list[dict[str, object]]] = [[{"role": "user", "content": text}] for text in prompts]
     stops = stop or []
     if beams < 1:
         raise ValueError(f"--beams {beams} must be >= 1")
+    if speculate is not None and beams > 1:
+        raise ValueError("--speculate is about one text at a time; leave it or --beams out")
     if length_penalty != 1 and beams == 1:
         raise ValueError("--length-penalty is about beams; add --beams N")
     if len(talks) == 1 and not as_json and beams == 1:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..base.generate.beam import beam_search
 from ..base.generate.engine import generate_ids
 from ..base.generate.sampling import Sampling
+from ..base.generate.speculative import Drafter
 from ..base.model.transformer import Transformer
 from ..base.tokenizer.tokenizer import Tokenizer
 from .adapters.bank import bank_of
@@ -133,6 +134,7 @@ def generate_answers(
     template: ChatTemplate | None = None,  # its end of turn stops too; None: the tokenizer's
     stop: Sequence[str] = (),  # strings that end a text, which they are not part of
     on_text: Callable[[int, str], None] | None = None,
+    drafter: Drafter | None = None,  # speculative decoding: the same texts, in fewer passes where its guesses are right
 ) -> list[Answer]:
     """`generate` for prompts that are ids already; what ends a text is added to its stop ids. Raises ValueError for an
     empty stop string."""
@@ -155,6 +157,7 @@ def generate_answers(
         adapters=rows_of(model, len(prompts), adapters),
         on_token=show if on_text is not None or stop else None,
         allowed=ids_with_text(model, tokenizer, stops),
+        drafter=drafter,
     )
     if on_text is not None or stop:
         for row, decoder in enumerate(decoders):

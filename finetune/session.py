@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ..base.generate.sampling import Sampling
+from ..base.generate.speculative import Drafter
 from ..base.hub import model_folder
 from ..base.json_fields import read_json
 from ..base.model.transformer import Transformer
@@ -24,6 +25,7 @@ from .data.shape import in_shape
 from .data.templates import template_source
 from .generate import Answer, generate_answers, generate_beams, start_ids
 from .loading import check_finite, check_token_ids, load_model
+from .speculate import make_drafter
 
 SHOWN = 40  # characters of a forgotten message
 HELP = "/adapter NAME swaps (A:0.7,B:0.3 adds up), /adapters lists, /base turns them off, /new forgets the talk, /quit ends"
@@ -51,6 +53,7 @@ class Session:
         check_token_ids(self.tokenizer, self.model.config, where=base)
         check_finite(self.model, where=base)
         self.bank = AdapterBank(self.model)
+        self._drafter: Drafter | None = None
         self.chat = chat
         self._source = template_source(chat_template) if chat_template else None
         self._args = template_args
@@ -168,8 +171,19 @@ class Session:
                 template=self.template(), stop=stop,
             )  # fmt: skip
         return generate_answers(
-            self.model, self.tokenizer, prompts, sampling, template=self.template(), stop=stop, on_text=on_text
+            self.model,
+            self.tokenizer,
+            prompts,
+            sampling,
+            template=self.template(),
+            stop=stop,
+            on_text=on_text,
+            drafter=self._drafter,
         )
+
+    def speculate(self, name: str, *, dtype: str = "float32", device: str = "auto") -> None:
+        """Guess tokens ahead in all answers from now on: `ngram`, or the folder of a small model (speculate.py)."""
+        self._drafter = make_drafter(name, self.model, self.tokenizer, dtype=dtype, device=device)
 
     @torch.inference_mode()
     def log_probabilities(self, messages: Sequence[Message], new: Sequence[int]) -> list[float]:

@@ -25,6 +25,11 @@ class Row(NamedTuple):
 
 KERNELS = (
     Kernel("attention", "PyTorch's scaled_dot_product_attention", "head sizes outside 16 to 256, scale <= 0"),
+    Kernel(
+        "paged_attention",
+        "pages side by side, then PyTorch's scaled_dot_product_attention",
+        "head sizes outside 16 to 256, pages of no power of two, T * H / K > 256",
+    ),
     Kernel("rms_norm", "PyTorch operators"),
     Kernel("rope", "PyTorch operators"),
     Kernel("swiglu", "PyTorch operators"),

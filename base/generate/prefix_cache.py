@@ -12,16 +12,15 @@ touched before them, so a chain loses its end first.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from ..model.kv_cache import KVCache
+from ..model.paged_cache import PAGE, PagedKVCache
 
-BLOCK = 32  # tokens; smaller blocks waste less of a shared prefix and cost more copies
+BLOCK = PAGE  # tokens; smaller blocks waste less of a shared prefix and cost more copies
 
 Key = tuple[int | str, tuple[int, ...]]
 
@@ -31,12 +30,9 @@ class Block:
     """The keys and values of BLOCK tokens in all layers."""
 
     serial: int  # names this block as the parent of others; never used again
-    values: Tensor  # (n,): every cache tensor's (K, BLOCK, Dh) of every layer, one after the other
-
-    @property
-    def n_bytes(self) -> int:
-        """Memory of its values."""
-        return self.values.numel() * self.values.element_size()
+    values: Any  # what the cache's keep_block gave: a copy, or a page's number
+    n_bytes: int
+    drop: Callable[[Any], None]  # the cache's drop_block
 
 
 class PrefixCache:
@@ -76,41 +72,18 @@ class PrefixCache:
             return None
         return (found[-1].serial if found else content, tuple(ids[start : start + BLOCK]))
 
-    def restore(self, cache: KVCache, rows: Sequence[Sequence[Block]]) -> None:
-        """Make `cache` hold row i's blocks. Rows are aligned at the right; equal neighbours are written at once."""
-        lengths = [len(blocks) * BLOCK for blocks in rows]
-        end = max(lengths)
-        first = 0
-        while first < len(rows):
-            last = first + 1
-            while last < len(rows) and list(rows[last]) == list(rows[first]):
-                last += 1
-            if rows[first]:
-                stacked = torch.stack([block.values for block in rows[first]])  # (n_blocks, n)
-                offset = 0
-                for layer in cache.layers:
-                    for tensor in layer.tensors():
-                        _, K, _, Dh = tensor.shape
-                        piece = stacked[:, offset : offset + K * BLOCK * Dh].view(-1, K, BLOCK, Dh)
-                        offset += K * BLOCK * Dh
-                        tensor[first:last, :, end - lengths[first] : end] = piece.transpose(0, 1).flatten(1, 2)
-            first = last
-        cache.hold(lengths, end)
-
-    def store(self, cache: KVCache, row: int, content: str, ids: Sequence[int]) -> None:
-        """Keep the whole blocks of `ids`, which row `row` of the cache holds as its first tokens."""
-        column = cache.end - cache.lengths[row]
+    def store(self, cache: KVCache | PagedKVCache, row: int, content: str, ids: Sequence[int]) -> None:
+        """Keep the whole blocks of `ids`, which row `row` of the cache holds as its first tokens: copies of them from a
+        KVCache, the pages themselves from a PagedKVCache."""
         parent: int | str = content
         keys: list[Key] = []
         for start in range(0, len(ids) // BLOCK * BLOCK, BLOCK):
             key = (parent, tuple(ids[start : start + BLOCK]))
             block = self._blocks.get(key)
             if block is None:
-                here = slice(column + start, column + start + BLOCK)
-                parts = [tensor[row, :, here].reshape(-1) for layer in cache.layers for tensor in layer.tensors()]
-                block = Block(next(self._serials), torch.cat(parts))
-                if (len(keys) + 1) * block.n_bytes > self.max_bytes:
+                if (len(keys) + 1) * cache.block_bytes > self.max_bytes:
                     break  # the chain alone would be more than the budget
+                block = Block(next(self._serials), cache.keep_block(row, start), cache.block_bytes, cache.drop_block)
                 self._blocks[key] = block
                 self.n_bytes += block.n_bytes
             keys.append(key)
@@ -118,10 +91,18 @@ class PrefixCache:
         for key in reversed(keys):
             self._blocks.move_to_end(key)
         while self.n_bytes > self.max_bytes:
-            _, gone = self._blocks.popitem(last=False)
-            self.n_bytes -= gone.n_bytes
+            self.drop_oldest()
+
+    def drop_oldest(self) -> bool:
+        """Forget the least recently used block; False when there is none."""
+        if not self._blocks:
+            return False
+        _, gone = self._blocks.popitem(last=False)
+        self.n_bytes -= gone.n_bytes
+        gone.drop(gone.values)
+        return True
 
     def clear(self) -> None:
         """Forget everything; needed when the base's own weights change."""
-        self._blocks.clear()
-        self.n_bytes = 0
+        while self.drop_oldest():
+            pass

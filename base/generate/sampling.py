@@ -6,11 +6,32 @@ Each request has its own settings and random numbers.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 SMALLEST_TEMPERATURE = 1e-5  # below it logits / temperature leaves float32's range
+
+
+class Matcher(Protocol):
+    """Which tokens may come next in one request's text, by its grammar."""
+
+    def allowed(self) -> Tensor:
+        """(V,) bool on the CPU: the tokens that may come now; those that end the text only where it may end."""
+        ...
+
+    def advance(self, token: int) -> None:
+        """The token, one of the allowed ones, has come."""
+        ...
+
+
+class Grammar(Protocol):
+    """What a text must be."""
+
+    def matcher(self) -> Matcher:
+        """At the text's beginning."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -26,6 +47,7 @@ class Sampling:
     seed: int = 0
     repetition_penalty: float = 1.0  # above 1: tokens of the prompt and of the answer become less likely; see penalize
     logprobs: int | None = None  # report each token's log-probability, and those of so many of the likeliest; None: no
+    grammar: "Grammar | None" = None  # what the text must be, such as JSON of a schema: json_grammar.py
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop_ids", frozenset(self.stop_ids))

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from ...kernels.attention import attention
 from ...kernels.decode import place_token_
+from ...kernels.paged_attention import paged_attention
 from ...kernels.rope import rope
 from .config import LayerSpec, ModelConfig
 from .kv_cache import LayerCache, StepContext
 from .norm import RMSNorm
+from .paged_cache import PagedLayer
 
 # Keys and values (B or 1, K, P, Dh) that stand before the rows' own, and what hides some of them: (B, 1, 1, P) of 0 and -inf.
 Before = tuple[Tensor, Tensor, Tensor | None]
@@ -52,7 +54,7 @@ class Attention(nn.Module):
         self,
         x: Tensor,  # (B, T, D)
         context: StepContext,  # angles and masks that all layers share
-        cache: LayerCache | None = None,
+        cache: LayerCache | PagedLayer | None = None,
     ) -> Tensor:
         """Causal self-attention; with a cache, the new keys are written to it and the old ones are seen too."""
         B, T, _ = x.shape
@@ -71,8 +73,15 @@ class Attention(nn.Module):
             cache.write(k, v, context)
         before = self.prefix(k.dtype) if self.prefix is not None else None
         if before is not None:
+            if isinstance(cache, PagedLayer):
+                raise ValueError(
+                    "prefix adapters read keys and values kept in rows, not in pages; leave cache_bytes out"
+                )
             mixed = self._attend_after(before, q, k, v, cache, context)
-        elif cache is not None and context.start:
+        elif isinstance(cache, PagedLayer) and context.start and context.pages is not None:
+            table, lengths = context.pages.table, context.pages.lengths
+            mixed = paged_attention(q, cache.keys, cache.values, table, lengths, window=self.spec.window)
+        elif isinstance(cache, LayerCache) and context.start:
             mixed = self._attend_cached(q, cache, context)
         else:  # the new keys are the only ones
             mixed = attention(q, k, v, window=self.spec.window, cu_seqlens=context.cu_seqlens)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .config import ModelConfig
+from .paged_cache import PAGE, Pages
 from .rope import rope_tables
 
 
@@ -34,6 +35,7 @@ class StepContext(NamedTuple):
     masks: Mapping[int | None, Tensor | None] | None = (
         None  # by window: (B or 1, 1, T, stop) of 0 and -inf; None: no mask
     )
+    pages: Pages | None = None  # of a PagedKVCache, in place of `stop` and `masks`
     router_losses: list[Tensor] | None = None  # in training: each mixture of experts adds its () float32
 
     @property
@@ -188,10 +190,42 @@ class KVCache:
         self.lengths = list(lengths)
         self._lengths_changed()
 
-    def hold(self, lengths: Sequence[int], end: int) -> None:
-        """Declare what was written into `layers` directly: row i holds lengths[i] tokens, which end before column `end`."""
-        self.lengths, self.end = list(lengths), end
+    # --- what the prefix cache keeps: copies of blocks of tokens ---
+
+    def keep_block(self, row: int, start: int) -> Tensor:
+        """(n,): the keys and values of a row's PAGE tokens from `start`: every layer's (K, PAGE, Dh) tensors in turn."""
+        column = self.end - self.lengths[row] + start
+        here = slice(column, column + PAGE)
+        return torch.cat([t[row, :, here].reshape(-1) for layer in self.layers for t in layer.tensors()])
+
+    def drop_block(self, block: Tensor) -> None:
+        """The prefix cache keeps it no longer."""
+
+    def restore(self, rows: Sequence[Sequence[Tensor]]) -> None:
+        """Make row i hold the given blocks. Equal neighbours are written at once."""
+        lengths = [len(blocks) * PAGE for blocks in rows]
+        end, first = max(lengths), 0
+        while first < len(rows):
+            last = first + 1
+            while last < len(rows) and [*map(id, rows[last])] == [*map(id, rows[first])]:
+                last += 1
+            if rows[first]:
+                stacked, offset = torch.stack(list(rows[first])), 0  # (n_blocks, n)
+                for layer in self.layers:
+                    for tensor in layer.tensors():
+                        _, K, _, Dh = tensor.shape
+                        piece = stacked[:, offset : offset + K * PAGE * Dh].view(-1, K, PAGE, Dh)
+                        offset += K * PAGE * Dh
+                        tensor[first:last, :, end - lengths[first] : end] = piece.transpose(0, 1).flatten(1, 2)
+            first = last
+        self.lengths, self.end = lengths, end
         self._lengths_changed()
+
+    @property
+    def block_bytes(self) -> int:
+        """Memory of a block's copy."""
+        tensors = [t for layer in self.layers for t in layer.tensors()]
+        return sum(t.shape[1] * PAGE * t.shape[3] * t.element_size() for t in tensors)
 
     def append_rows(
         self,
@@ -226,6 +260,21 @@ class KVCache:
                 row, start = rows[i] if rows else i, starts[i] if starts else 0
                 mine.insert(len(self.lengths), self.end, source, row, start, length)
             self.lengths.append(length)
+        self._lengths_changed()
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Keep each row's first lengths[i] tokens: what speculation wrote and the model did not confirm is forgotten.
+
+        Rows stay aligned at their right end, so those that lose more than another move right: one copy of such a row.
+        """
+        starts = [self.end - length for length in self.lengths]
+        end = max(start + length for start, length in zip(starts, lengths, strict=True))
+        for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+            if start + length < end and length:
+                for layer in self.layers:
+                    for tensor in layer.tensors():
+                        tensor[row, :, end - length : end] = tensor[row, :, start : start + length].clone()
+        self.lengths, self.end = list(lengths), end
         self._lengths_changed()
 
     def remove_row(self, row: int) -> None:

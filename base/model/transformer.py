@@ -21,6 +21,7 @@ from .experts import MixtureOfExperts
 from .feed_forward import FeedForward
 from .kv_cache import KVCache, LayerCache, StepContext
 from .norm import RMSNorm
+from .paged_cache import PAGE, PagedKVCache, PagedLayer, PagePool
 from .recompute import recompute
 from .rope import rope_tables
 
@@ -37,7 +38,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = feed_forward(config, spec)
 
-    def forward(self, x: Tensor, context: StepContext, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: StepContext, cache: LayerCache | PagedLayer | None = None) -> Tensor:
         mixed = self.self_attn(self.input_layernorm(x), context, cache)
         normed, x = self.post_attention_layernorm.add(mixed, x)
         return x + self.mlp(normed, context)
@@ -130,7 +131,7 @@ class Transformer(nn.Module):
         *,
         positions: Tensor | None = None,  # (B, T) int64; default: 0..T-1, or the cache's next ones
         cu_seqlens: Tensor | None = None,  # (n_docs + 1,) int32 with B = 1: documents packed in one row
-        cache: KVCache | None = None,  # is advanced by T
+        cache: KVCache | PagedKVCache | None = None,  # is advanced by T
         logits_at: Tensor | None = None,  # (B,) int64: only this position's logits of each row
     ) -> Tensor:
         """Logits (B, T, V): [b, t] scores the token after ids[b, t]; (B, 1, V) with `logits_at`.
@@ -158,7 +159,7 @@ class Transformer(nn.Module):
         *,
         positions: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | PagedKVCache | None = None,
         router_losses: list[Tensor] | None = None,  # a training mixture of experts adds its router's, () float32 each
     ) -> Tensor:
         """The final norm's output (B, T, D), which lm_head turns into logits."""
@@ -170,7 +171,7 @@ class Transformer(nn.Module):
             if positions is None:
                 positions = torch.arange(T, device=ids.device)[None]  # (1, T)
             context = StepContext(*rope_tables(self.config, positions), cu_seqlens, router_losses=router_losses)
-        if cache is not None and context.start and T == 1 and self.fused_decoding and can_run(x):
+        if isinstance(cache, KVCache) and context.start and T == 1 and self.fused_decoding and can_run(x):
             return self._decode(x[:, 0], context, cache)
         for i, layer in enumerate(self.model.layers):
             layer_cache = cache.layers[i] if cache is not None else None
@@ -210,6 +211,22 @@ class Transformer(nn.Module):
             layer.self_attn.new_cache(n_rows, capacity, weight.dtype, weight.device) for layer in self.model.layers
         ]
         return KVCache(self.config, layers, n_rows, capacity)
+
+    def new_pages(self, max_bytes: int) -> PagePool:
+        """Pages for the keys and values of `PagedKVCache`s, of at most so many bytes in all."""
+        weight = self.model.embed_tokens.weight
+        config, n_layers = self.config, len(self.model.layers)
+        one = 2 * config.n_kv_heads * PAGE * config.d_head * n_layers * weight.element_size()
+        n = max_bytes // one
+        if n < 2:
+            raise ValueError(
+                f"{max_bytes} bytes hold no page of {PAGE} tokens, which takes {one}; give at least {2 * one}"
+            )
+        layers = []
+        for layer in self.model.layers:
+            made = layer.self_attn.new_cache(n, PAGE, weight.dtype, weight.device)
+            layers.append(PagedLayer(made.keys, made.values))
+        return PagePool(layers)
 
 
 def initialize_(model: Transformer, *, seed: int) -> None:

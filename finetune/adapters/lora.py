@@ -27,6 +27,8 @@ __all__ = [
     "lora_layers", "matching", "module_key", "remove_adapter", "replace_module", "run_base", "width", "wrapped",
 ]  # fmt: skip
 
+FEW_TOKENS = 4  # a row, up to which a batch's few adapters are applied together to all rows
+
 
 class LoRALinear(nn.Module):
     """A linear of any kind (anything with in_features and out_features) plus the named low-rank updates that touch it.
@@ -84,13 +86,16 @@ class LoRALinear(nn.Module):
             scales = [u.scale for u in updates]
             return out + grouped_lora(x.flatten(0, -2).to(out.dtype), a, b, index, scales).view(out.shape)
         tracked = torch.is_grad_enabled()
-        if tracked and rows.trained:
+        # Prompts are long: each token through its own adapter only, with the matrices gathered by row for this call.
+        long = x.ndim == 3 and x.shape[1] > FEW_TOKENS and not torch.compiler.is_compiling()
+        by_row = layer.mask is None or (tracked and rows.trained) or long
+        if by_row and (layer.mask is not None or (tracked and rows.trained)):
             a, b = stack_updates([self.updates.get(name) if name is not None else None for name in rows.names])
         else:
             a, b = layer.lora_a, layer.lora_b
         assert a is not None
         assert b is not None
-        if layer.mask is not None and not (tracked and rows.trained):
+        if layer.mask is not None and not by_row:
             return self._together(x, out, a, b, layer.mask, tracked)
         if a.dtype != out.dtype:
             a, b = a.to(out.dtype), b.to(out.dtype)

@@ -8,23 +8,30 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 from uuid import uuid4
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
+from ...base.generate.json_grammar import JsonGrammar
+from ...base.generate.requests import TokenLogprob
 from ...base.generate.sampling import Sampling
+from ...base.generate.scoring import text_logprobs
 from ..data.chat import encode_prompt
 from ..generate import start_ids
 from .adapters import Lease, Served
+from .battles import Arena
 from .errors import ApiError
 from .guard import Guard, Receive, Scope, Send, read_body, send_error, send_json
 from .metrics import Metrics
 from .schema import (
     COMPLETION_TOKENS,
     MAX_CHOICES,
+    BattleRequest,
     ChatRequest,
     CompletionRequest,
     Format,
@@ -35,6 +42,7 @@ from .schema import (
 )
 from .worker import Delta, Job, Worker
 
+MAX_GRAMMARS = 64  # schemas whose grammar is kept
 PAGE = Path(__file__).with_name("page.html")
 
 
@@ -48,6 +56,13 @@ class Limits:
     timeout_s: float = 600.0  # for an answer, waiting included
 
 
+class Echo(NamedTuple):
+    """A prompt at the beginning of its answer."""
+
+    text: str
+    logprobs: list[tuple[int, TokenLogprob | None]]
+
+
 class Api:
     """What the routes share."""
 
@@ -59,6 +74,7 @@ class Api:
         # One thread for templates and tokens: the tokenizer serves one caller at a time, and the event loop must not wait.
         self.text = ThreadPoolExecutor(1, thread_name_prefix="text")
         self._loading = asyncio.Lock()
+        self._grammars: dict[tuple[str, frozenset[int]], JsonGrammar] = {}
 
     async def body(self, request: Request) -> bytes:
         """The request's body, within the limits."""
@@ -104,11 +120,29 @@ class Api:
             loop = asyncio.get_running_loop()
             prompts = await loop.run_in_executor(self.text, self._prompts, asked, lease.served)
             self.refuse_if_full(len(prompts) * (asked.n or 1))
-            run = Run(self, asked, lease, prompts, notes)
+            echoes = []
+            if isinstance(asked, CompletionRequest) and asked.echo:
+                echoes = await self.echoes(asked, lease, prompts)
+            run = Run(self, asked, lease, prompts, notes, echoes)
         except BaseException:
             lease.close()
             raise
         return run
+
+    async def echoes(self, asked: CompletionRequest, lease: Lease, prompts: Sequence[list[int]]) -> list[Echo]:
+        """Each prompt as its answers begin, one for each choice; log-probabilities are read between two steps."""
+        if asked.stream:
+            raise ApiError(400, "echo with stream is not supported here; leave one of them out", param="echo")
+        found = []
+        n_top, adapter = asked.logprobs, lease.served.internal
+        for ids in prompts:
+            logprobs: list[TokenLogprob | None] = []
+            if n_top is not None:
+                read = partial(text_logprobs, self.worker.model, ids, n_top, adapter=adapter)
+                logprobs = await self.worker.call(read)
+            text = self.models.tokenizer.decode(ids)
+            found += [Echo(text, list(zip(ids, logprobs, strict=False)))] * (asked.n or 1)
+        return found
 
     def _prompts(self, asked: ChatRequest | CompletionRequest, served: Served) -> list[list[int]]:
         """The ids that each answer starts from. Raises ApiError 400 for a prompt that can't be made or is too long."""
@@ -151,6 +185,18 @@ class Api:
             raise ApiError(400, f"{len(prompts)} prompts times n is more than {MAX_CHOICES} choices", param="n")
         return prompts
 
+    def grammar(self, schema: dict[str, object], served: Served) -> JsonGrammar:
+        """The grammar of a schema, kept for the next request with it. Raises ValueError for one that can't be used."""
+        key = json.dumps(schema, sort_keys=True), served.stops
+        found = self._grammars.pop(key, None)
+        if found is None:
+            vocab_size = self.worker.model.config.vocab_size
+            found = JsonGrammar(self.models.tokenizer, vocab_size=vocab_size, stop_ids=served.stops, schema=schema)
+        self._grammars[key] = found  # the most recently used last
+        while len(self._grammars) > MAX_GRAMMARS:
+            del self._grammars[next(iter(self._grammars))]
+        return found
+
     def sampling(self, asked: ChatRequest | CompletionRequest, served: Served, n_prompt: int) -> Sampling:
         """The request's settings with OpenAI's defaults. Raises ApiError 400."""
         room = self.worker.model.config.max_seq_len - n_prompt
@@ -169,6 +215,12 @@ class Api:
                 code="context_length_exceeded",
             )
         try:
+            grammar = None if asked.response_format is None else self.grammar(asked.response_format, served)
+        except ValueError as error:
+            raise ApiError(400, str(error), param="response_format") from None
+        if grammar is not None and asked.ignore_eos:
+            raise ApiError(400, "ignore_eos with response_format: the JSON would never end", param="ignore_eos")
+        try:
             return Sampling(
                 temperature=1.0 if asked.temperature is None else asked.temperature,
                 top_k=asked.top_k if asked.top_k is not None and asked.top_k > 0 else None,
@@ -178,6 +230,7 @@ class Api:
                 stop_ids=frozenset() if asked.ignore_eos else served.stops,
                 seed=secrets.randbits(62) if asked.seed is None else asked.seed,
                 logprobs=logprobs,
+                grammar=grammar,
             )
         except ValueError as error:
             raise ApiError(400, str(error)) from None
@@ -193,6 +246,7 @@ class Run(Response):
         lease: Lease,
         prompts: Sequence[list[int]],
         notes: dict[str, object],
+        echoes: Sequence[Echo] = (),  # one for each job, where the prompt is to come back
     ) -> None:
         self.api, self.lease, self.notes, self.background = api, lease, notes, None
         self.is_chat, self.stream = isinstance(asked, ChatRequest), bool(asked.stream)
@@ -204,6 +258,7 @@ class Run(Response):
         )
         self.queue: asyncio.Queue[Delta] = asyncio.Queue()
         self.jobs: list[Job] = []
+        self.echoes = echoes
         for prompt in prompts:
             sampling = api.sampling(asked, lease.served, len(prompt))
             for i in range(asked.n or 1):
@@ -211,7 +266,7 @@ class Run(Response):
                 self.jobs.append(
                     Job(
                         len(self.jobs), prompt, one, lease.served.internal, asked.stop or (), self.stream,
-                        self.queue.put_nowait,
+                        self.queue.put_nowait, asked.priority or 0,
                     )
                 )  # fmt: skip
         self.has_logprobs = self.jobs[0].sampling.logprobs is not None
@@ -289,8 +344,11 @@ class Run(Response):
         async for deltas in self._deltas():
             for delta in deltas:
                 assert delta.finished is not None  # jobs that don't stream hand over the whole
-                logprobs = delta.logprobs if self.has_logprobs else None
-                choices[delta.choice] = self.format.choice(delta.choice, delta.text, delta.finished, logprobs)
+                echo = self.echoes[delta.choice] if self.echoes else Echo("", [])
+                logprobs = [*echo.logprobs, *delta.logprobs] if self.has_logprobs else None
+                choices[delta.choice] = self.format.choice(
+                    delta.choice, echo.text + delta.text, delta.finished, logprobs
+                )
         await send_json(self.format.whole(choices, usage(self.n_prompt, sum(self._n_tokens))), send)
 
     async def _stream(self, send: Send) -> None:
@@ -343,6 +401,7 @@ def create_app(
     api_key: str | None = None,
     allow_adapter_changes: bool = False,
     log: bool = True,
+    arena: Arena | None = None,  # where the page's votes go; None: it has no buttons for them
 ) -> Guard:
     """The ASGI application: what `graft serve` runs."""
     api = Api(worker, limits or Limits(), allow_adapter_changes=allow_adapter_changes)
@@ -370,6 +429,8 @@ def create_app(
         app.add_exception_handler(kind, refused)
     for add in (_add_models, _add_answers, _add_looks):
         add(app, api)
+    if arena is not None:
+        _add_arena(app, api, arena)
     return Guard(app, api_key=api_key, metrics=api.metrics, log=log)  # pyright: ignore[reportArgumentType]
 
 
@@ -430,6 +491,23 @@ def _add_models(app: FastAPI, api: Api) -> None:
         name = parse(UnloadRequest, await api.body(request)).lora_name
         await api.worker.call(lambda: models.detach(name))
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
+
+
+def _add_arena(app: FastAPI, api: Api, arena: Arena) -> None:
+    @app.get("/arena/battles")
+    async def count() -> Response:
+        return JSONResponse({"n_battles": arena.n_battles})
+
+    @app.post("/arena/battles")
+    async def vote(request: Request) -> Response:
+        asked = parse(BattleRequest, await api.body(request))
+        for name in (asked.a, asked.b):
+            if name not in api.models.names():
+                api.models.find(name)  # raises for an unknown name
+        if asked.a == asked.b:
+            raise ApiError(400, "a and b are one model; a battle needs two", param="b")
+        await asyncio.to_thread(arena.write, asked.model_dump())
+        return JSONResponse({"n_battles": arena.n_battles})
 
 
 def _add_looks(app: FastAPI, api: Api) -> None:

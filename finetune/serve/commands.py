@@ -39,6 +39,16 @@ def serve(
     prefix_cache_mib: Annotated[
         int, typer.Option("--prefix-cache-mib", help="Memory for prompts read before; 0 turns it off.")
     ] = 256,
+    cache_mib: Annotated[
+        int | None,
+        typer.Option("--cache-mib", help="Memory for running answers, shared in pages. [default: rows of full length]"),
+    ] = None,
+    speculate: Annotated[
+        str | None, typer.Option("--speculate", help="Guess tokens ahead: ngram, or the folder of a small model.")
+    ] = None,
+    arena: Annotated[
+        Path | None, typer.Option("--arena", help="Folder for battles.jsonl: the votes between answers side by side.")
+    ] = None,
     timeout: Annotated[float, typer.Option("--timeout", help="Seconds for an answer, waiting included.")] = 600.0,
     access_log: Annotated[
         bool, typer.Option("--access-log/--no-access-log", help="One JSON line a request on standard error.")
@@ -73,6 +83,9 @@ def serve(
             adapter_budget=None if adapter_budget is None else parse_bytes(adapter_budget),
             pinned=tuple(pin or []),
             prefix_cache_mib=prefix_cache_mib,
+            cache_mib=cache_mib,
+            speculate=speculate,
+            arena=arena,
             limits=Limits(max_queue=max_queue, max_body_bytes=max_body_bytes, timeout_s=timeout),
             dtype=dtype,
             device=device,

@@ -53,6 +53,9 @@ class Metrics:
             "tokens_per_second": one("gauge", "New tokens a second in the last ten.", worker.tokens_per_second()),
             "running": one("gauge", "Rows of the batch.", engine.n_running),
             "waiting": one("gauge", "Requests that wait for a row.", engine.n_waiting),
+            "preempted_total": one("counter", "Answers that gave their pages back and began anew.", engine.n_preempted),
+            "drafted_tokens_total": one("counter", "Tokens guessed by speculation.", engine.n_drafted),
+            "accepted_tokens_total": one("counter", "Guesses that were right.", engine.n_accepted),
             "max_batch": one("gauge", "Rows at most.", engine.max_batch),
             "adapters_loaded": one("gauge", "Adapters in memory.", worker.models.n_loaded),
             "adapters_bytes": one(

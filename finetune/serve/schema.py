@@ -24,8 +24,8 @@ COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for /v1/completions
 # Accepted only with these values, which ask for nothing.
 NEUTRAL: dict[str, tuple[object, ...]] = {
     "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "logit_bias": ({},), "best_of": (1,),
-    "suffix": ("",), "response_format": ({"type": "text"},), "parallel_tool_calls": (True, False), "functions": ([],),
-    "modalities": (["text"],), "echo": (False,),
+    "suffix": ("",), "parallel_tool_calls": (True, False), "functions": ([],),
+    "modalities": (["text"],),
 }  # fmt: skip
 # Notes to a service that say nothing about the answer.
 NOTES = ("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "verbosity")
@@ -138,6 +138,24 @@ class StreamOptions(BaseModel):
     include_obfuscation: Literal[False] | None = None
 
 
+def _response_format(value: object) -> object:
+    """OpenAI's three kinds -> the schema, None for plain text."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    if not isinstance(value, dict) or kind not in ("text", "json_object", "json_schema"):
+        raise ValueError(
+            "must be {type: 'text'}, {type: 'json_object'} or {type: 'json_schema', json_schema: {schema}}"
+        )
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return {"type": "object"}
+    described = value.get("json_schema")
+    schema = described.get("schema") if isinstance(described, dict) else None
+    if not isinstance(schema, dict):
+        raise ValueError("json_schema must be {name, schema: an object}")
+    return schema
+
+
 class Common(BaseModel):
     """What both kinds of request have. None is always the default."""
 
@@ -153,6 +171,9 @@ class Common(BaseModel):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     stop: Annotated[list[str], BeforeValidator(_stop)] | None = None
+    # The schema that the answer must be JSON of.
+    response_format: Annotated[dict[str, Any] | None, BeforeValidator(_response_format)] = None
+    priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None  # vLLM's: the lowest number is answered first
     ignore_eos: bool | None = None  # vLLM's: go on past the end of the text, for measurements
 
 
@@ -173,6 +194,7 @@ class CompletionRequest(Common):
     """`/v1/completions`."""
 
     prompt: Annotated[list[str | list[int]], BeforeValidator(_prompt)]
+    echo: bool | None = None  # begin with the prompt, and with its log-probabilities where those are asked for
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
 
@@ -183,6 +205,18 @@ class LoadRequest(BaseModel):
     lora_name: str
     lora_path: str
     load_inplace: bool | None = None  # replace an adapter of that name
+
+
+class BattleRequest(BaseModel):
+    """`/arena/battles`, this server's own: which of two answers is better."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    a: str  # the models
+    b: str
+    winner: Literal["a", "b", "tie"]
+    prompt: Annotated[str, Field(max_length=100_000)]
+    answer_a: Annotated[str, Field(max_length=100_000)]
+    answer_b: Annotated[str, Field(max_length=100_000)]
 
 
 class UnloadRequest(BaseModel):
@@ -261,7 +295,7 @@ class Format:
         return {**self._whole, "choices": list(choices), "usage": usage}
 
     def choice(
-        self, index: int, text: str, finished: str, logprobs: Sequence[tuple[int, TokenLogprob]] | None
+        self, index: int, text: str, finished: str, logprobs: Sequence[tuple[int, TokenLogprob | None]] | None
     ) -> dict[str, object]:
         """One choice of a complete answer."""
         shown = None if logprobs is None else self._logprobs(logprobs, 0)
@@ -293,12 +327,14 @@ class Format:
     def _event(self, choices: list[dict[str, object]]) -> bytes:
         return f"data: {json.dumps({**self._chunk, 'choices': choices})}\n\n".encode()
 
-    def _logprobs(self, tokens: Sequence[tuple[int, TokenLogprob]], offset: int) -> dict[str, object]:
+    def _logprobs(self, tokens: Sequence[tuple[int, TokenLogprob | None]], offset: int) -> dict[str, object]:
+        """None in place of the figures: a prompt's first token."""
         if self.chat:
             return {
                 "content": [
                     {**self._token(index, found.logprob), "top_logprobs": [self._token(*one) for one in found.top]}
                     for index, found in tokens
+                    if found is not None
                 ]
             }
         offsets = []
@@ -307,8 +343,8 @@ class Format:
             offset += len(self._spelling(index))
         return {
             "tokens": [self._spelling(index) for index, _ in tokens],
-            "token_logprobs": [found.logprob for _, found in tokens],
-            "top_logprobs": [{self._spelling(i): value for i, value in found.top} for _, found in tokens],
+            "token_logprobs": [found and found.logprob for _, found in tokens],
+            "top_logprobs": [found and {self._spelling(i): value for i, value in found.top} for _, found in tokens],
             "text_offset": offsets,
         }
 

@@ -12,8 +12,10 @@ from pathlib import Path
 from ...base.device import resolve_device
 from ...base.tokenizer.tokenizer import Tokenizer
 from ..loading import check_token_ids, load_model
+from ..speculate import make_drafter
 from .adapters import Models
 from .app import Limits, create_app
+from .battles import Arena
 from .guard import TimedProtocol
 from .worker import Worker
 
@@ -34,6 +36,9 @@ class ServeConfig:
     adapter_budget: int | None = None  # bytes of their weights; None: no limit
     pinned: tuple[str, ...] = ()  # adapters that stay in memory once they are loaded
     prefix_cache_mib: int = 256  # 0: none
+    cache_mib: int | None = None  # keys and values of running answers, in pages within this; None: rows of full length
+    speculate: str | None = None  # "ngram", or the folder of a draft model
+    arena: Path | None = None  # the folder that the page's votes are written to
     limits: Limits = field(default_factory=Limits)
     drain_s: int = 30  # after SIGTERM, running answers have so long to end
     dtype: str = "float32"
@@ -48,6 +53,8 @@ class ServeConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be >= 1")
         if self.prefix_cache_mib < 0:
             raise ValueError(f"prefix_cache_mib={self.prefix_cache_mib} must be >= 0; 0 turns it off")
+        if self.cache_mib is not None and self.cache_mib < 1:
+            raise ValueError(f"cache_mib={self.cache_mib} must be >= 1; leave it out for rows of full length")
         if self.limits.max_queue < 0 or self.limits.max_body_bytes < 1 or not self.limits.timeout_s > 0:
             raise ValueError("max_queue must be >= 0, max_body_bytes and timeout_s > 0")
         if self.api_key is not None and (not self.api_key or not self.api_key.isascii()):
@@ -96,13 +103,23 @@ def run_serve(config: ServeConfig) -> None:
             budget_bytes=config.adapter_budget,
             pinned=config.pinned,
         )
-        worker = Worker(models, max_batch=config.max_batch, prefix_cache_bytes=config.prefix_cache_mib << 20)
+        drafter = None
+        if config.speculate is not None:
+            drafter = make_drafter(config.speculate, model, tokenizer, dtype=config.dtype, device=str(device))
+        worker = Worker(
+            models,
+            max_batch=config.max_batch,
+            prefix_cache_bytes=config.prefix_cache_mib << 20,
+            cache_bytes=None if config.cache_mib is None else config.cache_mib << 20,
+            drafter=drafter,
+        )
         app = create_app(
             worker,
             limits=config.limits,
             api_key=config.api_key,
             allow_adapter_changes=config.allow_adapter_changes,
             log=config.access_log,
+            arena=None if config.arena is None else Arena(config.arena),
         )
         server = uvicorn.Server(
             uvicorn.Config(

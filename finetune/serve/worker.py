@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from ...base.generate.engine import Engine, Event, TokenLogprob
 from ...base.generate.prefix_cache import PrefixCache
 from ...base.generate.sampling import Sampling
+from ...base.generate.speculative import Drafter
 from ...base.generate.stop_strings import StopStrings
 from ...base.tokenizer.tokenizer import StreamDecoder
 from ..generate import ids_with_text
@@ -43,6 +44,7 @@ class Job:
     stops: Sequence[str]
     stream: bool  # hand over each piece, not only the whole
     deliver: Callable[[Delta], None]  # is called in the event loop's thread
+    priority: int = 0  # the lowest first
     request: int | None = None  # the engine's number
     n_tokens: int = 0
     pieces: list[str] = field(default_factory=list)  # text that was not handed over yet
@@ -54,11 +56,19 @@ class Job:
 class Worker:
     """Owns the engine. Everything but `start`, `stop` and the figures goes through its queue."""
 
-    def __init__(self, models: Models, *, max_batch: int, prefix_cache_bytes: int) -> None:
+    def __init__(
+        self,
+        models: Models,
+        *,
+        max_batch: int,
+        prefix_cache_bytes: int,
+        cache_bytes: int | None = None,  # of running answers, in pages; None: rows
+        drafter: Drafter | None = None,
+    ) -> None:
         self.models = models
         self.model = models.bank.model
         self._allowed = ids_with_text(self.model, models.tokenizer, models.base.stops)
-        self.max_batch = max_batch
+        self.max_batch, self._cache_bytes, self._drafter = max_batch, cache_bytes, drafter
         self.prefix_cache = PrefixCache(prefix_cache_bytes) if prefix_cache_bytes else None
         self.engine = self._new_engine()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -71,7 +81,14 @@ class Worker:
         self._recent: deque[tuple[float, int]] = deque()  # (when, tokens) of the last steps
 
     def _new_engine(self) -> Engine:
-        return Engine(self.model, max_batch=self.max_batch, allowed=self._allowed, prefix_cache=self.prefix_cache)
+        return Engine(
+            self.model,
+            max_batch=self.max_batch,
+            allowed=self._allowed,
+            prefix_cache=self.prefix_cache,
+            cache_bytes=self._cache_bytes,
+            drafter=self._drafter,
+        )
 
     # --- called from the event loop ---
 
@@ -159,7 +176,7 @@ class Worker:
     def _add(self, job: Job) -> None:
         job.decoder, job.stopper = self.models.tokenizer.stream_decoder(), StopStrings(job.stops)
         try:
-            job.request = self.engine.add(job.ids, job.sampling, adapter=job.adapter)
+            job.request = self.engine.add(job.ids, job.sampling, adapter=job.adapter, priority=job.priority)
         except ValueError as error:
             self._outgoing.append((job, Delta(job.choice, "", 0, [], None, error)))
             return
@@ -185,7 +202,9 @@ class Worker:
 
     def _take(self, event: Event) -> None:
         """One token's text goes to its job."""
-        job = self._jobs[event.request]
+        job = self._jobs.get(event.request)
+        if job is None:  # a stop string came before, in the same step: speculation gives several tokens at once
+            return
         assert job.decoder is not None
         assert job.stopper is not None
         job.n_tokens += 1

@@ -93,10 +93,11 @@ def serve(base: Path, adapters: Path | None, **options: object) -> Iterator[Live
     max_batch = options.pop("max_batch", 8)
     cache = options.pop("prefix_cache_bytes", 1 << 24)
     max_loaded = options.pop("max_loaded", 64)
+    pages = {name: options.pop(name, None) for name in ("cache_bytes", "drafter")}
     model = load_model(base)
     model.requires_grad_(False)
     models = Models(base, model, Tokenizer.load(base), folder=adapters, max_loaded=max_loaded)  # pyright: ignore
-    worker = Worker(models, max_batch=max_batch, prefix_cache_bytes=cache)  # pyright: ignore
+    worker = Worker(models, max_batch=max_batch, prefix_cache_bytes=cache, **pages)  # pyright: ignore
     app = create_app(worker, limits=limits, **{"log": False, **options})  # pyright: ignore
     bound = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,3 +149,30 @@ def test_an_adapter_replaced_under_load(
 
         asyncio.run(run())
         until(lambda: live.models.n_loaded == 2)  # v1 and v2 themselves
+
+
+@pytest.mark.slow
+def test_two_hundred_adapters_on_disk(
+    served_base: Path, adapters_dir: Path, alone: Any, serving: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Law: of 200 adapters on disk, 40 of them used, five stay in memory; each answers as itself, and the bytes of adapters
+    are those of five."""
+    for i in range(200):
+        shutil.copytree(adapters_dir / str(NAMES[1 + i % 5]), tmp_path / f"a{i:03}")
+    messages = conversation(4)
+    expected = {name: alone.text(name, messages, 10) for name in NAMES[1:]}
+    assert len(set(expected.values())) >= 4
+    fields = {"messages": messages, "temperature": 0, "max_tokens": 10}
+    with serving(served_base, tmp_path, max_loaded=5) as live, httpx.Client(base_url=live.url, timeout=60) as client:
+        assert len(client.get("/v1/models").json()["data"]) == 201
+        sizes = set()
+        for i in range(0, 200, 5):
+            i, name = i + i // 5 % 5, NAMES[1 + i // 5 % 5]
+            answer = client.post("/v1/chat/completions", json={"model": f"a{i:03}", **fields})
+            assert answer.json()["choices"][0]["message"]["content"] == expected[name], i
+            if i >= 10:
+                live.worker.models.sweep()
+                sizes.add(sum(adapter.n_bytes for adapter in list(live.models.bank.adapters.values())))
+        assert live.models.n_loaded == 5
+        one = next(iter(live.models.bank.adapters.values())).n_bytes
+        assert max(sizes) <= 6 * one  # five, and a sixth on its way out

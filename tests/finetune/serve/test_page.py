@@ -1,14 +1,18 @@
 """The page in a real browser: a chat, two models beside each other, probabilities, keys, a phone, the dark."""
 
+import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("fastapi")
+
+from graft.finetune.serve.battles import Arena
+
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -25,8 +29,15 @@ def browser() -> Iterator[Any]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # playwright's own use of asyncio
-def test_the_page(browser: Any, live: Any, alone: Any, tmp_path: Path) -> None:
-    """What the page shows is the greedy answer of the bare engine; no error reaches the console."""
+def test_the_page(
+    browser: Any, served_base: Path, adapters_dir: Path, serving: Callable[..., Any], alone: Any, tmp_path: Path
+) -> None:
+    """What the page shows is the greedy answer of the bare engine; a vote is a line on disk; no error reaches the console."""
+    with serving(served_base, adapters_dir, arena=Arena(tmp_path / "arena")) as live:
+        look_at(browser, live, alone, tmp_path)
+
+
+def look_at(browser: Any, live: Any, alone: Any, tmp_path: Path) -> None:
     page = browser.new_page(viewport={"width": 1100, "height": 760})
     trouble: list[str] = []
     page.on("pageerror", lambda error: trouble.append(str(error)))
@@ -61,6 +72,19 @@ def test_the_page(browser: Any, live: Any, alone: Any, tmp_path: Path) -> None:
         found = page.evaluate(f"document.querySelector('#talk{side} .assistant').firstChild.textContent")
         assert found == alone.text(name, [{"role": "user", "content": "rivers run"}], 24)
     page.screenshot(path=tmp_path / "page.png")
+    page.wait_for_selector("#vote:not([hidden])")
+    page.keyboard.press("Alt+Digit2")
+    page.wait_for_selector(".turn.facts:has-text('your vote is number 1')")
+    assert page.is_hidden("#vote")
+    [line] = (tmp_path / "arena" / "battles.jsonl").read_text(encoding="utf-8").splitlines()
+    battle = json.loads(line)
+    assert (battle["a"], battle["b"], battle["winner"], battle["prompt"]) == ("ant", "bee", "b", "rivers run")
+    assert battle["answer_b"] == alone.text("bee", [{"role": "user", "content": "rivers run"}], 24)
+    page.focus("#talk0")
+    page.keyboard.press("ArrowRight")  # the probabilities without a mouse
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate("document.activeElement.className") == "token"
+    assert page.is_visible("#hint")
     page.emulate_media(color_scheme="dark")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(22, 24, 26)"
     page.set_viewport_size({"width": 390, "height": 800})
