@@ -166,7 +166,7 @@ def same_as_transformers(base: Path, n_new: int = 32) -> dict[str, Any]:
     import transformers
 
     model, tokenizer = load_model(base), Tokenizer.load(base)
-    peer = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    peer: Any = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     peer_tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     gap, largest, n_same, n_tokens, same_prompts, answers = 0.0, 0.0, 0, 0, True, {}
     for question in QUESTIONS:
