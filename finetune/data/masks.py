@@ -33,6 +33,8 @@ from .records import Message
 from .render import ChatTemplate
 
 _PROBE = "qxprobe"
+_USER: Message = {"role": "user", "content": "graft"}
+_ANSWER: Message = {"role": "assistant", "content": _PROBE}
 _HOW = "put {% generation %} ... {% endgeneration %} around the assistant's part of the template"
 _THOUGHT = re.compile(r"<think(?:ing)?>.*", re.DOTALL)
 _NO_WORDS = ("role", "type", "id", "tool_call_id")  # keys whose values templates compare, and that nobody says
@@ -43,19 +45,63 @@ Render = Callable[[Sequence[object], bool], str]
 @lru_cache(maxsize=64)
 def end_of_turn_spelling(tokenizer: Tokenizer, template: ChatTemplate) -> str | None:
     """The special token that the template puts right after the assistant's words (white space may stand between)."""
-    user: Message = {"role": "user", "content": "graft"}
-    assistant: Message = {"role": "assistant", "content": _PROBE}
-    for turns in ([user, assistant], [{"role": "system", "content": "graft"}, user, assistant], [assistant]):
+    for turns in ([_USER, _ANSWER], [{"role": "system", "content": "graft"}, _USER, _ANSWER], [_ANSWER]):
+        if after := _after_probe(template, turns):
+            return _first_special(after, tokenizer)
+    return None
+
+
+@lru_cache(maxsize=64)
+def _ends_of_turn(tokenizer: Tokenizer, template: ChatTemplate) -> tuple[frozenset[str], str]:
+    """(what may end an assistant's turn, special tokens that follow the end without a gap when nobody speaks after it).
+
+    gpt-oss ends the last turn with <|return|> and the ones before with <|end|>; Cohere 2 writes <|END_OF_TURN_TOKEN|> right
+    after <|END_RESPONSE|>. What ends a turn in between is the same whoever speaks next, and never a token that opens a turn.
+    """
+    last = end_of_turn_spelling(tokenizer, template)
+    if last is None:
+        return frozenset(), ""
+    specials = tuple(tokenizer.special_tokens)
+    rest = (_after_probe(template, [_USER, _ANSWER]) or "").partition(last)[2]
+    n_more = 0
+    for match in template_specials(rest, specials):
+        if match.start() != n_more:
+            break
+        n_more = match.end()
+    header = _header(lambda turns, prompt: template.render_marked(turns, None, prompt), [_USER])
+    opening = {match.group() for match in template_specials(header, specials)}
+    next_turns: list[Message] = [_USER, {"role": "assistant", "content": "graft"}]
+    followed = [_after_probe(template, [_USER, _ANSWER, turn]) for turn in next_turns]
+    between = {_first_special(after, tokenizer) if after else None for after in followed}
+    ends = {last} | {end for end in between if end is not None and len(between) == 1 and end not in opening}
+    return frozenset(ends), rest[:n_more]
+
+
+def _after_probe(template: ChatTemplate, turns: Sequence[Message]) -> str | None:
+    """What the template writes after the words of _ANSWER; None where it refuses the turns or drops the words."""
+    try:
+        text = template.render(turns)
+    except ValueError:
+        return None
+    return text.rpartition(_PROBE)[2] if _PROBE in text else None
+
+
+def _first_special(text: str, tokenizer: Tokenizer) -> str | None:
+    """The special token that the text starts with, white space aside."""
+    match = next(template_specials(text, tuple(tokenizer.special_tokens)), None)
+    return match.group() if match and not text[: match.start()].strip() else None
+
+
+def _header(render: Render, *beginnings: Sequence[object]) -> str:
+    """What the template writes to open an assistant's turn, after the first of the beginnings where it can be told."""
+    for turns in beginnings:
         try:
-            text = template.render(turns)
+            closed, opened = render(turns, False), render(turns, True)
         except ValueError:
             continue
-        if _PROBE not in text:
-            continue
-        after = text.rpartition(_PROBE)[2]
-        match = next(template_specials(after, tuple(tokenizer.special_tokens)), None)
-        return match.group() if match and not after[: match.start()].strip() else None
-    return None
+        if opened.startswith(closed) and len(opened) > len(closed):
+            return opened[len(closed) :]
+    return ""
 
 
 def mark_conversation(
@@ -90,12 +136,12 @@ def mark_conversation(
         if end:  # a template that closes its tag before the end-of-turn token: that token is learned all the same
             text = re.sub(f"{LEARN_OFF}({re.escape(end)})", lambda match: f"{match.group(1)}{LEARN_OFF}", text)
         return _check_tagged(text, messages, owners, n_prompt)
-    finder = _Spans(hidden, text, owners, render, end, tokenizer, template)
+    finder = _Spans(hidden, text, owners, render, add_generation_prompt, tokenizer, template)
     spans = []
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
             try:
-                spans.append((i, *finder.span(i)))
+                spans += [(i, *span) for span in finder.spans(i)]
             except ValueError:
                 if i >= n_prompt:
                     raise  # else it is part of the prompt: nothing of it is learned, wherever it stands
@@ -168,15 +214,62 @@ class _Spans:
         text: str,
         owners: list[tuple[int, int]] | None,
         render: Render,
-        end: str | None,
+        prompt: bool,  # whether the text ends on a generation prompt
         tokenizer: Tokenizer,
         template: ChatTemplate,
     ):
-        self.hidden, self.text, self.owners, self.render, self.end = hidden, text, owners, render, end
+        self.hidden, self.text, self.owners, self.render, self.prompt = hidden, text, owners, render, prompt
+        self.ends, self.more = _ends_of_turn(tokenizer, template)
         self.specials = tuple(tokenizer.special_tokens)
         self.openers = _openers(tokenizer, template)
 
-    def span(self, i: int) -> tuple[int, int]:
+    def spans(self, i: int) -> list[tuple[int, int]]:
+        """Where message i is learned, in the text's order: its turn, and words of it that stand elsewhere.
+
+        Some templates write what is said beside a tool call only after the tool's answer. Raises ValueError where a turn
+        with words would be learned nowhere.
+        """
+        start, stop = self._turn(i)
+        found = [(start, stop)]
+        said = self._said(i)
+        if start == stop and (said or self.hidden[i].get("tool_calls")):
+            raise ValueError(
+                f"the chat template writes message {i} differently once others follow, so its words can't be told; {_HOW}"
+            )
+        run: list[int] = []
+        for at, owner in self.owners or ():
+            if owner == i and at in said and not start < at <= stop:
+                run.append(at)
+            elif run and owner != i:
+                found.append((run[0] - 1, self._word_end(i, run[-1], at - 1)))
+                run = []
+        if run:
+            found.append((run[0] - 1, self._word_end(i, run[-1], len(self.text))))
+        return sorted(found)
+
+    def _said(self, i: int) -> set[int]:
+        """Places of the words that message i says: a call's name stands in the tool's answer too, where it isn't said."""
+        if self.owners is None:
+            return set()
+        message = self.hidden[i]
+        if not message.get("tool_calls"):
+            return {at for at, owner in self.owners if owner == i}
+        silent = (*_NO_WORDS, "tool_calls")
+        mine = {
+            key: map_strings(value, lambda s: own(s, i, tags=True))
+            for key, value in message.items()
+            if key not in silent
+        }
+        try:
+            plain, owners = read_owners(
+                self.render([*self.hidden[:i], {**message, **mine}, *self.hidden[i + 1 :]], self.prompt)
+            )
+        except ValueError:
+            return set()
+        return {at for at, _ in owners} if plain == self.text else set()
+
+    def _turn(self, i: int) -> tuple[int, int]:
+        """[start, stop) of the turn itself."""
         low, first, last, high = self._neighbours(i)
         start = self._start(i, low, first)
         stop = self._stop(i, max(last, start), high)
@@ -209,7 +302,7 @@ class _Spans:
         if prompt and self.text.startswith(prompt) and (self.owners is None or low <= len(prompt) <= first):
             return len(prompt)
         if self.owners is not None:
-            header = self._header(i)
+            header = _header(self.render, self.hidden[:i], [_USER])
             for part in dict.fromkeys((header, _THOUGHT.sub("", header))):  # a thinking block may be left out later
                 # what inference starts from, thought opened or not, stands right before the turn's own words
                 if part.strip() and (at := self.text.rfind(part, max(0, low - 1), first)) >= 0:
@@ -221,26 +314,15 @@ class _Spans:
             f"told from the prompt; {_HOW}"
         )
 
-    def _header(self, i: int) -> str:
-        """What the template writes to open an assistant's turn."""
-        user = [{"role": "user", "content": "graft"}]
-        for turns in (self.hidden[:i], user):
-            try:
-                closed, opened = self.render(turns, False), self.render(turns, True)
-            except ValueError:
-                continue
-            if opened.startswith(closed) and len(opened) > len(closed):
-                return opened[len(closed) :]
-        return ""
-
     def _stop(self, i: int, last: int, high: int) -> int:
         bound = high if self.owners is not None else self._turn_end(i, high, exact=True)
-        if self.end:
+        if self.ends:
             for match in template_specials(self.text, self.specials, last):
                 if match.start() >= bound:
                     break
-                if match.group() == self.end and match.end() <= bound:
-                    return match.end()
+                if match.group() in self.ends and match.end() <= bound:
+                    more = self.more if self.text.startswith(self.more, match.end()) else ""
+                    return min(match.end() + len(more), bound)
                 if self.owners is not None and match.group() in self.openers:
                     break
         return self._turn_end(i, bound, exact=self.owners is None)
@@ -256,13 +338,19 @@ class _Spans:
         for match in template_specials(self.text, self.specials):
             if match.start() < same < match.end():  # both go on with a special token, but not with the same one
                 same = match.start()
+        said = max((at for at in self._said(i) if at <= high), default=0)
+        if same < said:  # an earlier part of the turn is written differently now, such as a thought that is left out
+            return self._word_end(i, said, high)
         if same <= high:
             return same
         # Another's words come sooner, with whatever the template writes to open them: end with the own last word.
         own_places = [at for at, owner in self.owners or () if owner == i and at <= high]
         if not own_places:
             return self._start(i, *self._neighbours(i)[:2])
-        last = own_places[-1]
+        return self._word_end(i, own_places[-1], high)
+
+    def _word_end(self, i: int, last: int, high: int) -> int:
+        """The end of the word of message i whose last mark is at `last`; nothing from `high` on."""
         if not re.search(r"[<>\[\]]\S*\s*$", str(self.hidden[i].get("content", ""))):
             return last
         edge = min((m.start() for m in template_specials(self.text, self.specials, last)), default=high)

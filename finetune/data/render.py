@@ -13,6 +13,7 @@ from .records import Message
 from .sandbox import MAX_CHARACTERS, MAX_SOURCE, BoundedEnvironment, TemplateLimitError
 from .templates import CHATML, PLAIN
 
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # the first one that is set wins
 _RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
 
 
@@ -79,7 +80,8 @@ class ChatTemplate:
     ) -> str:
         """`render` with the marks left in; strings must come through `hide` or `guard`."""
         values = {"documents": None, **self._tokens, **self.args, **(args or {})}
-        turns = [_as_parts(m) for m in messages] if self.wants_parts else list(messages)
+        turns = [_with_reasoning(m) for m in messages]
+        turns = [_as_parts(m) for m in turns] if self.wants_parts else turns
         return self._run(turns, values | {"tools": tools, "add_generation_prompt": add_generation_prompt})
 
     @cached_property
@@ -117,6 +119,14 @@ class ChatTemplate:
 def spelling(tokenizer: Tokenizer, token_id: int | None) -> str | None:
     """How a special token is written, or None."""
     return None if token_id is None else tokenizer.token_bytes(token_id).decode()
+
+
+def _with_reasoning(message: object) -> object:
+    """A thought under every name that templates look for, as transformers hands it over (gpt-oss reads `thinking`)."""
+    if not isinstance(message, Mapping):
+        return message
+    thought = next((message[name] for name in _REASONING if message.get(name) is not None), None)
+    return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
 
 
 def _as_parts(message: object) -> object:

@@ -1,6 +1,5 @@
 """Masks: no word of the user, the system or a tool carries loss, whatever token a template puts where."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -228,48 +227,3 @@ def test_templates_that_want_lists_of_parts(tokenizer: Tokenizer, theirs: PreTra
     encoded = encode_whole(Record("r", messages=chat), tokenizer, ChatTemplate(source))
     assert encoded.ids.tolist() == theirs.apply_chat_template(parts, chat_template=source, return_dict=False)
     assert tokenizer.decode(encoded.ids[encoded.loss_mask]) == "hello<|im_end|>"
-
-
-def test_the_families_of_trl(tmp_path: Path) -> None:
-    """Parity with TRL's training templates, which carry generation tags: the same words are learned without the tags.
-
-    Headers that a training template puts inside its tags, thoughts that only it writes, and the line break after the end
-    of a turn are set aside.
-    """
-    trl = pytest.importorskip("trl", reason="TRL's package holds the templates")
-    folder = Path(trl.__file__).parent / "chat_templates"
-    pairs = [(file, folder / f"{file.stem}_training.jinja") for file in sorted(folder.glob("*.jinja"))]
-    pairs = [(plain, tagged) for plain, tagged in pairs if tagged.exists()]
-    import re
-
-    sources = " ".join(file.read_text(encoding="utf-8") for file in folder.glob("*.jinja"))
-    names = sorted(set(re.findall(r"<\|[a-zA-Z_0-9 ]+\|?>|<｜[^｜]+｜>|<(?:start|end)_of_turn>|</?think>|<turn\|>|</?s>|<bos>|<eos>|<end_of_utterance>", sources)))  # fmt: skip # noqa: E501
-    (tmp_path / "a.txt").write_text("The fox says hello to the user and the assistant. " * 9)
-    tokenizer = Tokenizer.train(
-        [tmp_path / "a.txt"],
-        vocab_size=270 + len(names),
-        special_tokens=list(dict.fromkeys(["<|endoftext|>", "<bos>", *names])),
-    )
-    added = tuple(replace(token, special="think" not in token.content) for token in tokenizer.definition.added)
-    tokenizer = Tokenizer(replace(tokenizer.definition, added=added, bos="<bos>", eos="<|endoftext|>"))
-    chat = tuple(
-        {"role": r, "content": c}
-        for r, c in [("user", "Who are you?"), ("assistant", "I am a small model."), ("user", "2 + 2?"), ("assistant", "It is 4.")]
-    )  # fmt: skip
-    seen = 0
-    for plain, tagged in pairs:
-        learned = []
-        for file in (plain, tagged):
-            template = ChatTemplate(file.read_text(encoding="utf-8"), "<bos>", "<|endoftext|>")
-            encoded = encode_whole(Record("r", messages=chat), tokenizer, template)
-            text = tokenizer.decode(encoded.ids[encoded.loss_mask])
-            for header in ("<｜Assistant｜>", "<|start|>assistant", "<|endoftext|>", "<|user|>", "<think>", "</think>"):
-                text = text.replace(header, "")
-            learned.append(
-                re.sub(r"\s+", " ", re.sub(r"\s*(<\|END_OF_TURN_TOKEN\|>|<\|end\|>|I am|It is)", r"\1", text)).strip()
-            )
-        ours, theirs = (re.sub(r"<\|(END_OF_TURN_TOKEN|end)\|>", "", text) for text in learned)
-        assert re.sub(r"> (?=I|$)", ">", ours) == re.sub(r"> (?=I|$)", ">", theirs), plain.name
-        assert "?" not in ours
-        seen += 1
-    assert seen >= 20
