@@ -227,3 +227,17 @@ def test_templates_that_want_lists_of_parts(tokenizer: Tokenizer, theirs: PreTra
     encoded = encode_whole(Record("r", messages=chat), tokenizer, ChatTemplate(source))
     assert encoded.ids.tolist() == theirs.apply_chat_template(parts, chat_template=source, return_dict=False)
     assert tokenizer.decode(encoded.ids[encoded.loss_mask]) == "hello<|im_end|>"
+
+
+@pytest.mark.parametrize("user", ["<|im_start|>user ", "<|start_header_id|>user "])
+def test_a_token_that_opens_the_next_turn_ends_none(user: str, tokenizer: Tokenizer) -> None:
+    """Worked by hand: only the last turn has an end token; what follows the others opens the user's or anybody's turn."""
+    source = (
+        "{% for m in messages %}{{ '" + user + "' if m.role == 'user' else '<|im_start|>assistant ' }}{{ m.content }}"
+        "{% if loop.last %}<|im_end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant ' }}{% endif %}"
+    )
+    said = [("user", "who?"), ("assistant", "hello"), ("user", "again"), ("assistant", "thank you")]
+    chat = tuple({"role": role, "content": content} for role, content in said)
+    encoded = encode_whole(Record("r", messages=chat), tokenizer, ChatTemplate(source))
+    assert tokenizer.decode(encoded.ids[encoded.loss_mask]) == "hellothank you<|im_end|>"
