@@ -98,7 +98,7 @@ def translation_rows(data: Path) -> tuple[Rows, Rows]:
 
 
 TASKS = {
-    "spam": Task(spam_rows, "label", steps=80, batch_size=8, max_tokens=80, n_test=1100),
+    "spam": Task(spam_rows, "label", steps=160, batch_size=8, max_tokens=80, n_test=1100),
     "sst2": Task(sst2_rows, "label", steps=100, batch_size=16, max_tokens=48, n_test=400),
     "multi30k": Task(translation_rows, "text", steps=100, batch_size=8, max_tokens=64, n_test=100),
     "instructions": Task(instruction_rows, "text", steps=60, batch_size=8, max_tokens=112, n_test=60),

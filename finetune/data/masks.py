@@ -12,11 +12,11 @@ even that changes the text, only positions that follow from unmarked renderings 
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...base.tokenizer.tokenizer import Tokenizer
+from .ends import USER, Render, end_of_turn_spelling, ends_of_turn, header_of, openers
 from .marks import (
     LEARN_OFF,
     LEARN_ON,
@@ -32,76 +32,9 @@ from .marks import (
 from .records import Message
 from .render import ChatTemplate
 
-_PROBE = "qxprobe"
-_USER: Message = {"role": "user", "content": "graft"}
-_ANSWER: Message = {"role": "assistant", "content": _PROBE}
 _HOW = "put {% generation %} ... {% endgeneration %} around the assistant's part of the template"
 _THOUGHT = re.compile(r"<think(?:ing)?>.*", re.DOTALL)
 _NO_WORDS = ("role", "type", "id", "tool_call_id")  # keys whose values templates compare, and that nobody says
-
-Render = Callable[[Sequence[object], bool], str]
-
-
-@lru_cache(maxsize=64)
-def end_of_turn_spelling(tokenizer: Tokenizer, template: ChatTemplate) -> str | None:
-    """The special token that the template puts right after the assistant's words (white space may stand between)."""
-    for turns in ([_USER, _ANSWER], [{"role": "system", "content": "graft"}, _USER, _ANSWER], [_ANSWER]):
-        if after := _after_probe(template, turns):
-            return _first_special(after, tokenizer)
-    return None
-
-
-@lru_cache(maxsize=64)
-def _ends_of_turn(tokenizer: Tokenizer, template: ChatTemplate) -> tuple[frozenset[str], str]:
-    """(what may end an assistant's turn, special tokens that follow the end without a gap when nobody speaks after it).
-
-    gpt-oss ends the last turn with <|return|> and the ones before with <|end|>; Cohere 2 writes <|END_OF_TURN_TOKEN|> right
-    after <|END_RESPONSE|>. What ends a turn in between is the same whoever speaks next, and never a token that opens a turn.
-    """
-    last = end_of_turn_spelling(tokenizer, template)
-    if last is None:
-        return frozenset(), ""
-    specials = tuple(tokenizer.special_tokens)
-    rest = (_after_probe(template, [_USER, _ANSWER]) or "").partition(last)[2]
-    n_more = 0
-    for match in template_specials(rest, specials):
-        if match.start() != n_more:
-            break
-        n_more = match.end()
-    header = _header(lambda turns, prompt: template.render_marked(turns, None, prompt), [_USER])
-    opening = {match.group() for match in template_specials(header, specials)}
-    next_turns: list[Message] = [_USER, {"role": "assistant", "content": "graft"}]
-    followed = [_after_probe(template, [_USER, _ANSWER, turn]) for turn in next_turns]
-    between = {_first_special(after, tokenizer) if after else None for after in followed}
-    ends = {last} | {end for end in between if end is not None and len(between) == 1 and end not in opening}
-    return frozenset(ends), rest[:n_more]
-
-
-def _after_probe(template: ChatTemplate, turns: Sequence[Message]) -> str | None:
-    """What the template writes after the words of _ANSWER; None where it refuses the turns or drops the words."""
-    try:
-        text = template.render(turns)
-    except ValueError:
-        return None
-    return text.rpartition(_PROBE)[2] if _PROBE in text else None
-
-
-def _first_special(text: str, tokenizer: Tokenizer) -> str | None:
-    """The special token that the text starts with, white space aside."""
-    match = next(template_specials(text, tuple(tokenizer.special_tokens)), None)
-    return match.group() if match and not text[: match.start()].strip() else None
-
-
-def _header(render: Render, *beginnings: Sequence[object]) -> str:
-    """What the template writes to open an assistant's turn, after the first of the beginnings where it can be told."""
-    for turns in beginnings:
-        try:
-            closed, opened = render(turns, False), render(turns, True)
-        except ValueError:
-            continue
-        if opened.startswith(closed) and len(opened) > len(closed):
-            return opened[len(closed) :]
-    return ""
 
 
 def mark_conversation(
@@ -219,9 +152,9 @@ class _Spans:
         template: ChatTemplate,
     ):
         self.hidden, self.text, self.owners, self.render, self.prompt = hidden, text, owners, render, prompt
-        self.ends, self.more = _ends_of_turn(tokenizer, template)
+        self.ends, self.more = ends_of_turn(tokenizer, template)
         self.specials = tuple(tokenizer.special_tokens)
-        self.openers = _openers(tokenizer, template)
+        self.openers = openers(tokenizer, template)
 
     def spans(self, i: int) -> list[tuple[int, int]]:
         """Where message i is learned, in the text's order: its turn, and words of it that stand elsewhere.
@@ -302,7 +235,7 @@ class _Spans:
         if prompt and self.text.startswith(prompt) and (self.owners is None or low <= len(prompt) <= first):
             return len(prompt)
         if self.owners is not None:
-            header = _header(self.render, self.hidden[:i], [_USER])
+            header = header_of(self.render, self.hidden[:i], [USER])
             for part in dict.fromkeys((header, _THOUGHT.sub("", header))):  # a thinking block may be left out later
                 # what inference starts from, thought opened or not, stands right before the turn's own words
                 if part.strip() and (at := self.text.rfind(part, max(0, low - 1), first)) >= 0:
@@ -356,16 +289,6 @@ class _Spans:
         edge = min((m.start() for m in template_specials(self.text, self.specials, last)), default=high)
         space = re.compile(r"\s").search(self.text, last, high)  # such a last word carries no mark at its end
         return min(edge, space.start() if space else high, high)
-
-
-@lru_cache(maxsize=64)
-def _openers(tokenizer: Tokenizer, template: ChatTemplate) -> frozenset[str]:
-    """Special tokens that open a user's turn: the search for an assistant's end never passes them."""
-    try:
-        opening = template.render([{"role": "user", "content": _PROBE}]).partition(_PROBE)[0]
-    except ValueError:
-        return frozenset()
-    return frozenset(match.group() for match in template_specials(opening, tuple(tokenizer.special_tokens)))
 
 
 def _common_prefix(a: str, b: str) -> int:

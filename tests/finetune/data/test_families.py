@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -169,10 +170,11 @@ class Both:
     def expected(self, source: str, chat: str, *, masks: bool = True) -> tuple[list[int], list[int]]:
         """transformers' ids and mask; raises whatever the template raises."""
         messages, tools = CHATS[chat]
+        given: Any = tools
         if self.made[source].wants_parts:
             messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]  # pyright: ignore
-        found = self.theirs.apply_chat_template(
-            messages, tools=tools, chat_template=source, return_dict=True, return_assistant_tokens_mask=masks
+        found: Any = self.theirs.apply_chat_template(
+            messages, tools=given, chat_template=source, return_dict=True, return_assistant_tokens_mask=masks
         )
         return found["input_ids"], found.get("assistant_masks", [])
 
@@ -197,10 +199,11 @@ def test_the_tagged_template(family: Family, templates: Path, pair: tuple[Tokeni
     """Parity with transformers: equal ids and masks, or both are refused for the same reason."""
     both = Both(family, templates, pair)
     for chat in CHATS:
+        expected, reason = None, ""
         try:
             expected = both.expected(both.tagged, chat)
         except Exception as error:  # a template may raise anything
-            expected, reason = None, str(error)[:60]
+            reason = str(error)[:60]
         if expected is None:
             with pytest.raises(ValueError, match=REFUSED) as refused:
                 both.ours(both.tagged, chat)

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from graft.base.tokenizer.tokenizer import Tokenizer
 from graft.finetune.data.chat import ChatTemplate, encode_prompt, encode_whole
-from graft.finetune.data.masks import end_of_turn_spelling
+from graft.finetune.data.ends import end_of_turn_spelling
 from graft.finetune.data.records import Message, Record
 from graft.finetune.data.templates import TEMPLATES, template_source
 
