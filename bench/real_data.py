@@ -4,7 +4,7 @@ Stages, each kept in OUT and skipped when it is there (`--stages base,sms`; `--f
 
     base      a tokenizer and a small base on TinyStories; validation loss and bits a byte beside a bigram model's
     sms       spam detection (sms_spam, split by unique text): LoRA, full fine-tuning and QLoRA on that base
-    sst2      sentiment (SST-2): LoRA beside QLoRA, paired by seed
+    sst2      sentiment (SST-2): the same three, paired by seed
     quality   the base's weights in float32, bf16, NF4, NF4 + DQ, FP4 and Int4, as QLoRA's Table 2
 
 DIR is a folder with tinystories/, sms_spam/ and sst2/; nothing of it is copied out of OUT. The last thing printed is the
@@ -297,6 +297,7 @@ def compare_methods(
         "base_bytes": (out / "base/model.safetensors").stat().st_size,
         "runs": [{key: value for key, value in run.items() if key != "correct"} for run in runs],
         "qlora_minus_lora": paired(runs, "qlora", "lora"),
+        "lora_minus_full": paired(runs, "lora", "full"),
     }
 
 
@@ -326,8 +327,8 @@ def stage_sms(data: Path, out: Path, seeds: Sequence[int]) -> dict[str, Any]:
 
 
 def stage_sst2(data: Path, out: Path, seeds: Sequence[int]) -> dict[str, Any]:
-    """Sentiment by LoRA and QLoRA."""
-    return compare_methods(data, out, "sst2", ("lora", "qlora"), seeds)
+    """Sentiment by the three methods."""
+    return compare_methods(data, out, "sst2", ("lora", "full", "qlora"), seeds)
 
 
 # --- quality of the formats ----------------------------------------------------------------------------------------

@@ -44,14 +44,16 @@ def table_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
                     f"{runs[0]['n_trained_params']:,}; {runs[0]['stored_bytes']:,} ({share:.1%})",
                 )
             )
-        gap = result["qlora_minus_lora"]
-        rows.append(
-            (
-                f"{task}, QLoRA - LoRA, points of accuracy, paired over {len(gap['by_seed'])} seed(s), {n}",
-                f"{gap['points']:+.2f} (standard error {gap['standard_error']:.2f}; of one accuracy "
-                f"{gap['binomial_error_of_one_accuracy']:.2f})",
+        for name, key in (("QLoRA - LoRA", "qlora_minus_lora"), ("LoRA - full", "lora_minus_full")):
+            if not (gap := result.get(key)):  # results of an earlier version have no full fine-tuning of sst2
+                continue
+            rows.append(
+                (
+                    f"{task}, {name}, points of accuracy, paired over {len(gap['by_seed'])} seed(s), {n}",
+                    f"{gap['points']:+.2f} (standard error {gap['standard_error']:.2f}; of one accuracy "
+                    f"{gap['binomial_error_of_one_accuracy']:.2f})",
+                )
             )
-        )
     if quality := results.get("quality"):
         for name, row in quality["formats"].items():
             error = f" +- {row['standard_error']:.4f}" if name not in ("float32", "bf16") else ""

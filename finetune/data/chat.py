@@ -11,8 +11,9 @@ from typing import Any, Literal
 import numpy as np
 
 from ...base.tokenizer.tokenizer import Tokenizer
+from .ends import end_of_turn_spelling
 from .marks import encode_marked, special_pattern
-from .masks import end_of_turn_spelling, mark_conversation
+from .masks import mark_conversation
 from .messages import Message
 from .record import Record
 from .render import ChatTemplate, spelling

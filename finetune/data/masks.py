@@ -12,11 +12,11 @@ even that changes the text, only positions that follow from unmarked renderings 
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...base.tokenizer.tokenizer import Tokenizer
+from .ends import USER, Render, end_of_turn_spelling, ends_of_turn, header_of, openers
 from .marks import (
     LEARN_OFF,
     LEARN_ON,
@@ -32,30 +32,9 @@ from .marks import (
 from .messages import Message
 from .render import ChatTemplate
 
-_PROBE = "qxprobe"
 _HOW = "put {% generation %} ... {% endgeneration %} around the assistant's part of the template"
 _THOUGHT = re.compile(r"<think(?:ing)?>.*", re.DOTALL)
 _NO_WORDS = ("role", "type", "id", "tool_call_id")  # keys whose values templates compare, and that nobody says
-
-Render = Callable[[Sequence[object], bool], str]
-
-
-@lru_cache(maxsize=64)
-def end_of_turn_spelling(tokenizer: Tokenizer, template: ChatTemplate) -> str | None:
-    """The special token that the template puts right after the assistant's words (white space may stand between)."""
-    user: Message = {"role": "user", "content": "graft"}
-    assistant: Message = {"role": "assistant", "content": _PROBE}
-    for turns in ([user, assistant], [{"role": "system", "content": "graft"}, user, assistant], [assistant]):
-        try:
-            text = template.render(turns)
-        except ValueError:
-            continue
-        if _PROBE not in text:
-            continue
-        after = text.rpartition(_PROBE)[2]
-        match = next(template_specials(after, tuple(tokenizer.special_tokens)), None)
-        return match.group() if match and not after[: match.start()].strip() else None
-    return None
 
 
 def mark_conversation(
@@ -92,12 +71,12 @@ def mark_conversation(
         if end:  # a template that closes its tag before the end-of-turn token: that token is learned all the same
             text = re.sub(f"{LEARN_OFF}({re.escape(end)})", lambda match: f"{match.group(1)}{LEARN_OFF}", text)
         return _check_tagged(text, messages, owners, quiet)
-    finder = _Spans(hidden, text, owners, render, end, tokenizer, template)
+    finder = _Spans(hidden, text, owners, render, add_generation_prompt, tokenizer, template)
     spans = []
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
             try:
-                spans.append((i, *finder.span(i)))
+                spans += [(i, *span) for span in finder.spans(i)]
             except ValueError:
                 if i not in quiet:
                     raise  # else nothing of it is learned, wherever it stands
@@ -172,15 +151,62 @@ class _Spans:
         text: str,
         owners: list[tuple[int, int]] | None,
         render: Render,
-        end: str | None,
+        prompt: bool,  # whether the text ends on a generation prompt
         tokenizer: Tokenizer,
         template: ChatTemplate,
     ):
-        self.hidden, self.text, self.owners, self.render, self.end = hidden, text, owners, render, end
+        self.hidden, self.text, self.owners, self.render, self.prompt = hidden, text, owners, render, prompt
+        self.ends, self.more = ends_of_turn(tokenizer, template)
         self.specials = tuple(tokenizer.special_tokens)
-        self.openers = _openers(tokenizer, template)
+        self.openers = openers(tokenizer, template)
 
-    def span(self, i: int) -> tuple[int, int]:
+    def spans(self, i: int) -> list[tuple[int, int]]:
+        """Where message i is learned, in the text's order: its turn, and words of it that stand elsewhere.
+
+        Some templates write what is said beside a tool call only after the tool's answer. Raises ValueError where a turn
+        with words would be learned nowhere.
+        """
+        start, stop = self._turn(i)
+        found = [(start, stop)]
+        said = self._said(i)
+        if start == stop and (said or self.hidden[i].get("tool_calls")):
+            raise ValueError(
+                f"the chat template writes message {i} differently once others follow, so its words can't be told; {_HOW}"
+            )
+        run: list[int] = []
+        for at, owner in self.owners or ():
+            if owner == i and at in said and not start < at <= stop:
+                run.append(at)
+            elif run and owner != i:
+                found.append((run[0] - 1, self._word_end(i, run[-1], at - 1)))
+                run = []
+        if run:
+            found.append((run[0] - 1, self._word_end(i, run[-1], len(self.text))))
+        return sorted(found)
+
+    def _said(self, i: int) -> set[int]:
+        """Places of the words that message i says: a call's name stands in the tool's answer too, where it isn't said."""
+        if self.owners is None:
+            return set()
+        message = self.hidden[i]
+        if not message.get("tool_calls"):
+            return {at for at, owner in self.owners if owner == i}
+        silent = (*_NO_WORDS, "tool_calls")
+        mine = {
+            key: map_strings(value, lambda s: own(s, i, tags=True))
+            for key, value in message.items()
+            if key not in silent
+        }
+        try:
+            plain, owners = read_owners(
+                self.render([*self.hidden[:i], {**message, **mine}, *self.hidden[i + 1 :]], self.prompt)
+            )
+        except ValueError:
+            return set()
+        return {at for at, _ in owners} if plain == self.text else set()
+
+    def _turn(self, i: int) -> tuple[int, int]:
+        """[start, stop) of the turn itself."""
         low, first, last, high = self._neighbours(i)
         start = self._start(i, low, first)
         stop = self._stop(i, max(last, start), high)
@@ -213,7 +239,7 @@ class _Spans:
         if prompt and self.text.startswith(prompt) and (self.owners is None or low <= len(prompt) <= first):
             return len(prompt)
         if self.owners is not None:
-            header = self._header(i)
+            header = header_of(self.render, self.hidden[:i], [USER])
             for part in dict.fromkeys((header, _THOUGHT.sub("", header))):  # a thinking block may be left out later
                 # what inference starts from, thought opened or not, stands right before the turn's own words
                 if part.strip() and (at := self.text.rfind(part, max(0, low - 1), first)) >= 0:
@@ -225,26 +251,15 @@ class _Spans:
             f"told from the prompt; {_HOW}"
         )
 
-    def _header(self, i: int) -> str:
-        """What the template writes to open an assistant's turn."""
-        user = [{"role": "user", "content": "graft"}]
-        for turns in (self.hidden[:i], user):
-            try:
-                closed, opened = self.render(turns, False), self.render(turns, True)
-            except ValueError:
-                continue
-            if opened.startswith(closed) and len(opened) > len(closed):
-                return opened[len(closed) :]
-        return ""
-
     def _stop(self, i: int, last: int, high: int) -> int:
         bound = high if self.owners is not None else self._turn_end(i, high, exact=True)
-        if self.end:
+        if self.ends:
             for match in template_specials(self.text, self.specials, last):
                 if match.start() >= bound:
                     break
-                if match.group() == self.end and match.end() <= bound:
-                    return match.end()
+                if match.group() in self.ends and match.end() <= bound:
+                    more = self.more if self.text.startswith(self.more, match.end()) else ""
+                    return min(match.end() + len(more), bound)
                 if self.owners is not None and match.group() in self.openers:
                     break
         return self._turn_end(i, bound, exact=self.owners is None)
@@ -260,28 +275,24 @@ class _Spans:
         for match in template_specials(self.text, self.specials):
             if match.start() < same < match.end():  # both go on with a special token, but not with the same one
                 same = match.start()
+        said = max((at for at in self._said(i) if at <= high), default=0)
+        if same < said:  # an earlier part of the turn is written differently now, such as a thought that is left out
+            return self._word_end(i, said, high)
         if same <= high:
             return same
         # Another's words come sooner, with whatever the template writes to open them: end with the own last word.
         own_places = [at for at, owner in self.owners or () if owner == i and at <= high]
         if not own_places:
             return self._start(i, *self._neighbours(i)[:2])
-        last = own_places[-1]
+        return self._word_end(i, own_places[-1], high)
+
+    def _word_end(self, i: int, last: int, high: int) -> int:
+        """The end of the word of message i whose last mark is at `last`; nothing from `high` on."""
         if not re.search(r"[<>\[\]]\S*\s*$", str(self.hidden[i].get("content", ""))):
             return last
         edge = min((m.start() for m in template_specials(self.text, self.specials, last)), default=high)
         space = re.compile(r"\s").search(self.text, last, high)  # such a last word carries no mark at its end
         return min(edge, space.start() if space else high, high)
-
-
-@lru_cache(maxsize=64)
-def _openers(tokenizer: Tokenizer, template: ChatTemplate) -> frozenset[str]:
-    """Special tokens that open a user's turn: the search for an assistant's end never passes them."""
-    try:
-        opening = template.render([{"role": "user", "content": _PROBE}]).partition(_PROBE)[0]
-    except ValueError:
-        return frozenset()
-    return frozenset(match.group() for match in template_specials(opening, tuple(tokenizer.special_tokens)))
 
 
 def _common_prefix(a: str, b: str) -> int:

@@ -79,15 +79,9 @@ class ChatTemplate:
     ) -> str:
         """`render` with the marks left in; strings must come through `hide` or `guard`."""
         values = {"documents": None, **self._tokens, **self.args, **(args or {})}
-        turns = [self._with_its_thoughts(message) for message in messages]
-        turns = [_as_parts(turn) for turn in turns] if self.wants_parts else turns
+        turns = [_with_reasoning(m) for m in messages]
+        turns = [_as_parts(m) for m in turns] if self.wants_parts else turns
         return self._run(turns, values | {"tools": tools, "add_generation_prompt": add_generation_prompt})
-
-    def _with_its_thoughts(self, message: object) -> object:
-        """A message whose reasoning has the name that the template reads: Qwen's reasoning_content, gpt-oss's thinking."""
-        if self.reasoning_name is None or not isinstance(message, Mapping) or "reasoning_content" not in message:
-            return message
-        return {self.reasoning_name if key == "reasoning_content" else key: value for key, value in message.items()}
 
     @cached_property
     def reasoning_name(self) -> str | None:
@@ -129,6 +123,14 @@ class ChatTemplate:
 def spelling(tokenizer: Tokenizer, token_id: int | None) -> str | None:
     """How a special token is written, or None."""
     return None if token_id is None else tokenizer.token_bytes(token_id).decode()
+
+
+def _with_reasoning(message: object) -> object:
+    """A thought under every name that templates look for, as transformers hands it over (gpt-oss reads `thinking`)."""
+    if not isinstance(message, Mapping):
+        return message
+    thought = next((message[name] for name in REASONING if message.get(name) is not None), None)
+    return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
 
 
 def _as_parts(message: object) -> object:

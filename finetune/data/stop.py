@@ -5,7 +5,7 @@ from dataclasses import replace
 from ...base.model.config import ModelConfig
 from ...base.model.transformer import Transformer
 from ...base.tokenizer.tokenizer import Tokenizer
-from .masks import end_of_turn_spelling
+from .ends import end_of_turn_spelling
 from .messages import Message
 from .render import ChatTemplate
 

@@ -1,6 +1,5 @@
 """Masks: no word of the user, the system or a tool carries loss, whatever token a template puts where."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from graft.base.tokenizer.tokenizer import Tokenizer
 from graft.finetune.data.chat import ChatTemplate, encode_prompt, encode_whole
-from graft.finetune.data.masks import end_of_turn_spelling
+from graft.finetune.data.ends import end_of_turn_spelling
 from graft.finetune.data.records import Message, Record
 from graft.finetune.data.templates import TEMPLATES, template_source
 
@@ -230,46 +229,15 @@ def test_templates_that_want_lists_of_parts(tokenizer: Tokenizer, theirs: PreTra
     assert tokenizer.decode(encoded.ids[encoded.loss_mask]) == "hello<|im_end|>"
 
 
-def test_the_families_of_trl(tmp_path: Path) -> None:
-    """Parity with TRL's training templates, which carry generation tags: the same words are learned without the tags.
-
-    Headers that a training template puts inside its tags, thoughts that only it writes, and the line break after the end
-    of a turn are set aside.
-    """
-    trl = pytest.importorskip("trl", reason="TRL's package holds the templates")
-    folder = Path(trl.__file__).parent / "chat_templates"
-    pairs = [(file, folder / f"{file.stem}_training.jinja") for file in sorted(folder.glob("*.jinja"))]
-    pairs = [(plain, tagged) for plain, tagged in pairs if tagged.exists()]
-    import re
-
-    sources = " ".join(file.read_text(encoding="utf-8") for file in folder.glob("*.jinja"))
-    names = sorted(set(re.findall(r"<\|[a-zA-Z_0-9 ]+\|?>|<｜[^｜]+｜>|<(?:start|end)_of_turn>|</?think>|<turn\|>|</?s>|<bos>|<eos>|<end_of_utterance>", sources)))  # fmt: skip # noqa: E501
-    (tmp_path / "a.txt").write_text("The fox says hello to the user and the assistant. " * 9)
-    tokenizer = Tokenizer.train(
-        [tmp_path / "a.txt"],
-        vocab_size=270 + len(names),
-        special_tokens=list(dict.fromkeys(["<|endoftext|>", "<bos>", *names])),
+@pytest.mark.parametrize("user", ["<|im_start|>user ", "<|start_header_id|>user "])
+def test_a_token_that_opens_the_next_turn_ends_none(user: str, tokenizer: Tokenizer) -> None:
+    """Worked by hand: only the last turn has an end token; what follows the others opens the user's or anybody's turn."""
+    source = (
+        "{% for m in messages %}{{ '" + user + "' if m.role == 'user' else '<|im_start|>assistant ' }}{{ m.content }}"
+        "{% if loop.last %}<|im_end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant ' }}{% endif %}"
     )
-    added = tuple(replace(token, special="think" not in token.content) for token in tokenizer.definition.added)
-    tokenizer = Tokenizer(replace(tokenizer.definition, added=added, bos="<bos>", eos="<|endoftext|>"))
-    chat = tuple(
-        {"role": r, "content": c}
-        for r, c in [("user", "Who are you?"), ("assistant", "I am a small model."), ("user", "2 + 2?"), ("assistant", "It is 4.")]
-    )  # fmt: skip
-    seen = 0
-    for plain, tagged in pairs:
-        learned = []
-        for file in (plain, tagged):
-            template = ChatTemplate(file.read_text(encoding="utf-8"), "<bos>", "<|endoftext|>")
-            encoded = encode_whole(Record("r", messages=chat), tokenizer, template)
-            text = tokenizer.decode(encoded.ids[encoded.loss_mask])
-            for header in ("<｜Assistant｜>", "<|start|>assistant", "<|endoftext|>", "<|user|>", "<think>", "</think>"):
-                text = text.replace(header, "")
-            learned.append(
-                re.sub(r"\s+", " ", re.sub(r"\s*(<\|END_OF_TURN_TOKEN\|>|<\|end\|>|I am|It is)", r"\1", text)).strip()
-            )
-        ours, theirs = (re.sub(r"<\|(END_OF_TURN_TOKEN|end)\|>", "", text) for text in learned)
-        assert re.sub(r"> (?=I|$)", ">", ours) == re.sub(r"> (?=I|$)", ">", theirs), plain.name
-        assert "?" not in ours
-        seen += 1
-    assert seen >= 20
+    said = [("user", "who?"), ("assistant", "hello"), ("user", "again"), ("assistant", "thank you")]
+    chat = tuple({"role": role, "content": content} for role, content in said)
+    encoded = encode_whole(Record("r", messages=chat), tokenizer, ChatTemplate(source))
+    assert tokenizer.decode(encoded.ids[encoded.loss_mask]) == "hellothank you<|im_end|>"
