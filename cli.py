@@ -265,6 +265,7 @@ def pretrain(
 
     Example: graft pretrain --data runs/tokens --tokenizer runs/tokenizer --out runs/base --preset micro --steps 500
     """
+    from .base.parallel.ranks import leave, ranks
     from .base.pretrain import run_pretrain
     from .finetune.memory.report import print_prediction
 
@@ -280,7 +281,9 @@ def pretrain(
         device=device,
         predict=print_prediction,
     )
-    _print_summary(out, summary)
+    if ranks().is_first:
+        _print_summary(out, summary)
+    leave()
 
 
 @app.command(rich_help_panel=PANEL["quantize"])

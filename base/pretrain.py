@@ -12,11 +12,13 @@ from .data.batches import WindowBatches, evaluation_batches
 from .data.shards import TokenShards, open_tokens
 from .device import explain_device, memory_bytes, peak_bytes, reset_peak, resolve_device
 from .evaluate import bits_per_byte, mean_loss
+from .follower import open_run
 from .model.config import ModelConfig, preset, with_sizes
 from .model.config_json import config_to_dict
 from .model.huggingface import save_model
 from .model.init import parameter_roles
 from .model.transformer import Transformer, initialize_
+from .parallel.ranks import join
 from .progress import step_progress
 from .run import Input, Run, TrainConfig, check_same_inputs, resumed_settings
 from .runlog import RunFolder
@@ -98,15 +100,18 @@ def run_pretrain(
 ) -> dict[str, Any]:
     """Pretrain a Transformer on shards and leave a base folder in `out`; returns the summary.
 
-    The result depends on the config and the seed only: a run that was killed and resumed ends with the same weights.
+    The result depends on the config and the seed only: a run that was killed and resumed ends with the same weights. Under
+    torchrun every rank reads its share of each step; rank 0 writes, and the others return the same summary.
     Raises ValueError or OSError for bad input, Interrupted after a signal.
     """
     requested_device, device = device, resolve_device(device)
+    together, device = join(device)
+    progress = progress and together.is_first
     tok = Tokenizer.load(tokenizer)
     train_tokens, val_tokens = open_tokens(data, "train"), open_tokens(data, "val")
     if train_tokens.meta["tokenizer"] != tok.fingerprint():
         raise ValueError(f"{data} was prepared with another tokenizer than {tokenizer}; run graft data prepare again")
-    with RunFolder(out, stage="pretrain", resume=resume, force=force) as run:
+    with open_run(together, out, stage="pretrain", resume=resume, force=force) as run:
         requested = check_settings(settings or {}, *PARTS.values())
         inputs = {
             "data": Input.of(data, [*train_tokens.files, *val_tokens.files]),
@@ -130,20 +135,21 @@ def run_pretrain(
             train_tokens,
             seq_len=seq_len,
             batch_size=loop.batch_size,
-            micro_batch=loop.micro_batch,
+            micro_batch=min(loop.micro_batch, -(-loop.batch_size // together.n)),  # each rank has a share of every step
             seed=loop.seed,
         )
         if progress:
             print(explain_device(requested_device, device), file=sys.stderr)
-        predicted = predict(config.model, loop, device) if predict else None
+        predicted = predict(config.model, loop, device) if predict and together.is_first else None
         model = Transformer(config.model).to(device)
         initialize_(model, seed=loop.seed)
         model.checkpointing = loop.checkpointing
         reset_peak(device)
         result = _train(model, config, batches, val_tokens, run, device, progress)
-        with run.results() as folder:
-            save_model(model.cpu(), folder)
-            tok.save(folder)
+        if together.is_first:
+            with run.results() as folder:
+                save_model(model.cpu(), folder)
+                tok.save(folder)
         summary = {
             "n_params": config.model.n_params,
             **result.summary(),
@@ -152,6 +158,7 @@ def run_pretrain(
             "predicted_peak_bytes": predicted,
             **peak_bytes(device),
             "device": device,
+            "n_ranks": together.n,
         }
         run.finish(summary)
         return summary

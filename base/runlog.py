@@ -24,6 +24,7 @@ except ImportError:  # Windows
 
 from .checkpoint import flush, naming, write_file, write_json
 from .json_fields import read_json
+from .parallel.ranks import refuse_ranks
 from .settings import plain
 
 # Files that some reader loads from a folder by their names alone: an older one would be read beside or in place of new ones.
@@ -57,6 +58,8 @@ class RunFolder:
     """
 
     def __init__(self, folder: Path | str, *, stage: str, resume: bool = False, force: bool = False) -> None:
+        if stage != "pretrain":
+            refuse_ranks(stage)
         self.folder, self.stage = Path(folder), stage
         self._metrics: TextIO | None = None
         self._state: dict[str, Any] | None = None

@@ -28,6 +28,7 @@ from .optim.adamw import AdamW
 from .optim.clip import clip_gradients_
 from .optim.muon import Muon
 from .optim.schedule import learning_rate_at
+from .parallel.ranks import Ranks, ranks
 from .precision import LossScaler, autocast
 from .run import TrainConfig
 from .runlog import RunFolder
@@ -202,8 +203,9 @@ def train(
     had gradients that were not, OSError when the disk refuses; each names the way to go on.
     """
     scaler = LossScaler(config.dtype)
+    together = ranks()
     torch.manual_seed(config.seed)  # dropout; a checkpoint's own state takes its place on resume
-    callbacks = callbacks or Callbacks()
+    callbacks = (callbacks if together.is_first else None) or Callbacks()
     history = History(
         *(optimizer, config, run, scaler),
         evaluate=evaluate,
@@ -224,10 +226,11 @@ def train(
                 step_began = time.perf_counter()
                 try:
                     line = one_step(
-                        *(model, optimizer, batch_at(step), config, scaler, step, objective.loss, objective.n_labels),
-                        device,
+                        *(model, optimizer, together.share(batch_at(step)), config, scaler, step),
+                        *(objective.loss, objective.n_labels, device),
                         n_tokens=objective.n_tokens,
                         began=step_began,
+                        together=together,
                     )
                 except NotFiniteError as error:
                     raise ValueError(f"{error}; {history.way_back()}") from None
@@ -236,6 +239,7 @@ def train(
                     model.eval()
                     figures = history.evaluate()
                     model.train()
+                stop.signal = together.most(stop.signal or 0, device=device) or None
                 last = history.record(line, figures, stop=stop, on_step=on_step)
                 if stop.signal and not last:
                     raise Interrupted(
@@ -288,9 +292,11 @@ class History:
         return self._evaluate is not None and (last or _is_due(step, self.config.eval_every))
 
     def evaluate(self) -> dict[str, float]:
-        """The figures of an evaluation now, for the step's line."""
+        """The figures of an evaluation now, for the step's line: rank 0's, so that all ranks decide alike."""
         assert self._evaluate is not None
-        return self._evaluate()
+        figures, together = self._evaluate(), ranks()
+        values = together.sum(*(value if together.is_first else 0.0 for value in figures.values()))
+        return dict(zip(figures, values, strict=True))
 
     def record(
         self,
@@ -339,16 +345,22 @@ class History:
         return last
 
     def save(self) -> None:
-        """Write a checkpoint of where the run stands, unless there is one."""
+        """Write a checkpoint of where the run stands, unless there is one. Rank 0 writes, all wait for it."""
+        if not ranks().is_first:
+            ranks().wait()
+            return
         step = self.result.steps
         folder = save_checkpoint(
             self.run.checkpoints, step, self.optimizer, self.scaler, self.extra, export=self._export
         )
         self.saved = step
         self._callbacks.call("on_checkpoint", folder, step)
+        ranks().wait()
 
     def clear(self) -> None:
         """Remove the checkpoints that the config doesn't keep; the newest stays."""
+        if not ranks().is_first:
+            return
         best = best_step(self.result.evals, self.config.best_by)
         remove_checkpoints(self.run.checkpoints, self.config, best)
 
@@ -440,13 +452,14 @@ def one_step(
     *,
     n_tokens: Callable[[Batch], int] = n_ids,
     began: float | None = None,  # time.perf_counter() when the batch's making began; None: now
+    together: Ranks = Ranks(),  # noqa: B008 (it is frozen); the micro-batches are this rank's
 ) -> dict[str, Any]:
     """One update; returns its line of metrics. An update whose gradients are not finite is left out: `skipped`.
 
     Raises NotFiniteError when the loss itself is not finite, ValueError when nothing in the batch carries loss.
     """
     began = time.perf_counter() if began is None else began
-    total = sum(count(batch) for batch in micro_batches)
+    total = int(together.sum(sum(count(batch) for batch in micro_batches), device=device)[0])
     if total == 0:
         raise ValueError(f"step {step + 1}: no token of the batch carries loss; check the data's completions")
     summed, read = 0.0, 0
@@ -463,16 +476,18 @@ def one_step(
             figures[name] = figures.get(name, 0.0) + (figure.detach() if isinstance(figure, Tensor) else figure) / total
         read += n_tokens(batch)
     parameters = [parameter for _, parameter in optimizer.named]
+    together.sum_gradients_(parameters)
+    summed, read = together.sum(float(summed), read, device=device)
     if scaler.active:
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad /= scaler.scale
     norm = float(clip_gradients_(parameters, config.grad_clip))
-    line = update(optimizer, config, scaler, step, loss=float(summed), norm=norm)
+    line = update(optimizer, config, scaler, step, loss=summed, norm=norm)
     seconds = time.perf_counter() - began
     line |= {
         "n_labels": total,
-        "n_tokens": read,
+        "n_tokens": int(read),
         "tokens_per_s": round(read / seconds, 1),
         "step_s": round(seconds, 5),
     }

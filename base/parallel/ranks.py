@@ -1,0 +1,144 @@
+"""The processes that train together: who this one is, and what they tell each other. One process alone is rank 0 of 1.
+
+torchrun starts a process a rank and tells each its number. Every rank holds the whole model and reads its share of a step's
+micro-batches; gradients are summed once a step, so the step is that of one process which read them all.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+BUCKET_BYTES = 25 * 2**20  # of gradients that travel together
+PATIENCE = timedelta(minutes=10)  # for a rank that doesn't answer; then the others end with an error
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among n."""
+
+    rank: int = 0
+    n: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this one writes files and speaks to the user."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """This rank's items of a step: every n-th."""
+        return list(items[self.rank :: self.n])
+
+    def wait(self) -> None:
+        """Go on when all ranks have come here."""
+        self.most(0)
+
+    def sum(self, *numbers: float, device: str = "cpu") -> list[float]:
+        """Each number summed over ranks."""
+        if self.n == 1:
+            return list(numbers)
+        total = torch.tensor(numbers, dtype=torch.float64, device=device)
+        self._reduce_(total)
+        return total.tolist()
+
+    def most(self, number: int, *, device: str = "cpu") -> int:
+        """The largest of the ranks' numbers."""
+        if self.n == 1:
+            return number
+        highest = torch.tensor(number, device=device)
+        self._reduce_(highest, dist.ReduceOp.MAX)
+        return int(highest)
+
+    def _reduce_(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
+        """All-reduce in place. Raises ConnectionError when another rank has gone."""
+        try:
+            dist.all_reduce(tensor, op=operation)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+            raise ConnectionError(
+                f"rank {self.rank} of {self.n}: another rank ended or was silent for {PATIENCE.seconds // 60} minutes ({reason})"
+            ) from None
+
+    def sum_gradients_(self, parameters: Sequence[Tensor]) -> int:
+        """Sum every parameter's gradient over ranks, in place; one that a rank lacks counts as zeros. Returns the bytes of a rank.
+
+        All ranks get the same bits. Parameters that no rank has a gradient of must be frozen, the same on every rank.
+        """
+        if self.n == 1:
+            return 0
+        trained = [p for p in parameters if p.requires_grad]
+        for parameter in trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+        for bucket in buckets(gradients):
+            flat = torch.cat([gradient.flatten() for gradient in bucket])
+            self._reduce_(flat)
+            for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+        return sum(gradient.numel() * gradient.element_size() for gradient in gradients)
+
+
+def buckets(tensors: Sequence[Tensor], limit: int = BUCKET_BYTES) -> list[list[Tensor]]:
+    """The tensors in groups of one dtype and at most `limit` bytes (a larger one is a group by itself)."""
+    found: list[list[Tensor]] = []
+    size = 0
+    for tensor in tensors:
+        n_bytes = tensor.numel() * tensor.element_size()
+        if not found or size + n_bytes > limit or found[-1][0].dtype != tensor.dtype:
+            found.append([])
+            size = 0
+        found[-1].append(tensor)
+        size += n_bytes
+    return found
+
+
+def ranks() -> Ranks:
+    """Who this process is; it must have joined."""
+    if dist.is_available() and dist.is_initialized():
+        return Ranks(dist.get_rank(), dist.get_world_size())
+    return Ranks()
+
+
+def join(device: str) -> tuple[Ranks, str]:
+    """Meet the other processes that torchrun started; returns who this one is and its own device.
+
+    Raises ValueError when torchrun's settings are incomplete, or this torch has no torch.distributed.
+    """
+    n = int(os.environ.get("WORLD_SIZE", "1") or 1)
+    if n == 1:
+        return Ranks(), device
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise ValueError(
+            f"WORLD_SIZE={n}, but {', '.join(missing)} is missing; start with torchrun, or unset WORLD_SIZE"
+        )
+    if not dist.is_available():
+        raise ValueError("this torch is built without torch.distributed; train in one process")
+    if torch.device(device).type == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=PATIENCE)
+    return ranks(), device
+
+
+def leave() -> None:
+    """Part from the others, at the end of the process."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def refuse_ranks(stage: str) -> None:
+    """Raise ValueError for a stage that runs in one process only, when torchrun started several."""
+    n = os.environ.get("WORLD_SIZE", "1")
+    if n not in ("", "1"):
+        raise ValueError(
+            f"graft {stage} runs in one process; torchrun started {n}. Several processes run graft pretrain"
+        )
