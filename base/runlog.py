@@ -24,7 +24,6 @@ except ImportError:  # Windows
 
 from .checkpoint import flush, naming, write_file, write_json
 from .json_fields import read_json
-from .parallel.ranks import refuse_ranks
 from .settings import plain
 
 # Files that some reader loads from a folder by their names alone: an older one would be read beside or in place of new ones.
@@ -58,7 +57,9 @@ class RunFolder:
     """
 
     def __init__(self, folder: Path | str, *, stage: str, resume: bool = False, force: bool = False) -> None:
-        if stage != "pretrain":
+        if stage != "pretrain" and os.environ.get("WORLD_SIZE", "1") != "1":
+            from .parallel.ranks import refuse_ranks  # imports torch, which reading a log doesn't need
+
             refuse_ranks(stage)
         self.folder, self.stage = Path(folder), stage
         self._metrics: TextIO | None = None

@@ -48,7 +48,7 @@ ALL_LINEAR = "all-linear"
 def check_config(config: Mapping[str, Any], *, where: str) -> None:
     """Raise ValueError for an option that isn't covered, by name, and for a value of the wrong type."""
     kind = config.get("peft_type")
-    if kind != "LORA" and kind not in OTHER_KINDS:
+    if kind != "LORA" and not (isinstance(kind, str) and kind in OTHER_KINDS):
         raise ValueError(f"{where}: peft_type {kind!r} is not covered; graft reads LORA, {', '.join(OTHER_KINDS)}")
     read, neutral = (READ, NEUTRAL) if kind == "LORA" else OTHER_KINDS[str(kind)]
     for key, value in config.items():

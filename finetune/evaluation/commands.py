@@ -87,8 +87,6 @@ def evaluate(
     benchmarks: ARC, PIQA, OpenBookQA, COPA, HellaSwag, WinoGrande, BLiMP, LAMBADA, SVAMP.
 
     Example: graft eval --base runs/demo/base --adapter runs/demo/adapters/spam --data runs/demo/data/spam/eval.jsonl
-
-    Example: graft eval --base path/to/a/checkpoint --task arc_easy=arc_easy.jsonl.gz --task blimp.zip
     """
     if bool(data) == bool(task):
         raise ValueError("give --data FILE (records or text) or --task NAME=FILE (a benchmark), one of the two")

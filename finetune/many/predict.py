@@ -177,7 +177,7 @@ def _count(config: ModelConfig, loads: Sequence[Load], shared: Shared, kind: str
         model.checkpointing = shared.checkpointing
         counter.add([*model.parameters(), *model.buffers()], "weights")
         if kind == "cuda":
-            add_workspace(counter, backward=True)
+            workspace = add_workspace(counter, backward=True)  # noqa: F841 (it lives to the end)
         with counter:
             counter.enter("joining", "", "adapters")
             stack, rows = attach_all(model, loads, names)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...base.device import resolve_device
 from ...base.model.config import ModelConfig
@@ -204,10 +204,12 @@ def new_counter(device: str) -> LiveBytes:
     return LiveBytes(shapes=True, within=cpu_bytes_within)
 
 
-def add_workspace(counter: LiveBytes, *, backward: bool) -> None:
-    """Count what a GPU's libraries take from PyTorch's allocator."""
+def add_workspace(counter: LiveBytes, *, backward: bool) -> Tensor:
+    """Count what a GPU's libraries take from PyTorch's allocator, as long as the tensor that is returned lives."""
     n_bytes = workspace_bytes(backward=backward)
-    counter.add([ShapeTensor(torch.empty(n_bytes, dtype=torch.uint8, device="meta"))], "workspace")
+    workspace = ShapeTensor(torch.empty(n_bytes, dtype=torch.uint8, device="meta"))
+    counter.add([workspace], "workspace")
+    return workspace
 
 
 def over_layers(config: ModelConfig, run: Callable[[ModelConfig], Counted], *, whole: bool = False) -> Counted:
@@ -230,7 +232,7 @@ def _run(config: ModelConfig, settings: MemorySettings, device: str, work: Work 
         batches = None if work is None else make_micro_batches(config, settings, work)
         sizes = count_model(model, counter)
         if on_gpu:
-            add_workspace(counter, backward=settings.method != "generate")
+            workspace = add_workspace(counter, backward=settings.method != "generate")  # noqa: F841 (it lives to the end)
         with counter:
             if settings.method == "generate":
                 counter.enter("prompt", "", "temporaries")

@@ -237,7 +237,7 @@ def test_what_takes_plain_lora_alone_says_so(base_dir: Path, tmp_path: Path) -> 
     """Law: combining, many at once and alignment from an adapter refuse by the option's name what they would drop."""
     from graft.finetune.adapters.combine import combine
     from graft.finetune.align.setup import adapter_settings
-    from graft.finetune.many import sft_many
+    from graft.finetune.many.run import sft_many
 
     model = load_model(base_dir, dtype=None)
     config = LoraConfig(rank=2, use_dora=True)
@@ -253,7 +253,7 @@ def test_what_takes_plain_lora_alone_says_so(base_dir: Path, tmp_path: Path) -> 
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "a", "completion": "b"}))
     with pytest.raises(
-        ValueError, match="use_dora=True is not covered for jobs that train together; run that job alone"
+        ValueError, match="use_dora=True is not covered for jobs that train together, which are plain LoRA"
     ):
         sft_many(
             base=base_dir, jobs=[{"data": rows, "out": tmp_path / "o", "use_dora": True, "steps": 1}], device="cpu"

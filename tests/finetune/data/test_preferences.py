@@ -48,7 +48,7 @@ def test_strings_stay_strings_and_share_their_beginning(tmp_path: Path) -> None:
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, ("a", "b", "c")),
         ({"chosen": "Q: 1 A: yes", "rejected": "Q: 1 A: no"}, ("Q: 1 A: ", "yes", "no")),
     ):
-        [record], _ = read(tmp_path, row)
+        [record] = read(tmp_path, row)
         assert (record.prompt, record.chosen, record.rejected) == expected
 
 

@@ -51,9 +51,10 @@ def test_one_token_is_scored_from_nothing(base_dir: Path, tmp_path: Path) -> Non
 
 def test_what_cannot_be_scored(base_dir: Path, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n" + json.dumps({"text": "c"}))
-    with pytest.raises(ValueError, match=r"rows\.jsonl line 2: no answer to compare with"):
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "c"}]}))
+    with pytest.raises(ValueError, match=r"rows\.jsonl line 1"):
         run_evaluate(base_dir, path, device="cpu")
+    path.write_text("\n".join(json.dumps({"prompt": "a", "completion": "b"}) for _ in range(2)))
     assert run_evaluate(base_dir, path, limit=1, device="cpu")["n_records"] == 1
     for limit in (0, -1):
         with pytest.raises(ValueError, match=f"limit={limit} must be >= 1"):

@@ -70,7 +70,7 @@ def test_speculation_in_pages_changes_no_answer(
             for i in range(12)]  # fmt: skip
     expected = [alone.text(name, messages, 60) for name, messages in zip(names, jobs, strict=True)]
     page = 2 * 2 * 32 * 16 * 4 * 2
-    with serving(served_base, adapters_dir, drafter=NgramDraft(), cache_bytes=14 * page, max_batch=6) as live:
+    with serving(served_base, adapters_dir, drafter=NgramDraft(), cache_bytes=9 * page, max_batch=6) as live:
 
         async def run(**more: Any) -> list[str]:
             async with httpx.AsyncClient(base_url=live.url, timeout=120) as client:
