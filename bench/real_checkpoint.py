@@ -42,7 +42,9 @@ from graft.finetune.adapters.lora import LoraConfig
 from graft.finetune.data.chat import encode_prompt, encode_whole
 from graft.finetune.data.packing import collate_padded
 from graft.finetune.data.records import Record, to_record
-from graft.finetune.evaluate import EvalOptions, most_likely, write_answers
+from graft.finetune.evaluation.answers import write_answers
+from graft.finetune.evaluation.labels import most_likely
+from graft.finetune.evaluation.options import EvalOptions
 from graft.finetune.generate import generate_answers
 from graft.finetune.loading import load_model
 from graft.finetune.memory.measure import measure

@@ -15,7 +15,7 @@ from real_data import SPLIT_SEED, read_text, sms_rows
 
 from graft.finetune.data.chat import split_answer
 from graft.finetune.data.records import Record
-from graft.finetune.evaluate import f1_scores, wilson_interval
+from graft.finetune.evaluation.metrics import f1_scores, wilson_interval
 
 Rows = list[dict[str, Any]]
 

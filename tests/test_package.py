@@ -1,5 +1,7 @@
 """The package as installed: the wheel holds every module and no test, importing it is cheap, its public names resolve."""
 
+import ast
+import importlib.util
 import json
 import re
 import shutil
@@ -177,3 +179,20 @@ except ValueError as error:
     extras = settings()["project"]["optional-dependencies"]
     assert extras[extra[1]][0].startswith(package)
     assert extras[extra[1]][0] in extras["test"]
+
+
+def test_scripts_ask_for_names_that_exist() -> None:
+    """Law: whatever a benchmark, a page's generator or a kernel's bench imports of graft is there: none of them is run here."""
+    lost = []
+    for script in sorted([*ROOT.glob("bench/*.py"), *ROOT.glob("docs/*.py"), *ROOT.glob("kernels/*/bench.py")]):
+        for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").startswith("graft.")):
+                continue
+            if importlib.util.find_spec(str(node.module)) is None:
+                lost.append(f"{script.name}:{node.lineno}: {node.module}")
+                continue
+            module = importlib.import_module(str(node.module))
+            for alias in node.names:
+                if not hasattr(module, alias.name) and not importlib.util.find_spec(f"{node.module}.{alias.name}"):
+                    lost.append(f"{script.name}:{node.lineno}: {node.module}.{alias.name}")
+    assert not lost

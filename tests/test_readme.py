@@ -50,6 +50,11 @@ def test_the_readme_shows_every_stage() -> None:
     assert {"quantize", "plot", "doctor", "vram estimate", "plan"} <= shown
 
 
+def test_no_placeholder_is_left() -> None:
+    """Law: no word in capitals stands where a number belongs."""
+    assert not re.search(r"\b[A-Z]{4,} (lines|seconds|tests)\b", README)
+
+
 def test_make_targets_exist() -> None:
     """Law: each `make TARGET` of the README is in the Makefile."""
     makefile = (Path(graft.__file__).parent / "Makefile").read_text(encoding="utf-8")
