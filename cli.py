@@ -30,7 +30,7 @@ from .finetune.data.commands import inspect as inspect_records
 from .finetune.evaluation.commands import evaluate
 from .finetune.memory.commands import plan, vram_app
 from .finetune.serve.commands import serve
-from .finetune.sft_commands import sft
+from .finetune.sft_commands import Config, Device, Force, Resume, Seed, Settings, Steps, sft
 
 # The pipeline's order; --help lists the commands so, in panels.
 ORDER = {
@@ -108,36 +108,11 @@ app.command("arena", rich_help_panel=PANEL["arena"])(arena)
 
 Out = Annotated[Path, typer.Option("--out", help="Folder for the result; must be new, or use --resume or --force.")]
 Base = Annotated[Path, typer.Option("--base", help="Model folder in Hugging Face's layout.")]
-Settings = Annotated[list[str] | None, typer.Option("--set", help="key=value for any config key; can be repeated.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")]
-Force = Annotated[bool, typer.Option("--force", help="Start over in a folder that holds a run.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
-Seed = Annotated[int | None, typer.Option("--seed", help=r"Decides weights, data order and dropout. \[default: 0]")]
-Steps = Annotated[int | None, typer.Option("--steps", help="Optimizer updates.")]
 BatchSize = Annotated[
     int | None, typer.Option("--batch-size", help=r"Sequences an update. \[default: 32 pretraining, 16 fine-tuning]")
 ]
 LearningRate = Annotated[
     float | None, typer.Option("--learning-rate", "--lr", help=r"Peak rate. \[default: 1e-3; sft 5e-5, adapters 5e-4]")
-]
-OnTooLong = Annotated[
-    str | None,
-    typer.Option("--on-too-long", help=r"Rows beyond the limit: auto, cut, drop, split or error. \[default: auto]"),
-]
-OnEmpty = Annotated[
-    str | None, typer.Option("--on-empty", help=r"Null or empty rows: drop or error. \[default: error]")
-]
-SpecialTokens = Annotated[
-    str | None, typer.Option("--special-tokens", help=r"Those that the data spells: text or tokens. \[default: text]")
-]
-ChatTemplateName = Annotated[
-    str | None, typer.Option("--chat-template", help=r"Name or file of a template. \[default: the model's own]")
-]
-TemplateArg = Annotated[
-    list[str] | None, typer.Option("--template-arg", help="key=value for the template; can be repeated.")
-]
-Field = Annotated[
-    list[str] | None, typer.Option("--field", help="Other field names, such as prompt=question; can be repeated.")
 ]
 
 
@@ -238,9 +213,6 @@ def show_config(
             for key in described:
                 table.add_row(*(markup(key[column]) for column in ("name", "type", "default", "meaning")))
             Console().print(table)
-
-
-Config = Annotated[Path | None, typer.Argument(help="TOML file with config keys; see graft config.")]
 
 
 @app.command(rich_help_panel=PANEL["pretrain"])
