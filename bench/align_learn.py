@@ -152,13 +152,15 @@ def draw(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6, 3.6))
-    for name, lines in curves.items():
+    figure, axes = plt.subplots(figsize=(7, 4.2))
+    for i, (name, lines) in enumerate(curves.items()):
         val = [(line["step"], line["val_reward.exact"]) for line in lines if "val_reward" in line]
-        axes.plot(*zip(*val, strict=True), marker="o", label=f"{name}, held out")
-        axes.plot([line["step"] for line in lines], [line["reward.exact"] for line in lines], alpha=0.3)
+        axes.plot(*zip(*val, strict=True), marker="osD^vPX"[i % 7], markersize=4, color=f"C{i}", label=name)
+        axes.plot(
+            *zip(*((line["step"], line["reward.exact"]) for line in lines), strict=True), color=f"C{i}", alpha=0.2
+        )
     axes.set_xlabel("step (128 sampled answers each)")
-    axes.set_ylabel("pass@1")
+    axes.set_ylabel("pass@1, held out (faint: of the samples)")
     axes.set_ylim(0, 1)
     axes.legend()
     figure.tight_layout()
