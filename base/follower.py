@@ -21,7 +21,7 @@ class FollowerFolder(RunFolder):
     def __exit__(self, kind: object, error: object, trace: object) -> None: ...
 
     def start(self, config: Mapping[str, Any], *, seed: int) -> None:
-        """Rank 0 writes run.json."""
+        """Rank 0 writes run.json, and sets a former run aside; wait for it before looking into the folder."""
         del config, seed
 
     def open_metrics(self, *, after_step: int) -> list[dict[str, Any]]:
@@ -34,7 +34,7 @@ class FollowerFolder(RunFolder):
     @contextmanager
     def results(self) -> Iterator[Path]:
         raise RuntimeError("rank 0 alone writes results")
-        yield Path()
+        yield Path()  # a generator, as the other's is
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         del summary

@@ -18,7 +18,7 @@ from .model.config_json import config_to_dict
 from .model.huggingface import save_model
 from .model.init import parameter_roles
 from .model.transformer import Transformer, initialize_
-from .parallel.ranks import join
+from .parallel.ranks import join, ranks
 from .progress import step_progress
 from .run import Input, Run, TrainConfig, check_same_inputs, resumed_settings
 from .runlog import RunFolder
@@ -187,6 +187,7 @@ def _train(
     optimizer = make_optimizer(model.named_parameters(), loop, roles=parameter_roles(model))
     # All validation is done: only now may --force touch what a former run left.
     run.start(config.saved(), seed=loop.seed)
+    ranks().wait()  # --force sets a former run's checkpoints aside in there: no rank may take them for its own
     with step_progress("pretrain", loop.steps, shown=progress) as observe:
         return train(
             model,

@@ -239,7 +239,7 @@ def train(
                     model.eval()
                     figures = history.evaluate()
                     model.train()
-                stop.signal = together.most(stop.signal or 0, device=device) or None
+                stop.signal = together.most(stop.signal or 0) or None
                 last = history.record(line, figures, stop=stop, on_step=on_step)
                 if stop.signal and not last:
                     raise Interrupted(
@@ -459,7 +459,7 @@ def one_step(
     Raises NotFiniteError when the loss itself is not finite, ValueError when nothing in the batch carries loss.
     """
     began = time.perf_counter() if began is None else began
-    total = int(together.sum(sum(count(batch) for batch in micro_batches), device=device)[0])
+    total = int(together.sum(sum(count(batch) for batch in micro_batches))[0])
     if total == 0:
         raise ValueError(f"step {step + 1}: no token of the batch carries loss; check the data's completions")
     summed, read = 0.0, 0
@@ -477,7 +477,7 @@ def one_step(
         read += n_tokens(batch)
     parameters = [parameter for _, parameter in optimizer.named]
     together.sum_gradients_(parameters)
-    summed, read = together.sum(float(summed), read, device=device)
+    summed, read = together.sum(float(summed), read)
     if scaler.active:
         for parameter in parameters:
             if parameter.grad is not None:

@@ -93,7 +93,8 @@ class MixtureOfExperts(nn.Module):
         """balance_loss * E * sum_e f_e P_e + router_z_loss * mean(logsumexp^2), () float32.
 
         f_e: share of the tokens that chose e, times k; P_e: mean probability of e (Fedus et al. 2021, arXiv:2101.03961, eq. 4-6;
-        Zoph et al. 2022, arXiv:2202.08906, eq. 5).
+        Zoph et al. 2022, arXiv:2202.08906, eq. 5). Both are taken over the tokens of one call, padding included: micro-batches and
+        ranks each balance their own, so with balance_loss > 0 a step that is split differs from the whole one.
         """
         c = self.config
         chosen = torch.zeros(c.n_experts, device=logits.device).index_add_(

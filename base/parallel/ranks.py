@@ -39,19 +39,19 @@ class Ranks:
         """Go on when all ranks have come here."""
         self.most(0)
 
-    def sum(self, *numbers: float, device: str = "cpu") -> list[float]:
+    def sum(self, *numbers: float) -> list[float]:
         """Each number summed over ranks."""
         if self.n == 1:
             return list(numbers)
-        total = torch.tensor(numbers, dtype=torch.float64, device=device)
+        total = torch.tensor(numbers, dtype=torch.float64)
         self._reduce_(total)
         return total.tolist()
 
-    def most(self, number: int, *, device: str = "cpu") -> int:
+    def most(self, number: int) -> int:
         """The largest of the ranks' numbers."""
         if self.n == 1:
             return number
-        highest = torch.tensor(number, device=device)
+        highest = torch.tensor(number)
         self._reduce_(highest, dist.ReduceOp.MAX)
         return int(highest)
 
@@ -68,7 +68,8 @@ class Ranks:
     def sum_gradients_(self, parameters: Sequence[Tensor]) -> int:
         """Sum every parameter's gradient over ranks, in place; one that a rank lacks counts as zeros. Returns the bytes of a rank.
 
-        All ranks get the same bits. Parameters that no rank has a gradient of must be frozen, the same on every rank.
+        All ranks get the same bits. One that no rank has a gradient of gets zeros, so that weight decay acts on it as on the
+        others; a frozen one is left alone.
         """
         if self.n == 1:
             return 0
@@ -125,7 +126,9 @@ def join(device: str) -> tuple[Ranks, str]:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=PATIENCE)
+        # Gradients are summed on the GPUs; the few numbers that ranks agree on lie on the CPU, which NCCL doesn't serve.
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=PATIENCE)
     return ranks(), device
 
 

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 )
 STEPS = 6
 SETTINGS = (
-    *("--batch-size", "6", "--device", "cpu"),
+    *("--device", "cpu"),
     *("--set", "n_layers=1", "--set", "d_model=32", "--set", "n_heads=2", "--set", "max_seq_len=16"),
     *("--set", "eval_every=3", "--set", "eval_batches=2", "--set", "checkpoint_every=2", "--set", "keep=best,last"),
 )
@@ -54,7 +54,14 @@ def start(
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(together if n_ranks > 1 else {})}
     return [
         subprocess.Popen(
-            [*command, *SETTINGS, "--steps", str(steps), *more],
+            [
+                *command,
+                *SETTINGS,
+                "--steps",
+                str(steps),
+                *(() if "--batch-size" in more else ("--batch-size", "6")),
+                *more,
+            ],
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -87,6 +94,23 @@ def test_two_ranks_train_as_one_process(prepared: tuple[Path, Path], tmp_path: P
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, atol=1e-5, rtol=0)
     assert json.loads((tmp_path / "pair/summary.json").read_text())["n_ranks"] == 2
+    # Started over in the same folder: no rank takes the former run's checkpoints for its own.
+    again = finish(start(prepared, tmp_path / "pair", 2, "--force"))
+    assert [code for code, *_ in again] == [0, 0], again
+    for name, tensor in load_tensors(tmp_path / "pair/model.safetensors").items():
+        torch.testing.assert_close(tensor, weights[1][name], atol=0, rtol=0)
+
+
+def test_a_rank_without_rows(prepared: tuple[Path, Path], tmp_path: Path) -> None:
+    """Law: a step of one sequence on two ranks leaves one of them nothing to read, and is the step of one process."""
+    for n_ranks in (1, 2):
+        found = finish(
+            start(prepared, tmp_path / str(n_ranks), n_ranks, "--set", "micro_batch=1", "--batch-size", "1", steps=2)
+        )
+        assert all(code == 0 for code, *_ in found), found
+    alone, pair = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("1", "2"))
+    assert [line["loss"] for line in pair] == pytest.approx([line["loss"] for line in alone], rel=1e-5)
+    assert [line["grad_norm"] for line in pair] == pytest.approx([line["grad_norm"] for line in alone], rel=1e-5)
 
 
 def test_a_rank_that_dies_ends_the_other_and_loses_nothing(prepared: tuple[Path, Path], tmp_path: Path) -> None:
