@@ -1,5 +1,6 @@
 """The base as a method of fine-tuning wants it, and the folder that is left of it."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,18 @@ def prepare_model(config: Run, device: str) -> Transformer:
     else:
         assert config.lora is not None
         attach_adapter(model, config.lora, seed=config.train.seed)
+        if note := experts_left_out(model, config.method):
+            print(note, file=sys.stderr)
     return model
+
+
+def experts_left_out(model: Transformer, method: str) -> str | None:
+    """What a user should know of a mixture's experts, whose stacked weights are no linears; None without a mixture."""
+    n = sum(tensor.numel() for name, tensor in model.named_parameters() if ".mlp.experts." in name)
+    if not n:
+        return None
+    bits = " and are not stored in 4 bits" if method == "qlora" else ""
+    return f"note: the experts' {n:,} weights get no adapter{bits}; attention and shared feed-forward layers do"
 
 
 def load_base(config: Run, device: str) -> Transformer:

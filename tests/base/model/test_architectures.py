@@ -21,6 +21,7 @@ from graft.finetune.loading import load_model
 from graft.finetune.memory.measure import measure_memory
 from graft.finetune.memory.predict import with_groups
 from graft.finetune.quantize import run_quantize
+from graft.finetune.sft_model import experts_left_out
 
 DENSE = ModelConfig(
     97, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, d_head=8, d_ff=56, max_seq_len=96, qk_norm=False
@@ -300,5 +301,10 @@ def test_a_mixture_in_4_bits_keeps_its_experts(tmp_path: Path) -> None:
     assert figures["n_expert_weights_left_as_they_are"] == 3 * 6 * 3 * 32 * 64
     assert figures["n_quantized_layers"] == 3 * 7
     model = load_model(tmp_path / "nf4")
+    assert experts_left_out(model, "qlora") == (
+        "note: the experts' 110,592 weights get no adapter and are not stored in 4 bits; attention and shared feed-forward "
+        "layers do"
+    )
+    assert experts_left_out(random_model(DENSE), "lora") is None
     assert model.model.layers[0].mlp.experts.gate_up_proj.dtype == torch.float32
     assert model(IDS).isfinite().all()
