@@ -61,8 +61,8 @@ def compare_on_pairs(
     """Held-out accuracy and margin of every adapter, and a battle for each pair of players on each row.
 
     An adapter's log-ratio on a row is what chosen gained against the base, minus what rejected did; of two players the one
-    with the higher log-ratio wins the row (the base's is 0: it ties with an adapter that changes nothing). Prints to stderr how many
-    rows were left out or cut.
+    with the higher log-ratio wins the row (the base's is 0: it ties with an adapter that changes nothing). Prints to stderr
+    how many rows were left out or cut.
     """
     bank, names = players_of(base, adapters, device=device)
     tokenizer = Tokenizer.load(base)
