@@ -35,6 +35,8 @@ def arena(
     """
     from .arena import battle_lines, ratings, read_battles, win_rates
 
+    if out is not None and out.exists():  # before the battles, which may take an hour
+        raise ValueError(_is_there(out))
     notes: list[str] = []
     players: list[Player] = []
     if file is not None:
@@ -99,4 +101,8 @@ def _write_new(path: Path, text: str) -> None:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        raise ValueError(f"--out {path} is there already; choose another file, or remove it") from None
+        raise ValueError(_is_there(path)) from None
+
+
+def _is_there(path: Path) -> str:
+    return f"--out {path} is there already; choose another file, or remove it"

@@ -1,5 +1,6 @@
 """Which of several adapters is better, by held-out preference rows or by a reward model's verdict on their answers."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -60,12 +61,15 @@ def compare_on_pairs(
     """Held-out accuracy and margin of every adapter, and a battle for each pair of players on each row.
 
     An adapter's log-ratio on a row is what chosen gained against the base, minus what rejected did; of two players the one
-    with the higher log-ratio wins the row (the base's is 0: it ties with an adapter that changes nothing).
+    with the higher log-ratio wins the row (the base's is 0: it ties with an adapter that changes nothing). Prints to stderr
+    how many rows were left out or cut.
     """
     bank, names = players_of(base, adapters, device=device)
     tokenizer = Tokenizer.load(base)
     limit = bank.model.config.max_seq_len
     rows = encode_pairs(read_preferences([data]), tokenizer, ChatTemplate.of(tokenizer), limit)
+    for line in rows.notes(limit):
+        print(f"note: {line}", file=sys.stderr)
     batches = PreferenceBatches(rows.pairs, batch_size=1, max_tokens=2 * micro_batch * rows.longest)
     gaps = {name: _gaps(bank, name, batches, device) for name in names}
     gained = {name: gaps[name] - gaps[BASE] for name in names}

@@ -30,7 +30,7 @@ def import_function(module: str, function: str) -> Reward:
         sys.path.append(os.getcwd())
     try:
         found = getattr(importlib.import_module(module), function, None)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script without a __main__ guard may call sys.exit()
         raise ValueError(f"reward {module}:{function} can't be imported: {type(error).__name__}: {error}") from error
     if not callable(found):
         raise ValueError(f"module {module} has no function {function!r}; give module:function")
@@ -72,7 +72,10 @@ class ChildReward:
         self._child = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
         )
-        reply = self._read(START_TIMEOUT_S)
+        try:
+            reply = self._read(START_TIMEOUT_S)
+        except (RuntimeError, TimeoutError) as error:
+            raise ValueError(f"reward {self.module}:{self.function} can't be imported: {error}") from error
         if "error" in reply:
             self.close()
             raise ValueError(reply["error"])
@@ -137,7 +140,7 @@ def main(module: str, function: str) -> None:
         try:
             value = reward(*json.loads(request))
             reply(value=value if isinstance(value, str | None) else float(value))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             reply(error=f"{type(error).__name__}: {error}")
 
 

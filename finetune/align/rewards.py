@@ -85,8 +85,8 @@ def _one(term: Term, sample: Sample) -> float:
     said = f"{sample.where}: reward {term.name}"
     try:
         value = term.function(sample.prompt, sample.completion, sample.row)
-    except Exception as error:
-        # Whatever a user's function raises ends the run in one line that says where.
+    except (Exception, SystemExit) as error:
+        # Whatever a user's function raises ends the run in one line that says where; sys.exit() would end it without a word.
         raise ValueError(f"{said} failed on {sample.completion!r:.80}: {type(error).__name__}: {error}") from error
     try:
         if isinstance(value, str):

@@ -19,7 +19,17 @@ from ...base.run import Run, check_same_inputs, resumed_settings
 from ...base.runlog import RunFolder, read_metrics
 from ...base.settings import check_settings
 from ...base.tokenizer.tokenizer import Tokenizer
-from ...base.train import Batch, ExtraState, Objective, Result, check_evaluation, resumed_result, train
+from ...base.train import (
+    Batch,
+    ExtraState,
+    Objective,
+    Result,
+    best_step,
+    check_evaluation,
+    load_weights,
+    resumed_result,
+    train,
+)
 from ..adapters.files import read_adapter
 from ..data.chat import ChatTemplate
 from ..loading import check_token_ids
@@ -223,5 +233,10 @@ def _train(
             policy.model.eval()
             print(f"stopped early: {reason}", file=sys.stderr)
             lines = read_metrics(run.folder / "metrics.jsonl")
-            return resumed_result(len(lines), lines), str(reason)
+            result = resumed_result(len(lines), lines)
+            result.best_by, best = loop.best_by, best_step(result.evals, loop.best_by)
+            if loop.keeps_best and best is not None:  # as the loop does at its own end
+                load_weights(run.checkpoints / f"step-{best:08d}", optimizer)
+                result.best_step = best
+            return result, str(reason)
     return result, None

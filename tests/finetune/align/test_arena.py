@@ -214,6 +214,7 @@ def test_command(tmp_path: Path) -> None:
     for arguments, message in (
         ([str(file), "--base", "b"], "not both"),
         (["--base", "b"], "give a FILE of battles, or"),
+        (["--base", "b", "--adapter", "a", "--data", "d", "--out", str(file)], "v.jsonl is there already"),
     ):
         with pytest.raises(ValueError, match=message):
             CliRunner().invoke(app, ["arena", *arguments], catch_exceptions=False)

@@ -65,3 +65,15 @@ def test_by_a_reward_model(base_dir: Path, folders: dict[str, Path]) -> None:
 def test_names_must_differ(base_dir: Path, folders: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match=r"adapters good, good: names must differ"):
         compare_on_pairs(base_dir, [folders["good"], folders["good"]], folders["rows"])
+
+
+def test_rows_left_out_are_counted(
+    base_dir: Path, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Law: a row without a preference plays no battle, and the screen says so."""
+    rows = tmp_path / "rows.jsonl"
+    equal = json.dumps({"prompt": "x", "chosen": "same", "rejected": "same"})
+    rows.write_text(folders["rows"].read_text(encoding="utf-8") + "\n" + equal, encoding="utf-8")
+    _, battles = compare_on_pairs(base_dir, [folders["good"]], rows)
+    assert len(battles) == len(PAIRS)
+    assert "note: 1 rows have equal answers and were left out" in capsys.readouterr().err

@@ -33,6 +33,7 @@ def nothing(prompt, completion, row): pass
 def nan(prompt, completion, row): return float("nan")
 def text(prompt, completion, row): return "1.0"
 def dies(prompt, completion, row): os._exit(3)
+def quits(prompt, completion, row): sys.exit()
 number = 5
 """
 
@@ -42,10 +43,11 @@ def user_module(tmp_path: Path, monkeypatch) -> str:
     """The name of a user's module in the working directory."""
     (tmp_path / "own_rewards.py").write_text(MODULE)
     (tmp_path / "broken_rewards.py").write_text("import no_such_package_of_anyone")
+    (tmp_path / "quitting.py").write_text("import sys; sys.exit()")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield "own_rewards"
-    for name in ("own_rewards", "broken_rewards"):
+    for name in ("own_rewards", "broken_rewards", "quitting"):
         sys.modules.pop(name, None)
 
 
@@ -177,6 +179,7 @@ def test_user_functions(user_module, timeout_s):
     assert score(parse_rewards(f"2 * {user_module}:tail", timeout_s=timeout_s), samples).totals == [7.0]
     for function, message in (
         ("raises", r"x.csv row 3: reward own_rewards:raises failed on 'abc': .*KeyError: 'units'"),
+        ("quits", r"x.csv row 3: reward own_rewards:quits failed on 'abc': .*SystemExit"),
         ("nothing", r"x.csv row 3: reward own_rewards:nothing gave None, not a number"),
         ("text", r"x.csv row 3: reward own_rewards:text gave '1.0', not a number"),
         ("nan", r"x.csv row 3: reward own_rewards:nan gave nan on 'abc'; return a finite float"),
@@ -188,6 +191,7 @@ def test_user_functions(user_module, timeout_s):
             "broken_rewards:f",
             "reward broken_rewards:f can't be imported: ModuleNotFoundError: No module named 'no_such_pack",
         ),
+        ("quitting:f", "reward quitting:f can't be imported: SystemExit"),
         ("not_there:f", "reward not_there:f can't be imported: ModuleNotFoundError"),
         (f"{user_module}:absent", "module own_rewards has no function 'absent'; give module:function"),
         (f"{user_module}:number", "module own_rewards has no function 'number'"),
@@ -222,6 +226,13 @@ def test_a_dying_child(user_module):
         score([term], [Sample("", "a", {})])
     with pytest.raises(ValueError, match=r"timeout_s=0 must be > 0"):
         parse_rewards(f"{user_module}:tail", timeout_s=0)
+
+
+def test_a_child_that_dies_while_it_imports(tmp_path, monkeypatch):
+    (tmp_path / "deadly.py").write_text("import os; os._exit(3)", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match=r"reward deadly:f can't be imported: its process ended with exit code 3"):
+        parse_rewards("deadly:f", timeout_s=20.0)
 
 
 def test_scoring_needs_no_torch():

@@ -214,6 +214,37 @@ def test_equal_rewards_end_the_run_if_asked(
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["stopped_early"]
 
 
+FADING = """
+calls = {"train": 0, "held": 0}
+def score(prompt, completion, row):
+    kind = row["answer"]
+    calls[kind] += 1
+    if kind == "held":
+        return -float(calls["held"])
+    return float(len(completion)) if calls["train"] <= 32 else 0.0
+"""
+
+
+def test_a_run_that_ends_early_keeps_the_best(base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: keep=best holds when a run ends for lack of signal. Here training moves the weights in steps 1 and 2, and the
+    held-out reward only falls: the result is step 1's weights, with keep=last step 2's and later ones."""
+    for kind in ("train", "held"):
+        (tmp_path / f"{kind}.jsonl").write_text(json.dumps({"prompt": "the cat", "answer": kind}), encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    weights = {}
+    for keep in ("best", "last"):
+        (tmp_path / f"fading_{keep}.py").write_text(FADING, encoding="utf-8")
+        options = {"eval_data": tmp_path / "held.jsonl", "eval_every": 1, "keep": keep, "stop_without_signal": 3}
+        out = tmp_path / keep
+        train(base_dir, tmp_path / "train.jsonl", out, rewards=f"fading_{keep}:score", steps=9, **options)
+        summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+        assert summary["stopped_early"]
+        assert summary["steps"] == 4
+        assert summary.get("best_step") == (1 if keep == "best" else None)
+        weights[keep] = load_file(out / "adapter_model.safetensors")
+    assert any(not torch.equal(tensor, weights["last"][name]) for name, tensor in weights["best"].items())
+
+
 REWARD = """
 import time
 calls = [0]
