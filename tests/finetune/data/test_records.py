@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from graft.finetune.data.records import Record, read_all, read_records
+from graft.finetune.data.records import Record, iterate_all, read_all, read_records
 
 SHARED = Path(__file__).parents[3] / "../shared/data"
 QA = ({"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"})
@@ -330,6 +330,7 @@ def test_weights_are_shares_and_lose_no_record(tmp_path: Path) -> None:
         "b0",
         "b1",
     ]
+    assert list(iterate_all([f"{a}=2", f"{b}=2"])) == read_all([f"{a}=2", f"{b}=2"])
     with pytest.raises(ValueError, match=r"a\.jsonl has no weight while others have"):
         read_all([a, f"{b}=0.3"])
     for weight in ("0", "-1", "nan", "inf"):
