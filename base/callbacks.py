@@ -58,14 +58,25 @@ class Callbacks:
         return len(self._watchers)
 
     def call(self, event: str, *arguments: object) -> None:
-        """Call the method `event` of those that have it; a plain function gets on_step's lines."""
+        """Call the method `event` of those that have it; a plain function gets on_step's lines.
+
+        An exception ends the calls, but on_close reaches all, and the first exception is raised after the last.
+        """
+        errors: list[Exception] = []
         for watcher in self._watchers:
             method: Callable[..., object] | None = getattr(watcher, event, None)
             if method is None and event == "on_step" and callable(watcher):
                 method = watcher
             if method is not None:
-                with _undisturbed():
-                    method(*arguments)
+                try:
+                    with _undisturbed():
+                        method(*arguments)
+                except Exception as error:
+                    if event != "on_close":
+                        raise
+                    errors.append(error)
+        if errors:
+            raise errors[0]
 
 
 @contextmanager

@@ -26,8 +26,8 @@ class TensorBoard(Callback):
     def on_start(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        # purge_step: TensorBoard drops what a killed process had written after the checkpoint.
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        # purge_step: TensorBoard drops what a killed process had written after the checkpoint, or all of a run started over.
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else 0)
         self._writer.add_text("config", "\n".join(f"    {key} = {value}" for key, value in config.items()), step)
 
     def on_step(self, line: Mapping[str, Any]) -> None:
@@ -48,7 +48,7 @@ class WeightsAndBiases(Callback):
     def __init__(self) -> None:
         with needs("wandb", "--log wandb"):
             self._wandb: Any = import_module("wandb")
-        self._is_running = False
+        self._is_running, self._has_ended = False, False
 
     def on_start(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
         self._wandb.init(
@@ -59,17 +59,19 @@ class WeightsAndBiases(Callback):
             dir=str(folder),
             config=dict(config),
         )
-        self._is_running = True
+        self._is_running, self._has_ended = True, False
 
     def on_step(self, line: Mapping[str, Any]) -> None:
         self._wandb.log(numbers(line), step=line["step"])
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
         self._wandb.log({f"summary/{name}": value for name, value in numbers(summary).items()})
+        self._has_ended = True
 
     def on_close(self) -> None:
         if self._is_running:
-            self._wandb.finish()
+            self._is_running = False
+            self._wandb.finish(exit_code=0 if self._has_ended else 1)  # 1: wandb shows the run as failed
 
 
 def _identity(folder: Path, *, is_new: bool) -> str:

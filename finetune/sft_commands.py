@@ -189,6 +189,7 @@ def sft(
     method = _method(given.pop("method", None), "lora" if lora else "qlora" if qlora else None, recipe)
     logs = _as_names(given.pop("log", []))
     if jobs is not None or sweep:
+        _refuse_of_one(adapter, logs, given)
         options = {
             "halving": halving,
             "at_once": at_once,
@@ -279,6 +280,14 @@ def _method(named: object, flag: str | None, recipe: str | None) -> str | None:
 def _as_names(value: object) -> list[str]:
     """`log` in a TOML file: a name, or a list of them."""
     return [str(name) for name in value] if isinstance(value, list) else [str(value)]
+
+
+def _refuse_of_one(adapter: Path | None, logs: list[str], settings: Mapping[str, Any]) -> None:
+    """Raise ValueError for what only a single run does, so that many don't ignore it."""
+    for name, value in (("--adapter", adapter), ("--log", ",".join(logs)), ("streaming", settings.get("streaming"))):
+        if value:
+            shown = f"{name}=true" if value is True else f"{name} {value}"
+            raise ValueError(f"{shown} is about a single run; leave it out with --jobs or --sweep")
 
 
 def _many(

@@ -26,7 +26,7 @@ class DataOptions:
     """How records become batches."""
 
     epochs: float = 3.0  # passes over the records, when `steps` is not given
-    max_seq_len: int | None = None  # tokens a record may have, longer ones are cut; none: the model's
+    max_seq_len: int | None = None  # tokens a record may have, see on_too_long for longer ones; none: the model's
     streaming: bool = False  # encode records one by one to a file in --out: for data that exceed the memory
     packing: bool = False  # records end to end in one row, each seeing only itself, instead of one a row, padded
     fields: dict | None = None  # other field names of the rows, such as {prompt = "question"}

@@ -85,19 +85,18 @@ def _thoughts(turn: dict, where: str) -> Message:
 
 
 def _loss(turn: dict, role: str, where: str) -> Message:
-    """{"train": False} where the row says that an assistant's turn is not to be learned."""
-    for name in TRAIN:
-        value = turn.get(name)
-        if value is None:
-            continue
+    """{"train": False} where the row says that an assistant's turn is not to be learned. Raises ValueError for two that differ."""
+    found = [name for name in TRAIN if turn.get(name) is not None]
+    for name in found:
+        value = turn[name]
         if not (isinstance(value, bool) or (name == "weight" and value in (0, 1))):
             expected = "0 or 1" if name == "weight" else "true or false"
             raise ValueError(f"{where}.{name} is {value!r:.40}; expected {expected}")
         if value and role != "assistant":
             raise ValueError(f"{where}.{name} asks for loss on a turn of {role}; only the assistant's turns carry loss")
-        if not value and role == "assistant":
-            return {"train": False}
-    return {}
+    if len({bool(turn[name]) for name in found}) > 1:
+        raise ValueError(f"{where} has {' and '.join(found)}, which mean the same and differ; keep one of them")
+    return {"train": False} if found and not turn[found[0]] and role == "assistant" else {}
 
 
 def _joined_parts(parts: list, where: str) -> str:

@@ -152,10 +152,17 @@ def _blank(record: Record) -> str | None:
         return "text is empty" if not record.text.strip() else None
     if record.messages is None:
         return "completion is empty" if record.completion is not None and not record.completion.strip() else None
-    answers = [m for m in record.messages[record.n_prompt_messages :] if m["role"] == "assistant"]
-    if answers and not any(str(m["content"]).strip() or m.keys() - {"role", "content", "train"} for m in answers):
+    turns = record.messages[record.n_prompt_messages :]
+    answers = [m for m in turns if m["role"] == "assistant" and m.get("train") is not False]
+    if answers and not any(str(m["content"]).strip() or _says_more(m) for m in answers):
         return "the assistant says nothing"
     return None
+
+
+def _says_more(message: Message) -> bool:
+    """Whether something stands beside the content: a thought, tool calls, or another template's own."""
+    beside = (value for key, value in message.items() if key not in ("role", "content", "name", "id"))
+    return any(value.strip() if isinstance(value, str) else value for value in beside)
 
 
 # --- one function per format ---------------------------------------------------------------------------------------

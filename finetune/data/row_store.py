@@ -3,6 +3,7 @@
 import tempfile
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,19 +20,22 @@ class RowStore(Sequence[Encoded]):
     """
 
     def __init__(self, folder: Path | str) -> None:
+        self._folder = folder
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (it lives as long as the rows)
         self._starts, self._sizes, self._end = array("q"), array("i"), 0
 
     def append(self, row: Encoded) -> None:
         """One more row. Raises OSError when the disk is full."""
-        self._file.write(row.ids.astype(np.int32).tobytes() + row.loss_mask.astype(np.bool_).tobytes())
+        with self._explained():
+            self._file.write(row.ids.astype(np.int32).tobytes() + row.loss_mask.astype(np.bool_).tobytes())
         self._starts.append(self._end)
         self._sizes.append(len(row.ids))
         self._end += len(row.ids) * (ID_BYTES + MASK_BYTES)
 
     def finish(self) -> None:
         """Hand the last rows to the system; call it once, before the first reading."""
-        self._file.flush()
+        with self._explained():
+            self._file.flush()
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -58,7 +62,20 @@ class RowStore(Sequence[Encoded]):
 
     def close(self) -> None:
         """Remove the file."""
-        self._file.close()
+        with suppress(OSError):  # on a full disk closing tries to write once more; the file is closed all the same
+            self._file.close()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{error.strerror} after {self._end:,} bytes of encoded rows (streaming=true: {ID_BYTES + MASK_BYTES} bytes "
+                "a token); make room there, or choose an --out on another disk",
+                str(self._folder),
+            ) from None
 
 
 def row_lengths(rows: Sequence[Encoded]) -> np.ndarray:  # (n,) int32

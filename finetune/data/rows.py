@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -188,7 +189,7 @@ def _csv_rows(text: IO[str], path: Path) -> Iterator[tuple[object, str]]:
                 f"{where}: not CSV ({error}); quote cells that hold commas, quotes or line breaks"
             ) from None
         if header is None:
-            header = cells
+            header = _checked_header(cells, path)
         elif cells:
             yield _zip_cells(header, cells, where), where
 
@@ -198,10 +199,17 @@ def _tsv_rows(text: IO[str], path: Path) -> Iterator[tuple[object, str]]:
     for number, line in enumerate(text, start=1):
         line = line.removesuffix("\n").removesuffix("\r")
         if header is None:
-            header = line.split("\t")
+            header = _checked_header(line.split("\t"), path)
         elif line:
             where = f"{path.name} line {number}"
             yield _zip_cells(header, line.split("\t"), where), where
+
+
+def _checked_header(names: list[str], path: Path) -> list[str]:
+    """The names, each once: of two equal ones a row would keep the last cell alone. Raises ValueError."""
+    if twice := [name for name, count in Counter(names).items() if count > 1 and name]:
+        raise ValueError(f"{path.name} line 1: two columns are named {twice[0]!r:.60}; rename one of them")
+    return names
 
 
 def _zip_cells(header: list[str], cells: list[str], where: str) -> dict[str, str]:

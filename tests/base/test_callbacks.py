@@ -130,13 +130,48 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
         ]
 
 
+@pytest.mark.parametrize("step", [0, 2])
+def test_tensorboard_drops_what_is_trained_again(step: int, tmp_path: Path) -> None:
+    """Law: one value a step, though a process before this one, killed or replaced by --force, had written others."""
+    for first, last, loss in ((0, 4, 1.0), (step, 3, 2.0)):
+        callbacks = Callbacks(loggers(["tensorboard"]))
+        callbacks.call("on_start", tmp_path, {}, first)
+        for number in range(first + 1, last + 1):
+            callbacks.call("on_step", {"step": number, "loss": loss})
+        callbacks.call("on_close")
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    expected = [(n, 1.0 if n <= step else 2.0) for n in (1, 2, 3)]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == expected
+
+
+def test_every_callback_is_closed() -> None:
+    """One that fails when it is closed keeps no other open; the first failure is told."""
+    closed = []
+
+    class Fails:
+        def on_step(self, line: dict) -> None:
+            raise OSError("step")
+
+        def on_close(self) -> None:
+            closed.append(self)
+            raise OSError(f"close {len(closed)}")
+
+    callbacks = Callbacks([Fails(), Fails()])
+    with pytest.raises(OSError, match="step"):
+        callbacks.call("on_step", {})
+    with pytest.raises(OSError, match="close 1"):
+        callbacks.call("on_close")
+    assert len(closed) == 2
+
+
 class Wandb:
     """Stands for the package: what it was called with."""
 
     def __init__(self) -> None:
         self.inits: list[dict] = []
         self.lines: list[tuple[int | None, dict]] = []
-        self.n_finished = 0
+        self.codes: list[int] = []
 
     def init(self, **settings: Any) -> None:
         self.inits.append(settings)
@@ -144,8 +179,8 @@ class Wandb:
     def log(self, metrics: dict, step: int | None = None) -> None:
         self.lines.append((step, metrics))
 
-    def finish(self) -> None:
-        self.n_finished += 1
+    def finish(self, exit_code: int) -> None:
+        self.codes.append(exit_code)
 
 
 def test_wandb_keeps_a_runs_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +197,13 @@ def test_wandb_keeps_a_runs_identity(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert first == resumed != over
     assert (wandb.inits[0]["project"], wandb.inits[0]["name"]) == ("graft", tmp_path.name)
     assert wandb.lines[1] == (4, {"loss": 2.0})
-    assert wandb.n_finished == 3
+    assert wandb.codes == [1, 1, 1]  # none of them came to its end
+    watcher.call("on_close")
+    watcher.call("on_start", tmp_path, {"steps": 6}, 3)
+    watcher.call("on_end", {"val_loss": 1.5, "device": "cpu"})
+    watcher.call("on_close")
+    assert wandb.codes == [1, 1, 1, 0]
+    assert wandb.lines[-1] == (None, {"summary/val_loss": 1.5})
 
 
 def test_a_logger_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,6 +192,22 @@ def test_every_knob_reaches_the_run(run: Run, base_dir: Path, tmp_path: Path) ->
     assert (train["learning_rate"], train["warmup_steps"], train["checkpoint_every"]) == (1e-3, 4, 3)
 
 
+@pytest.mark.parametrize("many", [("--jobs", "jobs.toml"), ("--sweep", "rank=2,4")])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--adapter", "runs/a"), "--adapter runs/a"),
+        (("--log", "wandb"), "--log wandb"),
+        (("--set", 'log="wandb"'), "--log wandb"),
+        (("--streaming",), "streaming=true"),
+    ],
+)
+def test_what_only_a_single_run_does(many: tuple, given: tuple, said: str, run: Run) -> None:
+    """Many at once take none of these: each would be ignored."""
+    code, _, err = run("sft", *many, *given)
+    assert (code, err) == (1, f"graft: {said} is about a single run; leave it out with --jobs or --sweep\n")
+
+
 def test_a_recipe_is_where_the_settings_start(run: Run, base_dir: Path, tmp_path: Path) -> None:
     """Law: flags win over the recipe; its method and base count unless others are given; the list shows its memory."""
     rows = write(tmp_path / "a.jsonl", {"prompt": "the cat", "completion": " sat"})

@@ -1,11 +1,13 @@
 """What reaches fine-tuning: data streamed from disk, Hugging Face ids, checkpoints that open in PEFT, callbacks, scores."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import peft
 import pytest
 import torch
@@ -15,11 +17,11 @@ from safetensors.torch import load_file
 import graft
 from graft.base.runlog import read_metrics
 from graft.base.tokenizer.tokenizer import Tokenizer
-from graft.finetune.data.chat import ChatTemplate
+from graft.finetune.data.chat import ChatTemplate, Encoded
 from graft.finetune.data.dataset import DatasetOptions, encode_dataset, encode_to_disk
 from graft.finetune.data.packing import SFTBatches
 from graft.finetune.data.records import iterate_all, read_all
-from graft.finetune.data.row_store import row_lengths
+from graft.finetune.data.row_store import RowStore, row_lengths
 from graft.finetune.session import Session
 from graft.finetune.sft_config import resolve
 from graft.finetune.sft_data import _check_streams
@@ -98,6 +100,27 @@ def test_bad_rows_of_a_stream_are_told_together(base_dir: Path, tmp_path: Path) 
     ):
         go(base_dir, bad, tmp_path / "out", streaming=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What can't be written says so once, with the folder; closing then raises nothing of its own."""
+
+    class Full:
+        def write(self, data: bytes) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        flush = close = lambda self: self.write(b"")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda dir: Full())
+    store = RowStore(tmp_path)
+    row = Encoded(np.arange(3, dtype=np.int32), np.ones(3, np.bool_))
+    for act in (lambda: store.append(row), store.finish):
+        with pytest.raises(
+            OSError, match=rf"No space left on device after 0 bytes of encoded rows.*{tmp_path}"
+        ) as told:
+            act()
+        assert told.value.errno == errno.ENOSPC
+    store.close()
 
 
 def test_a_large_json_list_does_not_stream(tmp_path: Path) -> None:

@@ -397,6 +397,9 @@ def test_turns_without_loss(template: ChatTemplate, tokenizer: Tokenizer) -> Non
     assert (first.loss_mask | second.loss_mask == both.loss_mask).all()
     assert "fox" in tokenizer.decode(first.ids[first.loss_mask])
     assert "fox" not in tokenizer.decode(second.ids[second.loss_mask])
+    unended = ChatTemplate("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    ends = [encode_whole(without(*quiet), tokenizer, unended).loss_mask[-1] for quiet in ((), (3,))]
+    assert ends == [True, False]  # the token that graft puts behind the last turn of such a template
     with pytest.raises(ValueError, match=r"r: each assistant turn has train false \(or weight 0\)"):
         encode_whole(without(1, 3), tokenizer, template)
 

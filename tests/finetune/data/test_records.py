@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from graft.finetune.data.records import Record, read_all, read_records
+from graft.finetune.data.records import Record, iterate_all, read_all, read_records
 
 SHARED = Path(__file__).parents[3] / "../shared/data"
 QA = ({"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"})
@@ -247,6 +247,12 @@ def test_a_wrong_row_says_what_was_found(tmp_path: Path, row: dict, message: str
         ({"messages": [QA[0], {"role": "assistant", "content": ""}]}, "the assistant says nothing"),
         ({"messages": [QA[0], {"role": "assistant", "content": None, "tool_calls": [{"function": {}}]}]}, None),
         (
+            {"messages": [{**QA[1], "train": False}, QA[0], {"role": "assistant", "content": "", "name": "bot"}]},
+            "the assistant says nothing",
+        ),
+        ({"messages": [QA[0], {"role": "assistant", "content": "", "thinking": " "}]}, "the assistant says nothing"),
+        ({"messages": [QA[0], {"role": "assistant", "content": "", "thinking": "hm"}]}, None),
+        (
             {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": None}]},
             "conversations[1].value is null",
         ),
@@ -254,6 +260,15 @@ def test_a_wrong_row_says_what_was_found(tmp_path: Path, row: dict, message: str
 )
 def test_what_is_empty_is_named(row: dict, empty: str | None, tmp_path: Path) -> None:
     assert one(tmp_path, row).empty == empty
+
+
+@pytest.mark.parametrize(("suffix", "comma"), [("csv", ","), ("tsv", "\t")])
+def test_two_columns_of_one_name_are_refused(suffix: str, comma: str, tmp_path: Path) -> None:
+    """Only the last of them would be read. Columns without a name may be many: pandas writes its index as one."""
+    path = tmp_path / f"a.{suffix}"
+    path.write_text(comma.join(["text", "note", "text"]) + "\n" + comma.join("abc") + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"a.{suffix} line 1: two columns are named 'text'; rename one of them"):
+        read_records(path)
 
 
 def test_all_bad_rows_are_in_one_message(tmp_path: Path) -> None:
@@ -315,6 +330,7 @@ def test_weights_are_shares_and_lose_no_record(tmp_path: Path) -> None:
         "b0",
         "b1",
     ]
+    assert list(iterate_all([f"{a}=2", f"{b}=2"])) == read_all([f"{a}=2", f"{b}=2"])
     with pytest.raises(ValueError, match=r"a\.jsonl has no weight while others have"):
         read_all([a, f"{b}=0.3"])
     for weight in ("0", "-1", "nan", "inf"):
@@ -422,6 +438,7 @@ def test_reasoning_has_one_name(name: str, tmp_path: Path) -> None:
             {**QA[1], "thinking": "a", "reasoning": "b"},
             r"messages\[1\] has reasoning and thinking, which mean the same",
         ),
+        ({**QA[1], "weight": 1, "train": False}, r"messages\[1\] has train and weight, which mean the same and differ"),
         ({**QA[1], "thinking": 3}, r"messages\[1\].thinking must be a string, got a number"),
     ],
 )
