@@ -193,8 +193,10 @@ class Engine:
                     break
                 reading = self._reading
                 assert reading is not None
-                n = reading.width if left is None else max(1, left // len(reading.readers))
-                left = None if left is None else left - min(n, reading.width) * len(reading.readers)
+                n = reading.width if left is None else min(reading.width, max(1, left // len(reading.readers)))
+                if not self._can_read(reading, n):
+                    break
+                left = None if left is None else left - n * len(reading.readers)
                 if reading.read(self.model, n, self._select):
                     self._reading = None
                     events += self._join(reading)
@@ -319,12 +321,21 @@ class Engine:
         self._reading = reading
         return True
 
+    def _can_read(self, reading: Reading, n: int) -> bool:
+        """Whether there are pages for n more columns, and for the last page of each equal text. Where running rows took them
+        since this group began, it waits until some are free."""
+        if not isinstance(reading.cache, PagedKVCache):
+            return True
+        n_copies = len(reading.rows) - len(set(reading.rows))
+        return reading.cache.pool.has(reading.cache.n_missing(n) + n_copies)
+
     def _join(self, reading: Reading) -> list[Event]:
         """The group's texts are read: their rows run from now on. Chooses their first tokens."""
         new = reading.requests
         lengths = [reading.lengths[row] for row in reading.rows]
         if reading.cache is self._cache and isinstance(self._cache, KVCache):
             self._cache.align(reading.lengths)
+            self._cache.select_rows(reading.rows)  # some may have been removed meanwhile
         elif self._pool is not None:
             if not isinstance(self._cache, PagedKVCache):
                 self._cache = PagedKVCache(self.model.config, self._pool, 0)
