@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.kv_cache import KVCache
-from ..model.paged_cache import PagedKVCache, n_pages
+from ..model.paged_cache import PAGE, PagedKVCache, n_pages
 from ..model.transformer import Transformer
 from .prefix_cache import BLOCK, PrefixCache
 from .reading import PROMPT_TOKENS_AT_ONCE, Reading
@@ -94,8 +94,17 @@ class Engine:
 
     @property
     def cache_bytes(self) -> int:
-        """Memory of the running rows' keys and values, free columns included; the prefix cache counts its own."""
+        """Memory of the running rows' keys and values, free columns included; the prefix cache counts its own. With pages:
+        all of them, those of the prefix cache too."""
+        if self._pool is not None:
+            return self._pool.n_pages * self._pool.page_bytes
         return self._cache.n_bytes if self._cache is not None else 0
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the longest request, prompt and answer: the model's max_seq_len, or what all pages hold, less one of them."""
+        limit = self.model.config.max_seq_len
+        return limit if self._pool is None else max(0, min(limit, (self._pool.n_pages - 2) * PAGE))
 
     def add(
         self, ids: Sequence[int], sampling: Sampling | None = None, *, adapter: str | None = None, priority: int = 0
@@ -193,8 +202,10 @@ class Engine:
                     break
                 reading = self._reading
                 assert reading is not None
-                n = reading.width if left is None else max(1, left // len(reading.readers))
-                left = None if left is None else left - min(n, reading.width) * len(reading.readers)
+                n = reading.width if left is None else min(reading.width, max(1, left // len(reading.readers)))
+                if not self._can_read(reading, n):
+                    break
+                left = None if left is None else left - n * len(reading.readers)
                 if reading.read(self.model, n, self._select):
                     self._reading = None
                     events += self._join(reading)
@@ -227,7 +238,7 @@ class Engine:
         return events
 
     def _drafts(self) -> list[list[int]]:
-        """Each row's guesses; [] where a step without any is due."""
+        """Each row's guesses, as many as pay. An empty list, or only empty ones: this step is decoded without guesses."""
         self._guesses = []
         if self.drafter is None or not (self.drafter.is_free or self.pace.wants(len(self._running))):
             return []
@@ -270,8 +281,10 @@ class Engine:
         return events, ended
 
     def _make_room(self, T: int) -> int:
-        """Pages for T more tokens in every row, or for one where there are too few, as the result says; where there are not
-        even those, rows give theirs back and wait."""
+        """Free pages for the step, and return how many tokens each row may add: T, or 1 where there are too few pages for T.
+
+        Where there are too few for 1 as well, running requests are preempted until there are enough: the least urgent one that
+        came last gives its pages back and waits."""
         cache = self._cache
         while isinstance(cache, PagedKVCache) and not cache.pool.has(cache.n_missing(T)):
             if T > 1:
@@ -319,12 +332,21 @@ class Engine:
         self._reading = reading
         return True
 
+    def _can_read(self, reading: Reading, n: int) -> bool:
+        """Whether there are pages for n more columns, and for the last page of each equal text. Where running rows took them
+        since this group began, it waits until some are free."""
+        if not isinstance(reading.cache, PagedKVCache):
+            return True
+        n_copies = len(reading.rows) - len(set(reading.rows))
+        return reading.cache.pool.has(reading.cache.n_missing(n) + n_copies)
+
     def _join(self, reading: Reading) -> list[Event]:
         """The group's texts are read: their rows run from now on. Chooses their first tokens."""
         new = reading.requests
         lengths = [reading.lengths[row] for row in reading.rows]
         if reading.cache is self._cache and isinstance(self._cache, KVCache):
             self._cache.align(reading.lengths)
+            self._cache.select_rows(reading.rows)  # some may have been removed meanwhile
         elif self._pool is not None:
             if not isinstance(self._cache, PagedKVCache):
                 self._cache = PagedKVCache(self.model.config, self._pool, 0)
@@ -412,6 +434,7 @@ class Engine:
         """Each row's next token, and the rows that end with it."""
         if self._forbidden is not None:
             logits = logits.masked_fill(self._forbidden, -torch.inf)
+        own = logits  # the model's, before grammars and penalties
         if any(request.matcher is not None for request in requests):
             logits = logits.clone()
             for row, request in enumerate(requests):
@@ -419,7 +442,7 @@ class Engine:
                     logits[row].masked_fill_(~request.matcher.allowed().to(self._device), -torch.inf)
         logits = penalize(logits, [r.seen for r in requests], [r.sampling for r in requests])
         tokens = choose_tokens(logits, [r.sampling for r in requests], [r.generator for r in requests])
-        logprobs = token_logprobs(logits, tokens, [r.sampling.logprobs for r in requests])
+        logprobs = token_logprobs(own, tokens, [r.sampling.logprobs for r in requests])
         if self._on_choice is not None:
             self._on_choice(requests, logits, tokens)
         events, ended = [], []

@@ -131,8 +131,12 @@ class PagedKVCache:
         return len({page for table in self.tables for page in table}) * self.pool.page_bytes
 
     def n_missing(self, T: int) -> int:
-        """Pages that T more tokens in every row would take."""
-        return sum(max(0, n_pages(n + T) - len(table)) for n, table in zip(self.lengths, self.tables, strict=True))
+        """Pages that T more tokens in every row would take, padding aside."""
+        limits = self.limits or [length + T for length in self.lengths]
+        return sum(
+            max(0, n_pages(min(length + T, limit)) - len(table))
+            for table, length, limit in zip(self.tables, self.lengths, limits, strict=True)
+        )
 
     def begin(self, n_rows: int, T: int) -> "StepContext":
         """Pages for T more tokens a row, and what the layers need. Raises ValueError for another row count, and when the

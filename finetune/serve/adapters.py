@@ -223,7 +223,8 @@ class Models:
         """Take an adapter out of service; requests that run end as they began. Raises ApiError 404."""
         if name not in self.names()[1:]:
             self.find(name)  # raises for an unknown name
-            raise ApiError(400, f"{name!r} is the base; only adapters can be unloaded", param="lora_name")
+            what = "the base" if name == self.base_name else "a stack, which goes with its adapters"
+            raise ApiError(400, f"{name!r} is {what}; only adapters can be unloaded", param="lora_name")
         with self._lock:
             self._unloaded.add(name)
             for other in [other for other in self._loaded if other == name or name in _parts(other)]:

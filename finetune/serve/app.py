@@ -74,6 +74,8 @@ class Api:
         # One thread for templates and tokens: the tokenizer serves one caller at a time, and the event loop must not wait.
         self.text = ThreadPoolExecutor(1, thread_name_prefix="text")
         self._loading = asyncio.Lock()
+        is_short = worker.max_tokens < worker.model.config.max_seq_len
+        self.reader = "the key-value cache (--cache-mib) holds" if is_short else "the model reads"
         self._grammars: dict[tuple[str, frozenset[int]], JsonGrammar] = {}
 
     async def body(self, request: Request) -> bytes:
@@ -146,7 +148,7 @@ class Api:
 
     def _prompts(self, asked: ChatRequest | CompletionRequest, served: Served) -> list[list[int]]:
         """The ids that each answer starts from. Raises ApiError 400 for a prompt that can't be made or is too long."""
-        tokenizer, limit = self.models.tokenizer, self.worker.model.config.max_seq_len
+        tokenizer, limit = self.models.tokenizer, self.worker.max_tokens
         field = "prompt" if isinstance(asked, CompletionRequest) else "messages"
         try:
             if isinstance(asked, CompletionRequest):
@@ -177,7 +179,7 @@ class Api:
             if len(ids) >= limit:
                 raise ApiError(
                     400,
-                    f"the prompt has {len(ids)} tokens, the model reads {limit} with its answer; shorten the prompt",
+                    f"the prompt has {len(ids)} tokens, {self.reader} {limit} with its answer; shorten the prompt",
                     param=field,
                     code="context_length_exceeded",
                 )
@@ -199,7 +201,7 @@ class Api:
 
     def sampling(self, asked: ChatRequest | CompletionRequest, served: Served, n_prompt: int) -> Sampling:
         """The request's settings with OpenAI's defaults. Raises ApiError 400."""
-        room = self.worker.model.config.max_seq_len - n_prompt
+        room = self.worker.max_tokens - n_prompt
         if isinstance(asked, ChatRequest):
             limit = asked.max_completion_tokens or asked.max_tokens or room
             if asked.top_logprobs is not None and not asked.logprobs:
@@ -210,7 +212,7 @@ class Api:
         if limit > room:
             raise ApiError(
                 400,
-                f"the prompt has {n_prompt} tokens; with max_tokens={limit} that is more than the model's {room + n_prompt}",
+                f"the prompt has {n_prompt} tokens; with max_tokens={limit} that is too much: {self.reader} {room + n_prompt}",
                 param="max_tokens",
                 code="context_length_exceeded",
             )
@@ -454,7 +456,7 @@ def _add_models(app: FastAPI, api: Api) -> None:
     def card(name: str) -> dict[str, object]:
         parent = None if name == models.base_name else models.base_name
         return {"id": name, "object": "model", "created": created, "owned_by": "graft", "parent": parent,
-                "max_model_len": api.worker.model.config.max_seq_len}  # fmt: skip
+                "max_model_len": api.worker.max_tokens}  # fmt: skip
 
     @app.get("/v1/models")
     async def names() -> Response:
@@ -506,7 +508,10 @@ def _add_arena(app: FastAPI, api: Api, arena: Arena) -> None:
                 api.models.find(name)  # raises for an unknown name
         if asked.a == asked.b:
             raise ApiError(400, "a and b are one model; a battle needs two", param="b")
-        await asyncio.to_thread(arena.write, asked.model_dump())
+        try:
+            await asyncio.to_thread(arena.write, asked.model_dump())
+        except OSError as error:
+            raise ApiError(500, f"the vote can't be written: {error.strerror or error}; look at the disk") from None
         return JSONResponse({"n_battles": arena.n_battles})
 
 

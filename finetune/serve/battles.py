@@ -3,6 +3,7 @@
 {"a": "spam", "b": "tone", "winner": "a", "prompt": "...", "answer_a": "...", "answer_b": "...", "time": "2026-11-28T15:00:00"}
 """
 
+import errno
 import json
 import os
 import threading
@@ -30,10 +31,15 @@ class Arena:
         self.n_battles = sum(bool(line.strip()) for line in content.splitlines())
 
     def write(self, battle: Mapping[str, object]) -> None:
-        """Add a battle, whole and on disk before this returns."""
+        """Add a battle, whole and on disk before this returns. Raises OSError where that fails; nothing of it stays then."""
         line = json.dumps({**battle, "time": strftime("%Y-%m-%dT%H:%M:%S")}, ensure_ascii=False) + "\n"
-        with self._lock, self._path.open("ab") as file:
-            file.write(line.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        with self._lock, self._path.open("ab", buffering=0) as file:
+            before, data = file.tell(), line.encode()
+            try:
+                if file.write(data) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(before)  # half a line would spoil the next one
+                raise
             self.n_battles += 1

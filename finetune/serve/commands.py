@@ -41,7 +41,9 @@ def serve(
     ] = 256,
     cache_mib: Annotated[
         int | None,
-        typer.Option("--cache-mib", help="Memory for running answers, shared in pages. [default: rows of full length]"),
+        typer.Option(
+            "--cache-mib", help=r"Memory for answers and kept prompts, shared in pages. \[default: rows of full length]"
+        ),
     ] = None,
     speculate: Annotated[
         str | None, typer.Option("--speculate", help="Guess tokens ahead: ngram, or the folder of a small model.")

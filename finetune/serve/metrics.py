@@ -62,7 +62,9 @@ class Metrics:
                 "gauge", "Their weights.", sum(a.n_bytes for a in list(worker.models.bank.adapters.values()))
             ),
             "weights_bytes": one("gauge", "The base's weights.", self._weights_bytes),
-            "cache_bytes": one("gauge", "Keys and values of the batch.", engine.cache_bytes),
+            "cache_bytes": one(
+                "gauge", "Keys and values of the batch; with --cache-mib all pages.", engine.cache_bytes
+            ),
             "prefix_cache_bytes": one(
                 "gauge", "Keys and values kept of earlier prompts.", prefix.n_bytes if prefix else 0
             ),
@@ -79,7 +81,7 @@ class Metrics:
                 self._weights_bytes
                 + sum(a.n_bytes for a in list(worker.models.bank.adapters.values()))
                 + engine.cache_bytes
-                + (prefix.n_bytes if prefix else 0),
+                + (prefix.n_bytes if prefix and not worker.has_pages else 0),  # else its pages are among the batch's
             ),
             "resident_bytes": one(
                 "gauge", "The process's resident memory, Python and its libraries included.", resident()

@@ -71,6 +71,10 @@ class Worker:
         self.max_batch, self._cache_bytes, self._drafter = max_batch, cache_bytes, drafter
         self.prefix_cache = PrefixCache(prefix_cache_bytes) if prefix_cache_bytes else None
         self.engine = self._new_engine()
+        self.has_pages = cache_bytes is not None
+        self.max_tokens = self.engine.max_tokens  # of a prompt and its answer
+        if self.max_tokens < 1:
+            raise ValueError(f"cache_bytes={cache_bytes} hold less than two pages of keys and values; give more")
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._jobs: dict[int, Job] = {}  # by the engine's number
         self._outgoing: list[tuple[Job, Delta]] = []

@@ -197,5 +197,11 @@ def test_log_probabilities_are_the_full_models(model: Transformer) -> None:
         assert [index for index, _ in event.logprob.top] == expected.topk(5).indices.tolist()
         assert [value for _, value in event.logprob.top] == pytest.approx(expected.topk(5).values.tolist(), abs=1e-4)
         ids.append(event.token)
+    penalized = engine.add(prompt, Sampling(max_new_tokens=1, repetition_penalty=9.0, logprobs=0))
+    [event] = [event for event in engine.step() if event.request == penalized]
+    with torch.no_grad():
+        expected = model(torch.tensor([prompt]))[0, -1].log_softmax(-1)
+    assert event.logprob is not None
+    assert event.logprob.logprob == pytest.approx(float(expected[event.token]), abs=1e-4)
     with pytest.raises(ValueError, match="logprobs=-1 must be >= 0"):
         Sampling(logprobs=-1)

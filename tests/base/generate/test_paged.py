@@ -157,3 +157,44 @@ def test_the_lowest_number_starts_first(model: Transformer) -> None:
         events += engine.step()
     assert engine.n_preempted == 1
     assert [event.request for event in events if event.finished] == [urgent, late]
+
+
+@pytest.mark.parametrize("cache_bytes", [None, 40 * PAGE_BYTES])
+def test_a_request_that_goes_while_its_prompt_is_read_leaves_no_row(
+    model: Transformer, cache_bytes: int | None
+) -> None:
+    """A group may begin right after the last running request ended, and still be read in chunks; one of it that goes then
+    takes its row along: the others keep theirs."""
+    first, *prompts = prompts_of(3, 60, 50, 55)
+    expected = generate_ids(model, prompts[1:], Sampling(max_new_tokens=9))
+    engine = Engine(model, max_batch=4, prefill_chunk=30, cache_bytes=cache_bytes)
+    engine.add(first, Sampling(max_new_tokens=2))
+    engine.step()
+    requests = [engine.add(prompt, Sampling(max_new_tokens=9)) for prompt in prompts]
+    engine.step()  # the first one ends, and some of the prompts are read
+    assert engine.n_running == 3
+    engine.remove(requests[0])
+    found = drain(engine)
+    assert [found[request] for request in requests[1:]] == expected
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_rows_that_grow_leave_a_prompt_in_chunks_its_pages(model: Transformer, prefix: bool) -> None:
+    """While a long prompt is read in many steps, running rows take pages that were free when it began: it waits again
+    rather than fails, and each text is the one it would be alone."""
+    prompts = prompts_of(20, 22, 150)
+    settings = [Sampling(max_new_tokens=n) for n in (150, 120, 5)]
+    expected = generate_ids(model, prompts, settings)
+    engine = Engine(
+        model,
+        max_batch=4,
+        prefill_chunk=1,
+        cache_bytes=(1 + 11) * PAGE_BYTES,
+        prefix_cache=PrefixCache(1 << 20) if prefix else None,
+    )
+    requests = [engine.add(prompt, one) for prompt, one in zip(prompts[:2], settings[:2], strict=True)]
+    begun = {event.request: [event.token] for event in engine.step()}
+    requests.append(engine.add(prompts[2], settings[2]))
+    found = drain(engine)
+    assert [begun.get(request, []) + found[request] for request in requests] == expected
+    assert prefix or pages_in_use(engine) == 0

@@ -147,3 +147,48 @@ def test_echo_is_the_prompt_and_its_probabilities(live: Any, alone: Any) -> None
     assert expected[-1].logprob == pytest.approx(float(full[-2, ids[-1]]), abs=1e-4)
     with pytest.raises(ValueError, match="the text has 0 tokens"):
         text_logprobs(alone.model, [], 0)
+
+
+def test_a_small_cache_bounds_the_answers(served_base: Path, serving: Callable[..., Any]) -> None:
+    """With fewer pages than the model reads tokens an answer without max_tokens ends where the pages do; what can't fit is
+    the client's error, and the figures count all pages once."""
+    page = 2 * 2 * 32 * 16 * 4 * 2
+    with serving(served_base, None, cache_bytes=6 * page) as live:
+        [card] = httpx.get(f"{live.url}/v1/models").json()["data"]
+        assert card["max_model_len"] == 4 * 32
+        messages = [{"role": "user", "content": "the cat"}]
+        answer = httpx.post(
+            f"{live.url}/v1/chat/completions", json={"model": "tiny-base", "messages": messages, "ignore_eos": True}
+        )
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["usage"]["total_tokens"] == 4 * 32
+        for prompt, n in (([5] * 120, 9), ([5] * 128, 1)):
+            body = {"model": "tiny-base", "prompt": prompt, "max_tokens": n}
+            refused = httpx.post(f"{live.url}/v1/completions", json=body)
+            assert refused.status_code == 400
+            assert "the key-value cache (--cache-mib) holds 128" in refused.json()["error"]["message"]
+        lines = httpx.get(f"{live.url}/metrics").text.splitlines()
+        figures = {line.split(" ")[0]: float(line.split(" ")[1]) for line in lines if line[0] != "#"}
+        assert figures["graft_prefix_cache_bytes"] > 0
+        assert figures["graft_cache_bytes"] == 6 * page
+        assert figures["graft_predicted_bytes"] == figures["graft_weights_bytes"] + 6 * page
+    with pytest.raises(ValueError, match="less than two pages"), serving(served_base, None, cache_bytes=2 * page):
+        pass
+
+
+def test_a_vote_that_can_not_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk is told, and the next vote is a line of its own."""
+    arena = Arena(tmp_path)
+    arena.write({"a": "x"})
+
+    def full(file: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            arena.write({"a": "y"})
+    arena.write({"a": "z"})
+    lines = (tmp_path / "battles.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["a"] for line in lines] == ["x", "z"]
+    assert arena.n_battles == 2
