@@ -43,7 +43,8 @@ class Preparer:
         stack: ExitStack,  # closes the jobs' folders
         device: str,
         skip_left_out: bool = False,  # resume: jobs that a sweep took out stay out
-        scratch: Path | None = None,  # where their runs would start, for a prediction that leaves the jobs' folders alone
+        scratch: Path
+        | None = None,  # where their runs would start, for a prediction that leaves the jobs' folders alone
     ) -> None:
         self.base, self.model, self.tokenizer, self.method = base, model, tokenizer, method
         self.resume, self.force, self.stack, self.device = resume, force, stack, device
