@@ -53,17 +53,15 @@ class Adapter:
 
     @property
     def beyond_lora(self) -> str | None:
-        """What it has beside pairs of A and B, in adapter_config.json's words; None for nothing."""
+        """All that it has beside pairs of A and B, in adapter_config.json's words; None for nothing."""
         if self.prefix is not None or self.bottlenecks:
             return f"peft_type={self.config.get('peft_type')}"
-        for name, part in (
+        parts = (
             ("use_dora=true", self.magnitudes),
             ("modules_to_save", self.modules),
             ("trainable_token_indices", self.token_rows),
-        ):
-            if part:
-                return name
-        return None
+        )
+        return ", ".join(name for name, part in parts if part) or None
 
     def check_plain(self, what: str) -> None:
         """Raise ValueError for an adapter that is more than pairs of A and B; `what` says what can't be done with it."""

@@ -10,7 +10,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_mar
 
 @app.callback()
 def adapter() -> None:
-    """List, show, merge and extract LoRA adapters (PEFT folders)."""
+    """List, show, merge and extract adapters (PEFT folders)."""
 
 
 @app.command("list")
@@ -25,6 +25,7 @@ def list_adapters(
     from rich.table import Table
 
     from ...base.text.printable import markup
+    from ..data.records import join_errors
     from .files import CONFIG, read_adapter
 
     if not folder.is_dir():
@@ -33,14 +34,24 @@ def list_adapters(
     if not folders:
         raise ValueError(f"no adapter ({CONFIG}) lies below {folder}")
     table = Table()
-    for column in ("adapter", "rank", "alpha", "layers", "bytes", "base"):
+    for column in ("adapter", "rank", "alpha", "linears", "beside LoRA", "bytes", "base"):
         table.add_column(column, overflow="fold")
+    unreadable = []
     for path in folders:
-        one = read_adapter(path)
+        try:
+            one = read_adapter(path)
+        except (ValueError, OSError) as error:
+            unreadable.append(str(error))
+            continue
+        alpha = markup(one.config.get("lora_alpha")) if one.layers else ""
+        linears = str(len(one.layers)) if one.layers else ""
+        base = markup(one.config.get("base_model_name_or_path"))
         ranks = ", ".join(map(str, one.ranks))
-        alpha, base = (markup(one.config.get(key)) for key in ("lora_alpha", "base_model_name_or_path"))
-        table.add_row(markup(path), ranks, alpha, str(len(one.layers)), f"{one.n_bytes:,}", base)
-    Console().print(table)
+        table.add_row(markup(path), ranks, alpha, linears, markup(one.beyond_lora or ""), f"{one.n_bytes:,}", base)
+    if table.row_count:
+        Console().print(table)
+    if unreadable:
+        raise ValueError(f"{len(unreadable)} of {len(folders)} adapters can't be read: {join_errors(unreadable)}")
 
 
 @app.command()
@@ -48,7 +59,7 @@ def show(
     folder: Annotated[Path, typer.Argument(help="Adapter folder.")],
     every: Annotated[bool, typer.Option("--all", help="A line for each linear, with its shapes.")] = False,
 ) -> None:
-    """Show an adapter's config, and the size of its update by layer and kind of linear.
+    """Show an adapter's config, the size of its update by layer and kind of linear, and what it has beside those.
 
     Example: graft adapter show runs/demo/adapters/spam
     """
@@ -56,15 +67,19 @@ def show(
 
     from ...base.text.printable import markup
     from .files import read_adapter
-    from .norms import every_linear, summary
+    from .norms import beside_pairs, every_linear, summary
 
     one = read_adapter(folder)
     console = Console()
-    for key in ("base_model_name_or_path", "r", "lora_alpha", "target_modules", "use_rslora"):
-        console.print(f"{key}: {markup(one.config.get(key))}", highlight=False)
+    for key in ("base_model_name_or_path", "peft_type", "r", "lora_alpha", "target_modules", "use_rslora"):
+        if key in one.config:
+            console.print(f"{key}: {markup(one.config[key])}", highlight=False)
     for key, value in one.graft.items():
         console.print(f"{markup(key)}: {markup(value)}", highlight=False)
-    console.print(every_linear(one) if every else summary(one))
+    if one.layers:
+        console.print(every_linear(one) if every else summary(one))
+    for line in beside_pairs(one):
+        console.print(markup(line), highlight=False)
     console.print(f"{len(one.layers)} linears, {one.n_bytes:,} bytes", highlight=False)
 
 
@@ -105,7 +120,11 @@ def merge(
     from .combine import run_combine
     from .merge import run_merge
 
-    if len(adapter) == 1 and weights is None and into in (None, "base"):
+    if density != 0.5 and method not in ("ties", "dare"):
+        raise ValueError(f"--density {density:g} is about ties and dare; add --method, or leave it out")
+    if seed and method != "dare":
+        raise ValueError(f"--seed {seed} is about dare; add --method dare, or leave it out")
+    if len(adapter) == 1 and weights is None and method == "cat" and into in (None, "base"):
         report, drift = run_merge(base, adapter[0], out, text=text, force=force, allow_drift=allow_drift)
         if report.relative_error:
             typer.echo(

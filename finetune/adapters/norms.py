@@ -40,7 +40,7 @@ def summary(adapter: Adapter) -> "Table":
     norms = norms_by_layer(adapter)
     known = [kind for kind in ORDER if any(kind in one for one in norms.values())]
     kinds = list(dict.fromkeys([*known, *(kind for one in norms.values() for kind in one)]))
-    table = Table(title="norm of scale * B A")
+    table = Table(title="norm of scale * B A" + (", before DoRA's magnitudes" if adapter.magnitudes else ""))
     for column in ("layer", *(kind.removesuffix("_proj") for kind in kinds), "together"):
         table.add_column(markup(column), justify="right")
     for layer, one in sorted(norms.items(), key=lambda item: (not item[0].isdecimal(), item[0].zfill(6))):
@@ -50,6 +50,24 @@ def summary(adapter: Adapter) -> "Table":
     table.add_section()
     table.add_row("all", *(f"{norm:.3g}" for norm in columns), f"{math.hypot(*columns):.3g}")
     return table
+
+
+def beside_pairs(adapter: Adapter) -> list[str]:
+    """What an adapter has beside pairs of A and B, a line for each kind with its size; [] for plain LoRA."""
+    found = []
+    if adapter.magnitudes:
+        found.append(f"magnitudes (DoRA) of {len(adapter.magnitudes)} linears")
+    found += [
+        f"{path} in its own copy: {sum(tensor.numel() for tensor in tensors.values()):,} numbers"
+        for path, tensors in adapter.modules.items()
+    ]
+    found += [f"{path}: own rows for {len(ids)} tokens" for path, (ids, _) in adapter.token_rows.items()]
+    if adapter.prefix is not None:
+        found.append(f"prefix of {adapter.prefix.shape[0]} positions, {adapter.prefix.numel():,} numbers")
+    found += [
+        f"bottleneck of {tensors['down_weight'].shape[0]} after {path}" for path, tensors in adapter.bottlenecks.items()
+    ]
+    return found
 
 
 def every_linear(adapter: Adapter) -> "Table":

@@ -95,4 +95,4 @@ class AdapterShelf:
 def resident_bytes(adapter: Adapter, model: Transformer) -> int:
     """Bytes of a loaded adapter: in the base's dtype, and the copy that the bank keeps as it was read."""
     width = model.model.embed_tokens.weight.element_size()
-    return adapter.n_bytes + sum((a.numel() + b.numel()) * width for a, b, _ in adapter.layers.values())
+    return adapter.n_bytes + adapter.n_values * width

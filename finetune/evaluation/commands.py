@@ -93,7 +93,17 @@ def evaluate(
     folders = adapter_folders(adapter or [])
     run: dict[str, Any] = {"with_base": len(folders) != 1, "limit": limit, "dtype": dtype, "device": device}
     if task:
-        _refuse_for_tasks(score != "exact", metric, samples, pass_k, baselines, field, chat_template, template_arg)
+        of_records = {
+            "--score": score != "exact", "--metric": metric, "--samples": samples, "--pass-k": pass_k,
+            "--verify": verify != "exact", "--temperature": temperature != 0.8, "--top-p": top_p != 0.95, "--seed": seed,
+            "--max-new-tokens": max_new_tokens is not None, "--baselines": baselines, "--batch-size": batch_size != 32,
+            "--on-too-long": on_too_long != "error", "--on-empty": on_empty != "error",
+            "--special-tokens": special_tokens != "text", "--field": field, "--chat-template": chat_template,
+            "--template-arg": template_arg,
+        }  # fmt: skip
+        for flag, given in of_records.items():
+            if given:
+                raise ValueError(f"{flag} is about records; a --task has its own figures, so leave it out")
         _benchmarks(base, task, folders, as_json, kind=kind, n_shots=shots, **run)
         return
     if kind is not None or shots:
@@ -121,22 +131,6 @@ def evaluate(
     _records(base, data or [], folders, as_json, baselines=baselines, **run, **options)
 
 
-def _refuse_for_tasks(likelihood: bool, *others: object) -> None:
-    names = [
-        "--score",
-        "--metric",
-        "--samples",
-        "--pass-k",
-        "--baselines",
-        "--field",
-        "--chat-template",
-        "--template-arg",
-    ]
-    for name, given in zip(names, (likelihood, *others), strict=True):
-        if given:
-            raise ValueError(f"{name} is about records; a --task has its own figures, so leave it out")
-
-
 def _whole_numbers(flag: str, text: str | None) -> tuple[int, ...]:
     """ "1,5" -> (1, 5). Raises ValueError."""
     try:
@@ -154,6 +148,10 @@ def _records(base: Path, data: list[str], folders: dict[str, Path], as_json: boo
         found = compare(base, data, folders, progress=observe, **options)
     if len(found) > 1 and not as_json:
         print_tables(comparison_table(found))
+        for name, one in found.items():
+            counts = [f"{key}: {one[key]:,}" for key in ("n_empty", "n_too_long", "n_cut") if key in one]
+            if counts:
+                typer.echo(f"{name}, rows left out or cut: {', '.join(counts)}", err=True)
         return
     figures = found if len(found) > 1 else next(iter(found.values()))
     if as_json:

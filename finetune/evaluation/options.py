@@ -1,7 +1,7 @@
 """How `graft eval` reads records and scores them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from ...base.generate.sampling import Sampling
@@ -9,6 +9,7 @@ from ..data.dataset import DatasetOptions
 
 Score = Literal["exact", "likelihood"]
 TEXT_METRICS = ("chrf", "bleu")  # of answers that are free text, by sacrebleu
+OF_SAMPLES = ("temperature", "top_p", "seed", "verify")  # choices that one greedy answer hasn't
 MAX_LABELS = 20  # so few distinct answers are classes, and F1 is given
 
 
@@ -42,6 +43,12 @@ class EvalOptions:
                 )
         if unknown := [name for name in self.metrics if name not in TEXT_METRICS]:
             raise ValueError(f"--metric {unknown[0]!r} is unknown; choose {', '.join(TEXT_METRICS)}")
+        if self.batch_size < 1:
+            raise ValueError(f"--batch-size {self.batch_size} must be >= 1")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ValueError(f"--max-new-tokens {self.max_new_tokens} must be >= 1")
+        if self.max_new_tokens is not None and self.score == "likelihood":
+            raise ValueError("--max-new-tokens is about answers and --score likelihood writes none; leave one out")
         self.dataset  # noqa: B018 (raises for an unknown choice)
         self._check_samples()
 
@@ -53,6 +60,11 @@ class EvalOptions:
         if wrong := [k for k in self.pass_k if not 1 <= k <= self.n_samples]:
             raise ValueError(f"--pass-k {wrong[0]} must lie between 1 and --samples {self.n_samples}")
         if not self.n_samples:
+            for one in fields(self):
+                if one.name in OF_SAMPLES and getattr(self, one.name) != one.default:
+                    raise ValueError(
+                        f"--{one.name.replace('_', '-')} is about several samples a record; add --samples N"
+                    )
             return
         if self.score == "likelihood":
             raise ValueError("--samples draws answers and --score likelihood writes none; leave one out")

@@ -38,6 +38,7 @@ def evaluate_records(
     options = options or EvalOptions(batch_size=batch_size)
     whole = [record for record in records if record.empty is None]
     if not records or (whole and all(record.text is not None for record in whole)):
+        _refuse_for_text(options)
         return _document_figures(model, tokenizer, records, options, device)
     kept, counts = usable(model.config.max_seq_len, tokenizer, records, template, options)
     figures: dict[str, Any] = {"n_records": len(kept), **{name: count for name, count in counts.items() if count}}
@@ -77,10 +78,29 @@ def _label_loss(
     limit, size = model.config.max_seq_len + 1, options.batch_size
     special = options.dataset.special_tokens
     encoded = [encode_whole(record, tokenizer, template, special_tokens=special) for record in records]
+    n_cut = sum(
+        len(e.ids) > limit for e in encoded
+    )  # answers longer than the --max-new-tokens that prompts leave room for
     encoded = [type(e)(e.ids[:limit], e.loss_mask[:limit]) for e in encoded]
     batches = [collate_padded(encoded[i : i + size]) for i in range(0, len(encoded), size)]
     n_labels = sum(int(e.loss_mask[1:].sum()) for e in encoded)
-    return loss_figures(mean_loss(model, batches, device=device), n_labels, sum(map(_learned_bytes, records)))
+    figures = loss_figures(mean_loss(model, batches, device=device), n_labels, sum(map(_learned_bytes, records)))
+    if n_cut:
+        del figures["bits_per_byte"]  # the bytes of what was cut are not known
+        return {"n_cut": n_cut, **figures}
+    return figures
+
+
+def _refuse_for_text(options: EvalOptions) -> None:
+    """Raise ValueError for what is asked about answers, which texts haven't."""
+    for flag, given in (
+        ("--score likelihood", options.score != "exact"),
+        ("--metric", options.metrics),
+        ("--samples", options.n_samples),
+        ("--max-new-tokens", options.max_new_tokens is not None),
+    ):
+        if given:
+            raise ValueError(f"{flag} is about answers, the data is text without any; leave it out")
 
 
 def _learned_bytes(record: Record) -> int:

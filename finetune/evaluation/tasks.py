@@ -78,7 +78,7 @@ def read_benchmark(
             found = found or kind_of(row, where)
             questions.append(READERS[found](row, where, asked))
         except ValueError as error:
-            bad.append(str(error))
+            bad.append(str(error) if str(error).startswith(where) else f"{where}: {error}")
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             bad.append(f"{where}: not a row of kind {found} ({type(error).__name__}: {error}); it has {_fields(row)}")
     if bad:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -42,10 +43,12 @@ class Preparer:
         stack: ExitStack,  # closes the jobs' folders
         device: str,
         skip_left_out: bool = False,  # resume: jobs that a sweep took out stay out
+        scratch: Path
+        | None = None,  # where their runs would start, for a prediction that leaves the jobs' folders alone
     ) -> None:
         self.base, self.model, self.tokenizer, self.method = base, model, tokenizer, method
         self.resume, self.force, self.stack, self.device = resume, force, stack, device
-        self.skip_left_out = skip_left_out
+        self.skip_left_out, self.scratch = skip_left_out, scratch
         self.base_inputs: dict[str, Input] | None = None
         self.sides = {
             path: min(width(linear, "in_features"), width(linear, "out_features"))
@@ -63,7 +66,8 @@ class Preparer:
         run = None
         try:
             resume = self.resume and out.exists()  # the signal may have come before the job's first step
-            run = RunFolder(out, stage=f"sft {self.method}", resume=resume, force=self.force)
+            folder = out if self.scratch is None else tempfile.mkdtemp(dir=self.scratch)
+            run = RunFolder(folder, stage=f"sft {self.method}", resume=resume, force=self.force)
             self.stack.enter_context(run)
             job = self._prepare(asked, run, summary)
         except (ValueError, OSError) as error:

@@ -1,6 +1,7 @@
 """`graft.sft_many` and `graft sft --jobs`: many adapters trained at once on one base, each as its own run would train it."""
 
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -93,10 +94,17 @@ def fit_jobs(
     device: str = "auto",
     budget: int | None = None,  # bytes; None: what is free on the device
 ) -> Plan:
-    """What training them would need, and how many fit at a time; trains and writes nothing."""
+    """What training them would need, and how many fit at a time; trains and writes nothing.
+
+    What the jobs' folders hold plays no part, but with `resume`: then it is about what is left to train.
+    """
     device = resolve_device(device)
+    _check_options(None, resume=resume, force=force)
     with ExitStack() as stack:
-        ready, summaries = prepare_jobs(base, jobs, method, resume=resume, force=force, device=device, stack=stack)
+        scratch = None if resume else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="graft-fit-")))
+        ready, summaries = prepare_jobs(
+            base, jobs, method, resume=resume, force=force, device=device, stack=stack, scratch=scratch
+        )
         if not ready:
             raise ValueError(f"no job to train: {summaries[0].get('error', 'all have ended')}")
         return plan_jobs(load_config(base), ready, method=method, at_once=None, device=device, fit=True, budget=budget)
@@ -112,6 +120,7 @@ def prepare_jobs(
     device: str,
     stack: ExitStack,  # closes the jobs' folders
     skip_left_out: bool = False,
+    scratch: Path | None = None,
 ) -> tuple[list[Job], list[dict[str, Any]]]:
     """The jobs that are ready to train, and the summaries of all. Raises ValueError when every job's data is at fault."""
     checked = check_jobs(base, jobs, method)
@@ -128,6 +137,7 @@ def prepare_jobs(
         stack=stack,
         device=device,
         skip_left_out=skip_left_out,
+        scratch=scratch,
     )
     found = [prepare.job(asked, summary) for asked, summary in zip(checked, summaries, strict=True)]
     if all("error" in summary for summary in summaries):

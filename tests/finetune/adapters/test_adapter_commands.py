@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from graft import cli
 from graft.base.generate.sampling import Sampling
 from graft.base.model.huggingface import fingerprint, save_model
+from graft.finetune.adapters.attach import attach_adapter
 from graft.finetune.adapters.files import read_adapter, save_adapter
 from graft.finetune.adapters.lora import LoraConfig, attach_lora, lora_layers
 from graft.finetune.adapters.norms import norms_by_layer, update_norm
@@ -89,11 +91,82 @@ def test_several_into_one_and_into_the_base(run: Run, base_dir: Path, folders: P
         (["--weights", "a"], "--weights 'a' are no numbers; write for example 0.7,0.3"),
         (["--method", "svd"], "unknown method 'svd'; choose linear, cat, ties, dare"),
         (["--into", "disk"], "unknown into 'disk'; choose adapter, base"),
+        (["--density", 0.2], "--density 0.2 is about ties and dare"),
+        (["--method", "ties", "--seed", 3], "--seed 3 is about dare"),
         (["--text", tmp_path / "one"], "one"),
     ):
         code, _, err = run(*words, "--out", tmp_path / "bad", *wrong)
         assert (code, message in err) == (1, True), err
         assert not (tmp_path / "bad").exists()
+
+
+def test_a_method_holds_for_one_adapter_too(run: Run, base_dir: Path, folders: Path, tmp_path: Path) -> None:
+    """Law: of one adapter `ties` keeps that share of each matrix's numbers, and an unknown method is refused."""
+    words = ["adapter", "merge", "--base", base_dir, "--adapter", folders / "spam", "--out", tmp_path / "out"]
+    code, _, err = run(*words, "--method", "svd")
+    assert (code, "unknown method 'svd'" in err) == (1, True), err
+    code, _, err = run(*words, "--method", "ties", "--density", 0.25, "--into", "adapter", "--allow-drift")
+    assert code == 0, err
+    for a, b, _ in read_adapter(tmp_path / "out").layers.values():
+        assert [int((x != 0).sum()) for x in (a, b)] == [a.numel() // 4, b.numel() // 4]
+    code, out, err = run(*words, "--method", "ties", "--density", 0.25, "--force", "--allow-drift")
+    assert code == 0, err
+    assert "ties, rank 4: 1 x" in out
+
+
+@pytest.fixture(scope="module")
+def kinds(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of one adapter of each kind that is more than pairs of A and B."""
+    root = tmp_path_factory.mktemp("kinds")
+    for name, config in (
+        ("both", LoraConfig(rank=4, use_dora=True, modules_to_save=("model.norm",))),
+        ("bottleneck", LoraConfig(adapter_kind="bottleneck", bottleneck_size=6)),
+        ("prefix", LoraConfig(adapter_kind="prefix", prefix_tokens=5)),
+        ("tokens", LoraConfig(rank=4, targets=("q_proj",), trainable_token_indices=(3, 7))),
+    ):
+        model = load_model(base_dir)
+        attach_adapter(model, config)
+        save_adapter(model, root / name, config, base="some/base")
+    return root
+
+
+def test_every_kind_is_listed_and_shown_as_what_it_is(run: Run, kinds: Path, tmp_path: Path) -> None:
+    """Law: no kind passes for LoRA: what it has beside A and B is said, and what it hasn't, isn't."""
+    code, out, err = run("adapter", "list", kinds)
+    assert code == 0, err
+    rows = {Path(cells[1]).name: cells[2:7] for line in out.splitlines() if len(cells := _cells(line)) == 9}
+    sizes = {name: f"{read_adapter(kinds / name).n_bytes:,}" for name in rows}
+    assert rows == {
+        "both": ["4", "32", "14", "use_dora=true, modules_to_save", sizes["both"]],
+        "bottleneck": ["", "", "", "peft_type=BOTTLENECK", sizes["bottleneck"]],
+        "prefix": ["", "", "", "peft_type=PREFIX_TUNING", sizes["prefix"]],
+        "tokens": ["4", "32", "2", "trainable_token_indices", sizes["tokens"]],
+    }
+    for name, expected in (
+        ("both", ["norm of scale * B A, before DoRA's magnitudes", "magnitudes (DoRA) of 14 linears",
+                  "model.norm in its own copy: 64 numbers"]),
+        ("bottleneck", ["peft_type: BOTTLENECK", "bottleneck of 6 after model.layers.1.mlp.down_proj"]),
+        ("prefix", ["peft_type: PREFIX_TUNING", "prefix of 5 positions, 640 numbers"]),
+        ("tokens", ["model.embed_tokens: own rows for 2 tokens"]),
+    ):  # fmt: skip
+        code, out, err = run("adapter", "show", kinds / name)
+        assert code == 0, err
+        assert [line for line in expected if line not in out] == []
+        assert ("B A" in out) == (name in ("both", "tokens"))
+        assert "None" not in out
+
+
+def test_one_broken_adapter_hides_no_other(run: Run, folders: Path, tmp_path: Path) -> None:
+    shutil.copytree(folders, tmp_path / "all")
+    (tmp_path / "all/spam/adapter_config.json").write_text('{"peft_type": "IA3"}')
+    code, out, err = run("adapter", "list", tmp_path / "all")
+    assert (code, "style" in out, "spam" in out) == (1, True, False)
+    assert "1 of 2 adapters can't be read: " in err
+    assert "IA3" in err
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.split("│")]
 
 
 def test_extract_from_the_command_line(

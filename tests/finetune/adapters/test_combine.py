@@ -19,7 +19,7 @@ from graft.finetune.adapters import combine
 from graft.finetune.adapters.bank import AdapterBank
 from graft.finetune.adapters.combine import parse_stack
 from graft.finetune.adapters.extract import low_rank, run_extract
-from graft.finetune.adapters.files import read_adapter, save_adapter
+from graft.finetune.adapters.files import Adapter, read_adapter, save_adapter
 from graft.finetune.adapters.lora import LoraConfig, attach_lora, linears, lora_layers
 from graft.finetune.adapters.merge import run_merge
 from graft.finetune.adapters.shelf import AdapterShelf, resident_bytes
@@ -257,6 +257,14 @@ def test_the_least_recent_adapter_leaves(shelf_of: Callable[..., AdapterShelf]) 
         shelf.take("../all/a")
     with pytest.raises(ValueError, match="more than the whole budget of"):
         shelf_of(0.5).take("a")
+
+
+def test_every_part_of_an_adapter_counts_in_the_budget(base_dir: Path) -> None:
+    """Worked by hand: as read in float32, and once more in the base's float32, whatever the kind."""
+    layers = {"q": (torch.ones(2, 8), torch.ones(4, 2), 1.0)}
+    rows = {"model.embed_tokens": ([1, 2], torch.ones(2, 8))}
+    adapter = Adapter(layers, {}, modules={"model.norm": {"weight": torch.ones(8)}}, token_rows=rows)
+    assert resident_bytes(adapter, load_model(base_dir)) == 2 * 4 * (16 + 8 + 8 + 16)
 
 
 def test_a_stack_is_the_weighted_sum(shelf_of: Callable[..., AdapterShelf], base_dir: Path, tmp_path: Path) -> None:

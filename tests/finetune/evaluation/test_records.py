@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,30 @@ def test_figures_of_answers(base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> 
     many = [Record(f"row {i}", prompt="x", completion=f" {i}") for i in range(21)]
     monkeypatch.setattr(scored, "write_answers", lambda *a, **k: ["0"] * 21)
     assert "f1_macro" not in evaluate_records(model, tokenizer, many, None)
+
+
+def test_a_cut_answer_is_counted(base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: an answer that doesn't fit behind its prompt is counted, and bits a byte, whose bytes aren't known, aren't given."""
+    model, tokenizer = load_model(base_dir), Tokenizer.load(base_dir)
+    monkeypatch.setattr(scored, "write_answers", lambda *a, **k: ["x", "y"])
+    records = [Record("a", prompt="the", completion=" xyz" * 90), Record("b", prompt="the", completion=" y")]
+    figures = evaluate_records(model, tokenizer, records, None, options=EvalOptions(max_new_tokens=4))
+    assert (figures["n_cut"], "bits_per_byte" in figures) == (1, False)
+    figures = evaluate_records(model, tokenizer, records[1:] * 2, None, options=EvalOptions(max_new_tokens=4))
+    assert ("n_cut" in figures, "bits_per_byte" in figures) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "flag"),
+    [
+        ({"score": "likelihood"}, "--score likelihood"), ({"metrics": ("bleu",)}, "--metric"), ({"n_samples": 2}, "--samples"),
+        ({"max_new_tokens": 3}, "--max-new-tokens"),
+    ],
+)  # fmt: skip
+def test_text_has_no_answers(base_dir: Path, options: dict[str, Any], flag: str) -> None:
+    model, tokenizer = load_model(base_dir), Tokenizer.load(base_dir)
+    with pytest.raises(ValueError, match=f"{flag} is about answers, the data is text without any"):
+        evaluate_records(model, tokenizer, [Record("a", text="the cat")], None, options=EvalOptions(**options))
 
 
 def test_the_most_likely_answer_worked_out_apart(base_dir: Path) -> None:

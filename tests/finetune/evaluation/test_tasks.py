@@ -117,6 +117,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
             {"query": "q", "choices": ["a"]},
             r"line 2: not a row of kind choice \(KeyError: 'gold'\); it has the fields query",
         ),
+        ({"query": "q", "choices": ["a"], "gold": ""}, r"line 2: invalid literal for int"),
         ([1], r"line 2: a row must be an object"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -400,7 +400,7 @@ def test_the_command_line(base_dir: Path, data: list[Path], tmp_path: Path) -> N
     done = run_graft("sft", *map(str, flags), "--sweep", "rank=2,4")
     assert done.returncode == 0, done.stderr
     assert "the best is rank=" in done.stderr
-    done = run_graft("sft", "--jobs", str(jobs), "--fit", "--force")
+    done = run_graft("sft", "--jobs", str(jobs), "--fit")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0].startswith("predicted peak memory of tensors: ")
     assert "2 of 2 jobs fit into " in done.stdout

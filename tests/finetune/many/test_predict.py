@@ -145,6 +145,13 @@ def test_how_many_fit(base_dir: Path, tmp_path: Path) -> None:
     [summary] = graft.sft_many(base=base_dir, jobs=jobs[:1], device="cpu")
     assert summary["predicted_peak_bytes"] > 0
     assert summary["predicted_seconds"] > 0
+    held = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    again = fit_jobs(base=base_dir, jobs=jobs, device="cpu")  # over a finished run, as before it
+    assert (again.n_jobs, again.peak_bytes) == (4, every.peak_bytes)
+    assert fit_jobs(base=base_dir, jobs=jobs[:2], device="cpu", resume=True).n_jobs == 1  # what is left
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == held
+    with pytest.raises(ValueError, match="--resume and --force exclude each other"):
+        fit_jobs(base=base_dir, jobs=jobs[1:], device="cpu", resume=True, force=True)
 
 
 def test_when_rows_are_packed() -> None:
