@@ -386,7 +386,11 @@ class History:
 
 def check_evaluation(config: TrainConfig, *, has_evaluation: bool) -> None:
     """Raise ValueError when the config needs a validation loss and there is none."""
-    for name, needs in (("keep=best", config.keeps_best), (f"patience={config.patience}", config.patience > 0)):
+    for name, needs in (
+        ("keep=best", config.keeps_best),
+        (f"patience={config.patience}", config.patience > 0),
+        (f"best_by={config.best_by}", config.best_by != "val_loss"),
+    ):
         if needs and not has_evaluation:
             raise ValueError(f"{name} needs a validation loss; give held-out data, or leave it out")
 

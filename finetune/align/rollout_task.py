@@ -58,7 +58,12 @@ class RolloutOptions:
 
     def terms(self) -> list[Term]:
         """The rewards by name. Raises ValueError for a spec that can't be used."""
-        spec = json.loads(self.rewards) if self.rewards.startswith("{") else self.rewards
+        spec: Any = self.rewards
+        if self.rewards.startswith("{"):
+            try:
+                spec = json.loads(self.rewards)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"rewards={self.rewards!r:.80} begins as JSON and is none ({error})") from None
         return parse_rewards(spec, timeout_s=self.reward_timeout_s)
 
 

@@ -145,6 +145,10 @@ def check_config(config: Run) -> None:
     assert config.lora is not None
     if config.train.optimizer != "adamw":
         raise ValueError(f"optimizer={config.train.optimizer} does not train many adapters at once; use adamw")
+    if config.data is not None and config.data.streaming:
+        raise ValueError(
+            "streaming=true is not covered for jobs that train together, whose records are held in memory; train that one alone"
+        )
     if config.train.checkpointing and config.lora.dropout:
         raise ValueError(
             f"dropout={config.lora.dropout} with checkpointing=true is not covered for jobs that train together, whose "

@@ -482,6 +482,8 @@ def test_which_checkpoints_stay(tmp_path: Path) -> None:
         "best,every=4": ([3, 4, 6], 6, 3),
         "best,last": ([3, 5], 5, 3),
     }
+    with pytest.raises(ValueError, match="best_by=val_accuracy needs a validation loss"):
+        loop.check_evaluation(TrainConfig(best_by="val_accuracy"), has_evaluation=False)
     with pytest.raises(ValueError, match="keep=best needs a validation loss"):
         run_scaled(tmp_path / "x", Scaled([1.0]), keep="best")
     with pytest.raises(ValueError, match="'sometimes' is none of last, best, every=N"):

@@ -16,6 +16,7 @@ from graft.base.model.huggingface import load_config, save_model
 from graft.base.model.init import DECAYED, HIDDEN, parameter_roles
 from graft.base.model.transformer import Transformer
 from graft.base.optim.muon import orthogonalize
+from graft.base.plan import attention_flops_per_token, flops_per_token
 from graft.base.tokenizer.tokenizer import Tokenizer
 from graft.finetune.loading import load_model
 from graft.finetune.memory.measure import measure_memory
@@ -110,6 +111,10 @@ def test_active_parameters() -> None:
     """Known answer: Mixtral 8x7B has 46.7 billion parameters, of which a token meets 12.9 (arXiv:2401.04088, section 2)."""
     config = ModelConfig(32_000, 4096, 32, 32, 8, 128, 14_336, 32_768, qk_norm=False, tie_embeddings=False, n_experts=8)
     assert (round(config.n_params / 1e9, 1), round(config.n_active_params / 1e9, 1)) == (46.7, 12.9)
+    products = flops_per_token(config, 1) - attention_flops_per_token(config, 1)
+    assert products == 6 * (
+        config.n_active_params - 32_000 * 4096
+    )  # the embedding is looked up, and experts unread cost nothing
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen2 moe", "olmo2", "smollm3"])

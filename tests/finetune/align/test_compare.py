@@ -1,6 +1,7 @@
 """Law and worked by hand: adapters compared on held-out pairs and by a reward model."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,16 @@ def test_by_a_reward_model(base_dir: Path, folders: dict[str, Path]) -> None:
     assert len(battles) == 3 * len(PAIRS)
     assert [b.score for b in battles if b.first == "good"] == [0.5] * len(PAIRS)
     assert all(isinstance(b, Battle) for b in battles)
+
+
+def test_a_judge_of_another_tokenizer_is_refused(base_dir: Path, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Law: scores of other tokens are no scores; refused before anything is sampled."""
+    other = tmp_path / "other"
+    shutil.copytree(base_dir, other)
+    with (other / "tokenizer.json").open("a", encoding="utf-8") as file:
+        file.write("\n")
+    with pytest.raises(ValueError, match="was trained with another tokenizer than"):
+        compare_by_reward(other, [folders["good"]], folders["rows"], folders["judge"], max_new_tokens=4)
 
 
 def test_names_must_differ(base_dir: Path, folders: dict[str, Path]) -> None:

@@ -17,6 +17,7 @@ from graft.base.model.huggingface import save_model
 from graft.base.runlog import read_metrics
 from graft.finetune.align import rollout_task, run
 from graft.finetune.align.prompts import Prompt
+from graft.finetune.align.rollout_task import RolloutOptions
 from graft.finetune.align.rollouts import Rollouts, collate_rollout
 from graft.finetune.align.run_grpo import GRPO, GRPOOptions, grpo
 from graft.finetune.align.sampler import Sampler
@@ -158,17 +159,18 @@ def test_full_fine_tuning_with_a_reference(base_dir: Path, prompts: Path, tmp_pa
 # --- resuming ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["rollout", "update", "checkpoint"])
+@pytest.mark.parametrize("where", ["rollout", "logged", "update", "checkpoint"])
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_resumes_to_the_bit(
     where: str, method: str, base_dir: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Law: killed in the middle of a rollout, of an update on an old rollout, or of a checkpoint, and resumed, a run ends
-    with the weights, the log and the examples of one that was not."""
+    """Law: killed in the middle of a rollout, after its examples were logged, in an update on an old rollout, or in a
+    checkpoint, and resumed, a run ends with the weights, the log and the examples of one that was not."""
     settings = {"steps": 7, "updates_per_rollout": 2, "checkpoint_every": 1, "kl_coef": 0.1, "method": method}
     straight = train(base_dir, prompts, tmp_path / "straight", **settings)
     target, name = {
         "rollout": (Sampler, "answers"),
+        "logged": (GRPO, "loss"),
         "update": (GRPO, "loss"),
         "checkpoint": (Rollouts, "state"),
     }[where]
@@ -176,7 +178,8 @@ def test_resumes_to_the_bit(
 
     def dies(self: Any, *arguments: Any) -> Any:
         calls[0] += 1
-        if calls[0] == 4 - (where == "rollout"):  # in step 4 (the second half of rollout 2), or in rollout 3
+        # In step 3 (the first half of rollout 2), in step 4 (its second half), or in rollout 3.
+        if calls[0] == (3 if where in ("rollout", "logged") else 4):
             if where == "rollout":
                 original(self, *arguments)
             raise KeyboardInterrupt
@@ -312,6 +315,13 @@ def test_settings_that_cannot_work(
     with pytest.raises(ValueError, match=message):
         train(base_dir, prompts, tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
+
+
+def test_rewards_that_begin_as_json() -> None:
+    """Law: a mapping that is cut off is said to be one, by the option's name."""
+    assert [term.name for term in RolloutOptions(rewards='{"exact": 0.5}').terms()] == ["exact"]
+    with pytest.raises(ValueError, match=r"rewards='\{\"exact\": ' begins as JSON and is none"):
+        RolloutOptions(rewards='{"exact": ').terms()
 
 
 def test_rows_without_a_prompt(base_dir: Path, tmp_path: Path) -> None:

@@ -95,6 +95,9 @@ def test_pairs_are_cut_as_the_harness_cuts_them(base_dir: Path) -> None:
     assert encode_pair(tokenizer, "  ", "cat") == Row((eos, *tokenizer.encode("  cat").tolist()), 1)
     merged = encode_pair(tokenizer, "th", "e")
     assert merged.ids[merged.n_given :]
+    whole = tokenizer.encode("the cat").tolist()
+    assert len(whole) == 2 <= len(tokenizer.encode("the c"))  # "the", and " cat" of both: that one is scored
+    assert encode_pair(tokenizer, "the c", "at") == Row(tuple(whole), 1)
     with pytest.raises(ValueError, match="a continuation is empty"):
         encode_pair(tokenizer, "the", "")
 
