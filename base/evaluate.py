@@ -10,7 +10,7 @@ from torch import nn
 from .data.shards import TokenShards
 from .loss import n_labels, next_token_loss
 from .precision import autocast
-from .train import Batch
+from .training.objective import Batch
 
 
 @torch.no_grad()

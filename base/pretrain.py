@@ -24,7 +24,10 @@ from .run import Input, Run, TrainConfig, check_same_inputs, resumed_settings
 from .runlog import RunFolder
 from .settings import check_settings, split_settings
 from .tokenizer.tokenizer import Tokenizer
-from .train import Result, check_evaluation, check_optimizer, make_optimizer, train
+from .train import train
+from .training.history import check_evaluation
+from .training.optimizers import check_optimizer, make_optimizer
+from .training.result import Result
 
 PARTS = {"model": ModelConfig, "train": TrainConfig}  # whose keys `graft pretrain` takes
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")

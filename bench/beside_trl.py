@@ -20,7 +20,8 @@ from graft.base.model.init import parameter_roles
 from graft.base.model.transformer import Transformer
 from graft.base.precision import LossScaler
 from graft.base.tokenizer.tokenizer import Tokenizer
-from graft.base.train import Optimizer, make_optimizer, one_step
+from graft.base.training.optimizers import Optimizer, make_optimizer
+from graft.base.training.step import one_step
 from graft.finetune import sft
 from graft.finetune.adapters.lora import lora_layers
 from graft.finetune.data.dataset import encode_dataset

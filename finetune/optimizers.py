@@ -7,8 +7,8 @@ from torch import nn
 
 from ..base.model.init import parameter_roles
 from ..base.run import TrainConfig
-from ..base.train import OPTIMIZERS as BASE_OPTIMIZERS
-from ..base.train import Optimizer, OptimizerMaker, make_optimizer
+from ..base.training.optimizers import OPTIMIZERS as BASE_OPTIMIZERS
+from ..base.training.optimizers import Optimizer, OptimizerMaker, make_optimizer
 from ..quant.adamw8bit import AdamW8bit
 from .adapters.config import LoraConfig
 from .adapters.lora_plus import TwoRates

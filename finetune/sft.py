@@ -21,7 +21,9 @@ from ..base.run import Run, check_same_inputs, resumed_settings
 from ..base.runlog import RunFolder
 from ..base.settings import check_settings
 from ..base.tokenizer.tokenizer import Tokenizer
-from ..base.train import Result, check_evaluation, train
+from ..base.train import train
+from ..base.training.history import check_evaluation
+from ..base.training.result import Result
 from .adapters.config import LoraConfig
 from .adapters.files import Adapter, read_adapter
 from .adapters.resume import continued_lora, load_weights_

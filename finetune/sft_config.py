@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from ..base.run import Run, TrainConfig
 from ..base.settings import check_settings, split_settings
-from ..base.train import check_optimizer
+from ..base.training.optimizers import check_optimizer
 from .adapters.lora import LoraConfig
 from .data.dataset import DatasetOptions
 from .data.packing import steps_for_epochs

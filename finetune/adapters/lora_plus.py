@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from ...base.train import Optimizer
+from ...base.training.optimizers import Optimizer
 
 
 class TwoRates:

@@ -13,7 +13,7 @@ from ...base.model.transformer import Transformer
 from ...base.precision import autocast
 from ...base.run import Run
 from ...base.runlog import RunFolder
-from ...base.train import Objective
+from ...base.training.objective import Objective
 from ..data.packing import steps_for_epochs
 from ..data.preferences import read_preferences
 from ..sft import row_limit

@@ -13,7 +13,7 @@ from ...base.checkpoint import load_tensors, save_tensors
 from ...base.model.transformer import Transformer
 from ...base.precision import autocast
 from ...base.run import Run
-from ...base.train import Batch
+from ...base.training.objective import Batch
 from .logprobs import response_logprobs
 from .preferences import Pair, PreferenceBatches, answer_sums
 from .setup import Policy

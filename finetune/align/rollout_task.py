@@ -14,7 +14,7 @@ from ...base.model.transformer import Transformer
 from ...base.run import Run
 from ...base.runlog import RunFolder, read_metrics
 from ...base.tokenizer.tokenizer import Tokenizer
-from ...base.train import Batch, Objective
+from ...base.training.objective import Batch, Objective
 from ..data.chat import ChatTemplate
 from ..loading import load_model
 from ..memory.step import Work

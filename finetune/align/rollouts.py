@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...base.generate.engine import evaluating
 from ...base.generate.sampling import Sampling
-from ...base.train import Batch
+from ...base.training.objective import Batch
 from .grpo import groups_without_signal
 from .preferences import permutation
 from .prompts import Prompt

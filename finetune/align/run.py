@@ -19,17 +19,11 @@ from ...base.run import Run, check_same_inputs, resumed_settings
 from ...base.runlog import RunFolder, read_metrics
 from ...base.settings import check_settings
 from ...base.tokenizer.tokenizer import Tokenizer
-from ...base.train import (
-    Batch,
-    ExtraState,
-    Objective,
-    Result,
-    best_step,
-    check_evaluation,
-    load_weights,
-    resumed_result,
-    train,
-)
+from ...base.train import train
+from ...base.training.checkpoints import ExtraState, load_weights
+from ...base.training.history import check_evaluation
+from ...base.training.objective import Batch, Objective
+from ...base.training.result import Result, best_step, resumed_result
 from ..adapters.files import read_adapter
 from ..data.chat import ChatTemplate
 from ..loading import check_token_ids

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...base.model.transformer import Transformer
 from ...base.run import Run
-from ...base.train import Batch, Figures, Objective
+from ...base.training.objective import Batch, Figures, Objective
 from . import preference_task, setup
 from .dpo import dpo_loss
 from .kto import kto_kl, kto_loss

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...base.model.transformer import Transformer
 from ...base.run import Run
-from ...base.train import Batch, Figures
+from ...base.training.objective import Batch, Figures
 from . import setup
 from .grpo import (
     OWN_MEAN,

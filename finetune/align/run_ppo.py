@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...base.model.transformer import Transformer
 from ...base.run import Run
-from ...base.train import Batch, Figures
+from ...base.training.objective import Batch, Figures
 from . import setup
 from .grpo import policy_loss
 from .logprobs import head_logprobs, hidden_and_head, scored_rows, spread

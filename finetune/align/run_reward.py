@@ -20,7 +20,7 @@ from ...base.model.transformer import Transformer
 from ...base.pretrain import TOKENIZER_FILES
 from ...base.run import Input, Run
 from ...base.tokenizer.tokenizer import Tokenizer
-from ...base.train import Batch, Figures, Objective
+from ...base.training.objective import Batch, Figures, Objective
 from ..adapters.bank import AdapterBank
 from ..adapters.files import CONFIG, GRAFT, read_adapter
 from ..data.chat import ChatTemplate, encode_record

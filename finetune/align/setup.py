@@ -12,7 +12,7 @@ from ...base.model.init import parameter_roles
 from ...base.model.transformer import Transformer
 from ...base.run import Input, Run, TrainConfig
 from ...base.settings import check_settings, split_settings
-from ...base.train import Optimizer, check_optimizer, make_optimizer
+from ...base.training.optimizers import Optimizer, check_optimizer, make_optimizer
 from ..adapters.files import CONFIG, WEIGHTS, Adapter, check_fits, read_adapter
 from ..adapters.lora import DEFAULT, LoraConfig, LowRank, lora_layers, wrapped
 from ..adapters.selection import adapters_off, registry_of, use_adapters

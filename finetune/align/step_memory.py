@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...base.model.config import ModelConfig
 from ...base.model.transformer import Transformer
 from ...base.run import Run
-from ...base.train import Objective
+from ...base.training.objective import Objective
 from ..data.chat import Encoded
 from . import setup
 from .preferences import Pair, PreferenceBatches

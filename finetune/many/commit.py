@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...base.json_fields import read_json
-from ...base.train import checkpoints_in, remove_checkpoint
+from ...base.training.checkpoints import checkpoints_in, remove_checkpoint
 from .jobs import Job
 
 

@@ -12,7 +12,7 @@ from ...base.precision import LossScaler
 from ...base.run import Run
 from ...base.runlog import RunFolder
 from ...base.settings import check_settings, read_toml
-from ...base.train import History
+from ...base.training.history import History
 from ..adapters.lora import LoraConfig
 from ..adapters.stacked import StackRow
 from ..data.chat import ChatTemplate, Encoded

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...base.model.config import ModelConfig
 from ...base.model.transformer import Transformer
 from ...base.precision import autocast
-from ...base.train import checkpoints_in
+from ...base.training.checkpoints import checkpoints_in
 from ...kernels.dispatch import predicting
 from ..adapters.lora import LoraConfig, attach_lora
 from ..adapters.selection import registry_of

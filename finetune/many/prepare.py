@@ -16,7 +16,8 @@ from ...base.model.huggingface import empty_model
 from ...base.run import Input, Run, check_same_inputs, resumed_settings
 from ...base.runlog import SUMMARY_FILE, RunFolder
 from ...base.tokenizer.tokenizer import Tokenizer
-from ...base.train import check_evaluation, checkpoints_in
+from ...base.training.checkpoints import checkpoints_in
+from ...base.training.history import check_evaluation
 from ..adapters.lora import linears, matching, width
 from ..data.chat import Encoded
 from ..data.dataset import DatasetReport, encode_dataset

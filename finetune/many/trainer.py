@@ -23,7 +23,10 @@ from ...base.model.huggingface import fingerprint
 from ...base.model.transformer import Transformer
 from ...base.precision import LossScaler, autocast
 from ...base.runlog import SUMMARY_FILE
-from ...base.train import History, Interrupted, NotFiniteError, Stop, is_out_of_patience, stop_on_signal, update
+from ...base.training.history import History
+from ...base.training.result import is_out_of_patience
+from ...base.training.signals import Interrupted, Stop, stop_on_signal
+from ...base.training.step import NotFiniteError, update
 from ..adapters.files import save_adapter
 from ..adapters.lora import DEFAULT, attach_lora, remove_adapter
 from ..adapters.selection import registry_of, use_adapters

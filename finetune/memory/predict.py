@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...base.device import resolve_device
 from ...base.model.config import ModelConfig
-from ...base.train import TrainConfig
+from ...base.run import TrainConfig
 from ...kernels.dispatch import predicting
 from ..adapters.config import LoraConfig, is_regex
 from .count import LiveBytes, Peak, Place

@@ -3,7 +3,7 @@
 import sys
 
 from ...base.model.config import ModelConfig
-from ...base.train import TrainConfig
+from ...base.run import TrainConfig
 from ..adapters.config import LoraConfig
 from .predict import fits, predict_run
 from .step import Work

@@ -13,7 +13,9 @@ from ...base.model.config import ModelConfig
 from ...base.model.kv_cache import KVCache
 from ...base.model.transformer import Transformer
 from ...base.precision import LossScaler
-from ...base.train import Optimizer, TrainConfig, one_step
+from ...base.run import TrainConfig
+from ...base.training.optimizers import Optimizer
+from ...base.training.step import one_step
 from ...quant.linear import quantize_linears_
 from ..adapters.attach import attach_adapter
 from ..optimizers import trained_optimizer

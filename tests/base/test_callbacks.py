@@ -14,7 +14,8 @@ from graft.base.loggers import loggers
 from graft.base.optim.adamw import AdamW
 from graft.base.run import TrainConfig
 from graft.base.runlog import RunFolder, read_metrics
-from graft.base.train import Result, train
+from graft.base.train import train
+from graft.base.training.result import Result
 
 CONFIG = TrainConfig(steps=6, batch_size=2, micro_batch=2, eval_every=2, checkpoint_every=3, warmup_steps=0)
 
@@ -99,7 +100,7 @@ def test_what_is_no_callback() -> None:
 
 def test_the_best_by_another_figure(tmp_path: Path) -> None:
     """A figure that no evaluation has is named with those that there are; of one that is no loss the highest is best."""
-    from graft.base.train import best_step, is_out_of_patience
+    from graft.base.training.result import best_step, is_out_of_patience
 
     evals = [{"step": 1, "val_loss": 1.0, "val_accuracy": 0.2}, {"step": 2, "val_loss": 2.0, "val_accuracy": 0.9}]
     assert (best_step(evals), best_step(evals, "val_accuracy")) == (1, 2)

@@ -11,8 +11,11 @@ from graft.base.model.init import parameter_roles
 from graft.base.model.transformer import Transformer, initialize_
 from graft.base.optim.adamw import AdamW
 from graft.base.optim.muon import POLYNOMIALS, Muon, _long, _square, orthogonalize
+from graft.base.run import TrainConfig
 from graft.base.runlog import RunFolder
-from graft.base.train import Batch, TrainConfig, make_optimizer, train
+from graft.base.train import train
+from graft.base.training.objective import Batch
+from graft.base.training.optimizers import make_optimizer
 
 TINY = ModelConfig(61, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_head=8, d_ff=64, max_seq_len=16)
 

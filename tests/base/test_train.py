@@ -16,7 +16,6 @@ import pytest
 import torch
 from torch import nn
 
-from graft.base import train as loop
 from graft.base.checkpoint import save_tensors
 from graft.base.data.shards import prepare
 from graft.base.loss import next_token_loss
@@ -26,18 +25,15 @@ from graft.base.optim.adamw import AdamW
 from graft.base.optim.schedule import SCHEDULES, learning_rate_at
 from graft.base.precision import LossScaler
 from graft.base.pretrain import run_pretrain
+from graft.base.run import TrainConfig
 from graft.base.runlog import RunFolder, read_metrics
 from graft.base.tokenizer.tokenizer import Tokenizer
-from graft.base.train import (
-    Batch,
-    Figures,
-    Result,
-    TrainConfig,
-    load_checkpoint,
-    save_checkpoint,
-    stop_on_signal,
-    train,
-)
+from graft.base.train import train
+from graft.base.training import checkpoints, history
+from graft.base.training.checkpoints import load_checkpoint, save_checkpoint
+from graft.base.training.objective import Batch, Figures
+from graft.base.training.result import Result
+from graft.base.training.signals import stop_on_signal
 
 TINY = ModelConfig(61, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_head=8, d_ff=64, max_seq_len=16)
 
@@ -432,7 +428,7 @@ def test_a_checkpoint_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.Mon
             raise OSError("the disk is full")
         save_tensors(path, *rest)
 
-    monkeypatch.setattr(loop, "save_tensors", fails)
+    monkeypatch.setattr(checkpoints, "save_tensors", fails)
     with pytest.raises(OSError, match=r"the disk is full; the last good checkpoint is .*step-00000002; .*--resume"):
         run_scaled(tmp_path / "a", Scaled([1.0]), steps=4, resume=True)
     assert saved == ["weights.safetensors", "optimizer.safetensors"]
@@ -483,7 +479,7 @@ def test_which_checkpoints_stay(tmp_path: Path) -> None:
         "best,last": ([3, 5], 5, 3),
     }
     with pytest.raises(ValueError, match="best_by=val_accuracy needs a validation loss"):
-        loop.check_evaluation(TrainConfig(best_by="val_accuracy"), has_evaluation=False)
+        history.check_evaluation(TrainConfig(best_by="val_accuracy"), has_evaluation=False)
     with pytest.raises(ValueError, match="keep=best needs a validation loss"):
         run_scaled(tmp_path / "x", Scaled([1.0]), keep="best")
     with pytest.raises(ValueError, match="'sometimes' is none of last, best, every=N"):

@@ -9,7 +9,7 @@ from graft.base.model.init import DECAYED, HIDDEN, initialize_, parameter_roles
 from graft.base.model.transformer import Transformer
 from graft.base.optim.adamw import AdamW
 from graft.base.run import TrainConfig
-from graft.base.train import make_optimizer
+from graft.base.training.optimizers import make_optimizer
 from graft.finetune.adapters.lora import LoraConfig, attach_lora
 
 CONFIG = ModelConfig(

@@ -37,7 +37,7 @@ setattr(target, name, dies)
 getattr(importlib.import_module(f"graft.finetune.align.run_{stage}"), stage)(**options)
 """
 ROLLOUT, REWARD = "graft.finetune.align.sampler:Sampler.text", "graft.finetune.align.rewards:_one"
-UPDATE, CLIP = "graft.finetune.align.run_grpo:policy_loss", "graft.base.train:clip_gradients_"
+UPDATE, CLIP = "graft.finetune.align.run_grpo:policy_loss", "graft.base.training.step:clip_gradients_"
 STATE, FILES = "graft.finetune.align.rollouts:Rollouts.state", "graft.base.checkpoint:save_tensors"
 STEPS = {
     "grpo": {"steps": 4, "batch_size": 8, "group_size": 4, "max_new_tokens": 3, "rewards": "regex:[aeiou]"},

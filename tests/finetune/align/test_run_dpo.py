@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import graft
 from graft.base.runlog import read_metrics
-from graft.base.train import Interrupted
+from graft.base.training.signals import Interrupted
 from graft.finetune.adapters.bank import AdapterBank
 from graft.finetune.align import run, run_dpo
 from graft.finetune.align.run_dpo import FallWatch, dpo

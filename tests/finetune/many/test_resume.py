@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import graft
 from graft.base.runlog import read_metrics
-from graft.base.train import checkpoints_in
+from graft.base.training.checkpoints import checkpoints_in
 from graft.finetune.many import commit, sweep
 from graft.finetune.many import run as many
 from graft.finetune.many.commit import drop_unfinished

@@ -8,7 +8,7 @@ import torch
 
 import graft
 from graft.base.model.config import ModelConfig, preset
-from graft.base.train import TrainConfig
+from graft.base.run import TrainConfig
 from graft.finetune.adapters.lora import LoraConfig
 from graft.finetune.memory.measure import measure, measure_memory
 from graft.finetune.memory.predict import (
