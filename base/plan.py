@@ -1,6 +1,7 @@
 """Resource accounting before a run: parameters, arithmetic, bytes, days. Pure functions; no tensor is made."""
 
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -48,11 +49,16 @@ def attention_flops_per_token(config: ModelConfig, seq_len: int) -> float:
 
     Two products of 2 H Dh FLOPs for each key, T / 2 keys on average (the window's at most), 3 passes' worth, all layers.
     """
-    keys = (seq_len + 1) / 2
-    if config.sliding_window is not None and config.sliding_window < seq_len:
-        w = config.sliding_window  # the first w queries see (w + 1) / 2 keys on average, the rest w
-        keys = (w * (w + 1) / 2 + (seq_len - w) * w) / seq_len
-    return 3 * 2 * 2 * config.n_layers * config.n_heads * config.d_head * keys
+    specs = Counter(config.layer(i) for i in range(config.n_layers))
+    keys = sum(n * _keys_seen(spec.window, seq_len) for spec, n in specs.items())  # of all layers
+    return 3 * 2 * 2 * config.n_heads * config.d_head * keys
+
+
+def _keys_seen(window: int | None, seq_len: int) -> float:
+    """Keys that a query sees on average: the first `window` queries (window + 1) / 2, the rest all of the window."""
+    if window is None or window >= seq_len:
+        return (seq_len + 1) / 2
+    return (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:

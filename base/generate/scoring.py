@@ -33,7 +33,7 @@ def text_logprobs(
     with evaluating(model), nullcontext() if selector is None else selector([adapter]):
         hidden = model.hidden_states(tokens)[0, :-1]  # (T - 1, D)
         for start in range(0, len(ids) - 1, POSITIONS_AT_ONCE):
-            logits = model.lm_head(hidden[None, start : start + POSITIONS_AT_ONCE])[0]
+            logits = model.head(hidden[None, start : start + POSITIONS_AT_ONCE])[0]
             wanted = list(ids[start + 1 : start + 1 + len(logits)])
             found += token_logprobs(logits, wanted, [n_top] * len(logits)) or []
     return found

@@ -1,23 +1,31 @@
 """Grouped-query self-attention (Ainslie et al. 2023, arXiv:2305.13245) with RoPE and optional QK-norm."""
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.attention import attention
+from ...kernels.attention.masked import attention_masked
 from ...kernels.decode import place_token_
 from ...kernels.paged_attention import paged_attention
 from ...kernels.rope import rope
 from .config import LayerSpec, ModelConfig
 from .kv_cache import LayerCache, StepContext
-from .norm import RMSNorm
+from .norm import norm
 from .paged_cache import PagedLayer
 
 # Keys and values (B or 1, K, P, Dh) that stand before the rows' own, and what hides some of them: (B, 1, 1, P) of 0 and -inf.
 Before = tuple[Tensor, Tensor, Tensor | None]
+
+
+class Scores(TypedDict):
+    """How the products of queries and keys become scores, for every kernel alike."""
+
+    scale: float | None  # None: 1 / sqrt(Dh)
+    softcap: float | None
 
 
 class Attention(nn.Module):
@@ -38,8 +46,9 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(q_width, config.d_model, bias=config.attention_out_bias)
         if config.qk_norm:
             joint = config.qk_norm_joint
-            self.q_norm = RMSNorm(q_width if joint else config.d_head, config.norm_eps)
-            self.k_norm = RMSNorm(kv_width if joint else config.d_head, config.norm_eps)
+            self.q_norm = norm(config, q_width if joint else config.d_head)
+            self.k_norm = norm(config, kv_width if joint else config.d_head)
+        self.scores: Scores = {"scale": config.attention_scale, "softcap": config.attention_softcap}
         # What every token sees beside the row's own keys, if anything gives it: dtype -> Before, or None.
         self.prefix: Callable[[torch.dtype], Before | None] | None = None
 
@@ -68,7 +77,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = q.transpose(1, 2), k.transpose(1, 2)  # (B, H, T, Dh), (B, K, T, Dh)
         if self.spec.rotates:
-            q, k = rope(q, k, context.cos, context.sin)
+            q, k = rope(q, k, *context.angles(local=self.spec.local_rope))
         if cache is not None:
             cache.write(k, v, context)
         before = self.prefix(k.dtype) if self.prefix is not None else None
@@ -80,23 +89,19 @@ class Attention(nn.Module):
             mixed = self._attend_after(before, q, k, v, cache, context)
         elif isinstance(cache, PagedLayer) and context.start and context.pages is not None:
             table, lengths = context.pages.table, context.pages.lengths
-            mixed = paged_attention(q, cache.keys, cache.values, table, lengths, window=self.spec.window)
+            mixed = paged_attention(q, cache.keys, cache.values, table, lengths, window=self.spec.window, **self.scores)
         elif isinstance(cache, LayerCache) and context.start:
             mixed = self._attend_cached(q, cache, context)
         else:  # the new keys are the only ones
-            mixed = attention(q, k, v, window=self.spec.window, cu_seqlens=context.cu_seqlens)
+            mixed = attention(q, k, v, window=self.spec.window, cu_seqlens=context.cu_seqlens, **self.scores)
         return self.o_proj(mixed.transpose(1, 2).reshape(B, T, c.n_heads * c.d_head))
 
     def _attend_cached(self, q: Tensor, cache: LayerCache, context: StepContext) -> Tensor:
         """New queries (B, H, T, Dh) over all keys in the cache -> (B, H, T, Dh)."""
         keys, values, mask = cache.read(q.shape[0], context, self.spec.window)  # (B, K, S, Dh), (B or 1, 1, T, S)
-        B, H, T, Dh = q.shape
         if mask is None and q.is_cuda:
-            return attention(q, keys, values)
-        if T == 1:  # the H / K heads that share a kv head become its queries: keys are read once and not repeated
-            grouped = q.reshape(B, keys.shape[1], H // keys.shape[1], Dh)
-            return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).reshape(B, H, T, Dh)
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
+            return attention(q, keys, values, **self.scores)
+        return attention_masked(q, keys, values, mask, **self.scores)
 
     def _attend_after(
         self, before: Before, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None, context: StepContext
@@ -109,8 +114,8 @@ class Attention(nn.Module):
             mask = causal_mask(T, context.cu_seqlens, k)
         keys, values, mask = joined(before, k, v, mask)
         if mask is None:  # causal, aligned at the right end: all of `before` is seen
-            return attention(q, keys, values)
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
+            return attention(q, keys, values, **self.scores)
+        return attention_masked(q, keys, values, mask, **self.scores)
 
     def decode(self, x: Tensor, cache: LayerCache, context: StepContext) -> Tensor:
         """`forward` for one new token a row, (B, D) -> (B, D), in few operators: only where kernels.decode can run."""
@@ -120,15 +125,14 @@ class Attention(nn.Module):
         if c.qk_norm and c.qk_norm_joint:
             q, k = self.q_norm(q), self.k_norm(k)
         elif c.qk_norm:
-            norms = {"q_weight": self.q_norm.weight, "k_weight": self.k_norm.weight, "eps": self.q_norm.eps}
-        cos, sin = (context.cos, context.sin) if self.spec.rotates else context.unturned
+            norms = {"q_weight": self.q_norm.gain, "k_weight": self.k_norm.gain, "eps": self.q_norm.eps}
+        cos, sin = context.angles(local=self.spec.local_rope) if self.spec.rotates else context.unturned
         place_token_(q, k, v, cos, sin, cache.keys, cache.values, context.start, **norms)
         keys, values, mask = cache.read(B, context, self.spec.window)
         before = self.prefix(keys.dtype) if self.prefix is not None else None
         if before is not None:
             keys, values, mask = joined(before, keys, values, mask)
-        grouped = q.view(B, c.n_kv_heads, c.n_heads // c.n_kv_heads, c.d_head)
-        mixed = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
+        mixed = attention_masked(q.view(B, c.n_heads, 1, c.d_head), keys, values, mask, **self.scores)
         return project(self.o_proj, mixed.reshape(B, c.n_heads * c.d_head))
 
 

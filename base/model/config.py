@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+ACTIVATIONS = ("silu", "gelu_tanh")
 # Above these a config is a slip or damage; refused before anything is built.
 LARGEST = {
     "vocab_size": 2**26, "d_model": 2**20, "n_layers": 10_000, "n_heads": 2**16, "n_kv_heads": 2**16, "d_head": 2**16,
@@ -59,13 +60,16 @@ class LayerSpec:
     window: int | None = None  # keys that a query sees, its own included; None: all before it
     rotates: bool = True  # queries and keys carry their positions by RoPE
     attention: str = "grouped"  # grouped-query attention
-    feed_forward: str = "gated"  # gated: SwiGLU; experts: a mixture of them
-    norm: str = "pre"  # pre: before attention and feed-forward; post: after them, before the residual is added
+    feed_forward: str = "gated"  # gated: SwiGLU or GeGLU; experts: a mixture of them
+    norm: str = (
+        "pre"  # pre: before attention and feed-forward; post: after them, before the residual is added; sandwich: both
+    )
+    local_rope: bool = False  # RoPE's angles are those of rope_local_theta
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder with RMSNorm, RoPE, grouped-query attention and SwiGLU or a mixture of such experts.
+    """A decoder with RMSNorm, RoPE, grouped-query attention and a gated feed-forward layer or a mixture of such experts.
 
     Raises ValueError when the sizes don't fit each other.
     """
@@ -80,10 +84,18 @@ class ModelConfig:
     max_seq_len: int = 512  # longest sequence in tokens
     rope_theta: float = 10_000.0  # base of RoPE's wavelengths
     rope_scaling: RopeScaling = RopeScaling()
+    rope_local_theta: float | None = None  # RoPE's base, unscaled, on layers with a window (Gemma 3); None: rope_theta
     norm_eps: float = 1e-6
     qk_norm: bool = True  # RMSNorm over each query's and key's Dh values, as in Qwen3
     qk_norm_joint: bool = False  # that RMSNorm is over the values of all heads together, as in OLMo 2
     post_norm: bool = False  # norms after attention and feed-forward, not before them (OLMo 2)
+    sandwich_norm: bool = False  # norms before and after them (Gemma 2)
+    offset_norm: bool = False  # norms multiply by 1 + weight (Gemma)
+    scale_embeddings: bool = False  # embeddings are multiplied by sqrt(d_model) (Gemma)
+    activation: str = "silu"  # of the gated feed-forward: silu or gelu_tanh (Gemma)
+    attention_softcap: float | None = None  # scores <- cap * tanh(scores / cap) (Gemma 2); None: no cap
+    logit_softcap: float | None = None  # the same of the logits
+    query_pre_attn_scalar: int | None = None  # scores are divided by its square root; None: d_head
     tie_embeddings: bool = True  # lm_head shares embed_tokens' weight
     attention_bias: bool = False  # q, k, v projections have a bias (Qwen2)
     attention_out_bias: bool = False  # o_proj has a bias (Llama with attention_bias)
@@ -120,6 +132,7 @@ class ModelConfig:
             raise ValueError(f"sliding_window={self.sliding_window} must be a whole number >= 1, or none")
         if self.sliding_layers is not None and self.sliding_window is None:
             raise ValueError("sliding_layers is given without sliding_window; set the window, or leave both out")
+        self._check_gemma()
         if self.expert_layers is not None and not self.n_experts:
             raise ValueError("expert_layers is given without n_experts; set it, or leave both out")
         for name in ("sliding_layers", "rope_layers", "expert_layers"):
@@ -138,6 +151,20 @@ class ModelConfig:
             )
         if self.d_head % 2:
             raise ValueError(f"d_head={self.d_head} is odd; RoPE rotates pairs, use an even d_head")
+
+    def _check_gemma(self) -> None:
+        for name in ("attention_softcap", "logit_softcap", "query_pre_attn_scalar", "rope_local_theta"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name}={value!r} must be > 0 and finite, or none")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation={self.activation!r} is not known; choose {' or '.join(ACTIVATIONS)}")
+        if self.activation != "silu" and self.n_experts:
+            raise ValueError(f"activation={self.activation} is not covered for experts, only silu")
+        if self.sandwich_norm and self.post_norm:
+            raise ValueError("sandwich_norm and post_norm are two places of the norms; choose one")
+        if self.rope_local_theta is not None and self.sliding_window is None:
+            raise ValueError("rope_local_theta is of layers with a window; set sliding_window, or leave both out")
 
     def _check_experts(self) -> None:
         for name, least in (("n_experts", 2), ("d_shared_expert", 0), ("d_expert", 1)):
@@ -160,8 +187,14 @@ class ModelConfig:
             window=self.sliding_window if slides else None,
             rotates=self.rope_layers is None or self.rope_layers[i],
             feed_forward="experts" if mixes else "gated",
-            norm="post" if self.post_norm else "pre",
+            norm="sandwich" if self.sandwich_norm else "post" if self.post_norm else "pre",
+            local_rope=slides and self.rope_local_theta is not None,
         )
+
+    @property
+    def attention_scale(self) -> float | None:
+        """What scores are multiplied by; None: 1 / sqrt(d_head)."""
+        return None if self.query_pre_attn_scalar is None else self.query_pre_attn_scalar**-0.5
 
     @property
     def expert_width(self) -> int:
@@ -188,7 +221,9 @@ class ModelConfig:
         q, kv = self.n_heads * self.d_head, self.n_kv_heads * self.d_head
         attention = self.d_model * (2 * q + 2 * kv)
         attention += (q + 2 * kv) * self.attention_bias + self.d_model * self.attention_out_bias
-        norms = 2 * self.d_model + (q + kv if self.qk_norm_joint else 2 * self.d_head) * self.qk_norm
+        norms = (4 if spec.norm == "sandwich" else 2) * self.d_model + (
+            q + kv if self.qk_norm_joint else 2 * self.d_head
+        ) * self.qk_norm
         if spec.feed_forward == "gated":
             return attention + self._gated_params(self.d_ff) + norms
         read = self.n_experts_per_token if active else self.n_experts

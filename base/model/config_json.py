@@ -11,6 +11,7 @@ import torch
 from ..json_fields import check, field
 from .config import LARGEST, ModelConfig, RopeScaling
 from .families import ARCHITECTURES, FAMILIES, Family, family_of
+from .gemma_json import gemma_fields, gemma_to_dict, with_gemma_defaults
 
 
 def config_from_dict(raw_config: dict[str, Any], *, where: str = "config.json") -> ModelConfig:
@@ -22,7 +23,11 @@ def config_from_dict(raw_config: dict[str, Any], *, where: str = "config.json") 
     names = get("architectures", list, [])
     architecture = check(names[0], str, f"{where}: architectures") if names else None
     model_type = get("model_type", str) or (ARCHITECTURES.get(architecture) if architecture else None)
-    if model_type not in ARCHITECTURES.values() or (architecture and architecture not in ARCHITECTURES):
+    if (
+        model_type is None
+        or model_type not in ARCHITECTURES.values()
+        or (architecture and architecture not in ARCHITECTURES)
+    ):
         raise ValueError(
             f"{where}: architecture {architecture or model_type!r} is not known; graft reads {', '.join(ARCHITECTURES)}"
         )
@@ -31,25 +36,27 @@ def config_from_dict(raw_config: dict[str, Any], *, where: str = "config.json") 
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}; is it a whole model's config?")
     vocab_size, d_model, d_ff, n_layers, n_heads = (field(raw_config, key, int, where) for key in sizes)
-    if get("hidden_act", str, "silu") not in ("silu", "swish"):
+    if get("hidden_act", str, "silu") not in ("silu", "swish") and not model_type.startswith("gemma"):
         raise ValueError(
             f"{where}: hidden_act {raw_config['hidden_act']!r} is not covered; graft's feed-forward is silu-gated"
         )
     if n_heads < 1:
         raise ValueError(f"{where}: num_attention_heads={n_heads} must be >= 1")
     _refuse_uncovered(raw_config, where)
+    raw_config = with_gemma_defaults(raw_config, model_type, n_layers, where)
     family = next(family for family in FAMILIES.values() if family.model_type == model_type)
     only_qkv = "qkv" in family.biases  # an older key of Qwen2's is attention_bias, a newer one of its mixtures qkv_bias
     bias = get("attention_bias", bool, get("qkv_bias", bool, only_qkv))
     try:
         window, sliding = _windows(raw_config, model_type, n_layers, where)
+        d_head = get("head_dim", int, d_model // n_heads)
         return ModelConfig(
             vocab_size=vocab_size,
             d_model=d_model,
             n_layers=n_layers,
             n_heads=n_heads,
             n_kv_heads=get("num_key_value_heads", int, n_heads),
-            d_head=get("head_dim", int, d_model // n_heads),
+            d_head=d_head,
             d_ff=d_ff,
             max_seq_len=get("max_position_embeddings", int, 2048),
             rope_theta=_rope_theta(raw_config, where),
@@ -66,6 +73,7 @@ def config_from_dict(raw_config: dict[str, Any], *, where: str = "config.json") 
             sliding_layers=sliding,
             rope_layers=_rope_layers(raw_config, n_layers, where) if family.chooses_rope else None,
             **(_experts(raw_config, family, n_layers, where) if family.experts else {}),
+            **gemma_fields(raw_config, model_type, d_head, slides=window is not None, where=where),
             init_std=_number(raw_config, "initializer_range", where, 0.02),
             bos_token_id=get("bos_token_id", int),
             eos_token_id=end_ids(raw_config, where),
@@ -276,7 +284,8 @@ def config_to_dict(config: ModelConfig, *, dtype: torch.dtype) -> dict[str, Any]
     if family.chooses_rope:
         rotates = config.rope_layers or (True,) * config.n_layers
         raw_config["no_rope_layers"] = [int(has_rope) for has_rope in rotates]
-    return raw_config | _windows_to_dict(config, family) | _experts_to_dict(config, family)
+    raw_config |= _windows_to_dict(config, family) | _experts_to_dict(config, family)
+    return raw_config | gemma_to_dict(config, family.model_type, scaling)
 
 
 def _scaling_to_dict(scaling: RopeScaling) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from ...kernels.grouped_linear import grouped_linear
 from ...kernels.swiglu import swiglu
-from .config import ModelConfig
+from .config import LayerSpec, ModelConfig
 from .feed_forward import FeedForward
 from .kv_cache import StepContext
 
@@ -102,6 +102,11 @@ class MixtureOfExperts(nn.Module):
         )
         balance = c.n_experts * (chosen / len(logits) * logits.softmax(-1).mean(0)).sum()
         return c.balance_loss * balance + c.router_z_loss * logits.logsumexp(-1).square().mean()
+
+
+def feed_forward(config: ModelConfig, spec: LayerSpec) -> FeedForward | MixtureOfExperts:
+    """The layer's feed-forward part."""
+    return MixtureOfExperts(config) if spec.feed_forward == "experts" else FeedForward(config)
 
 
 class SharedGate(nn.Module):

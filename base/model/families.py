@@ -16,6 +16,7 @@ class Family:
     experts: str | None = None  # the keys that it has for them
     chooses_rope: bool = False  # some layers may be without RoPE
     post_norm: bool = False
+    gemma: int = 0  # 1 to 3: norms of 1 + weight, scaled embeddings, gelu; from 2 on norms on both sides and soft caps
     norm_eps: float = 1e-6  # where the file doesn't say
     ties: bool = False
 
@@ -31,6 +32,11 @@ FAMILIES = {
     "MixtralForCausalLM": Family("mixtral", windows="all", experts="mixtral", norm_eps=1e-5),
     "Qwen3MoeForCausalLM": Family("qwen3_moe", qk_norm="head", biases=("attention",), windows="all", experts="qwen"),
     "Qwen2MoeForCausalLM": Family("qwen2_moe", biases=("qkv",), experts="qwen"),
+    "GemmaForCausalLM": Family("gemma", biases=("attention",), gemma=1, ties=True),
+    "Gemma2ForCausalLM": Family("gemma2", biases=("attention",), windows="some", gemma=2, ties=True),
+    "Gemma3ForCausalLM": Family(
+        "gemma3_text", qk_norm="head", biases=("attention",), windows="some", gemma=3, ties=True
+    ),
     "OlmoeForCausalLM": Family("olmoe", qk_norm="joint", biases=("attention",), experts="olmoe", norm_eps=1e-5),
 }
 ARCHITECTURES = {architecture: family.model_type for architecture, family in FAMILIES.items()}
@@ -39,7 +45,7 @@ ARCHITECTURES = {architecture: family.model_type for architecture, family in FAM
 def family_of(config: ModelConfig) -> tuple[str, Family]:
     """The first architecture that has all of a config's switches. Raises ValueError when there is none."""
     for architecture, family in FAMILIES.items():
-        if _attention_fits(config, family) and _experts_fit(config, family):
+        if _attention_fits(config, family) and _gemma_fits(config, family) and _experts_fit(config, family):
             return architecture, family
     names = (
         *(
@@ -51,6 +57,8 @@ def family_of(config: ModelConfig) -> tuple[str, Family]:
             "mlp_bias",
             "sliding_layers",
         ),
+        *("sandwich_norm", "offset_norm", "scale_embeddings", "activation", "attention_softcap", "logit_softcap"),
+        *("query_pre_attn_scalar", "rope_local_theta"),
         *("rope_layers", "n_experts", "d_expert", "d_shared_expert", "expert_layers", "normalize_experts"),
     )
     default = ModelConfig(1)
@@ -81,6 +89,18 @@ def _attention_fits(config: ModelConfig, family: Family) -> bool:
         return False
     windows = None if config.sliding_window is None else "all" if config.sliding_layers is None else "some"
     return windows is None or windows == family.windows or family.windows == "some"
+
+
+def _gemma_fits(config: ModelConfig, family: Family) -> bool:
+    signs = (config.offset_norm, config.scale_embeddings, config.activation == "gelu_tanh")
+    if signs != (family.gemma > 0,) * 3 or config.sandwich_norm != (family.gemma > 1):
+        return False
+    capped = (config.attention_softcap, config.logit_softcap, config.query_pre_attn_scalar) != (None, None, None)
+    if capped and family.gemma < 2:
+        return False
+    if family.gemma == 3:  # its layers with a window always have a RoPE of their own
+        return (config.rope_local_theta is None) == (config.sliding_window is None)
+    return config.rope_local_theta is None
 
 
 def _experts_fit(config: ModelConfig, family: Family) -> bool:

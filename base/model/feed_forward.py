@@ -1,4 +1,4 @@
-"""The gated feed-forward layer, SwiGLU (Shazeer 2020, arXiv:2002.05202, eq. 6)."""
+"""The gated feed-forward layer, SwiGLU or GeGLU (Shazeer 2020, arXiv:2002.05202, eq. 6)."""
 
 from typing import ClassVar
 
@@ -12,7 +12,7 @@ from .kv_cache import StepContext
 
 
 class FeedForward(nn.Module):
-    """down_proj(silu(gate_proj(x)) * up_proj(x)). (B, T, D) -> (B, T, D)."""
+    """down_proj(act(gate_proj(x)) * up_proj(x)), act: silu, or gelu in its tanh form. (B, T, D) -> (B, T, D)."""
 
     ROLES: ClassVar = {
         "gate_proj.weight": "hidden", "up_proj.weight": "hidden", "down_proj.weight": "residual",
@@ -22,15 +22,18 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig, width: int | None = None) -> None:  # None: the config's d_ff
         super().__init__()
         width = config.d_ff if width is None else width
+        self.gelu = config.activation == "gelu_tanh"
         self.gate_proj = nn.Linear(config.d_model, width, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.d_model, width, bias=config.mlp_bias)
         self.down_proj = nn.Linear(width, config.d_model, bias=config.mlp_bias)
 
     def forward(self, x: Tensor, context: StepContext | None = None) -> Tensor:
         del context  # every kind of feed-forward layer is called alike
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(F.gelu(gate, approximate="tanh") * up if self.gelu else swiglu(gate, up))
 
     def decode(self, x: Tensor) -> Tensor:
         """`forward` for one new token a row without gradients, (B, D) -> (B, D), in few operators."""
-        gate = F.silu(project(self.gate_proj, x), inplace=True)
+        gate = project(self.gate_proj, x)
+        gate = F.gelu(gate, approximate="tanh") if self.gelu else F.silu(gate, inplace=True)
         return project(self.down_proj, gate.mul_(project(self.up_proj, x)))

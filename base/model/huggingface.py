@@ -160,6 +160,7 @@ def save_model(model: Transformer, folder: Path | str, *, dtype: str | None = No
     """
     folder = Path(folder)
     target = dtype_named(dtype) if dtype else next(model.parameters()).dtype
+    config_to_dict(model.config, dtype=target)  # raises before anything is written
     tensors = {
         name: tensor.detach().to(target)
         for name, tensor in model.state_dict().items()

@@ -10,9 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-Role = Literal["embedding", "head", "hidden", "residual", "router", "gain", "bias", "adapter"]
+Role = Literal["embedding", "head", "hidden", "residual", "router", "gain", "offset", "bias", "adapter"]
 """embedding (V, D); head (V, D); hidden: a matrix between hidden states; residual: such a matrix whose output is added to the
-residual stream; router (E, D): scores of experts; gain: a norm's weight; bias; adapter: a low-rank factor."""
+residual stream; router (E, D): scores of experts; gain: a norm's weight; offset: one that is added to 1; bias;
+adapter: a low-rank factor."""
 
 DECAYED: frozenset[Role] = frozenset(
     {"embedding", "head", "hidden", "residual", "router", "adapter"}
@@ -49,11 +50,11 @@ def initialize_(model: nn.Module, *, seed: int, std: float, n_layers: int) -> No
 
     embedding, head, hidden, router   N(0, std^2)
     residual                          N(0, std^2 / (2 n_layers)) (Radford et al. 2019, GPT-2, section 2.3)
-    gain, bias                        1, 0
+    gain, offset, bias                1, 0, 0
     """
     generator = torch.Generator().manual_seed(seed)
     scales = {"embedding": std, "head": std, "hidden": std, "router": std, "residual": std / (2 * n_layers) ** 0.5}
-    constants = {"gain": 1.0, "bias": 0.0}
+    constants = {"gain": 1.0, "offset": 0.0, "bias": 0.0}
     with torch.no_grad():
         for _, parameter, role in named_roles(model):
             if role in constants:

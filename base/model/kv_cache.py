@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .config import ModelConfig
 from .paged_cache import PAGE, Pages
-from .rope import rope_tables
+from .rope import angle_tables
 
 
 class StepContext(NamedTuple):
@@ -37,6 +37,16 @@ class StepContext(NamedTuple):
     )
     pages: Pages | None = None  # of a PagedKVCache, in place of `stop` and `masks`
     router_losses: list[Tensor] | None = None  # in training: each mixture of experts adds its () float32
+    local_cos: Tensor | None = None  # the angles of layers with a base of their own, in the shapes of cos and sin
+    local_sin: Tensor | None = None
+
+    def angles(self, *, local: bool) -> tuple[Tensor, Tensor]:
+        """cos and sin of a layer that rotates; `local`: its spec's local_rope."""
+        if local:
+            assert self.local_cos is not None
+            assert self.local_sin is not None
+            return self.local_cos, self.local_sin
+        return self.cos, self.sin
 
     @property
     def unturned(self) -> tuple[Tensor, Tensor]:
@@ -111,9 +121,9 @@ class KVCache:
         self._make_angles(capacity)
 
     def _make_angles(self, n_positions: int) -> None:
-        """cos and sin of every position up to `n_positions`, (1, n, Dh/2): a step slices or gathers from them."""
+        """Angles of every position up to `n_positions`, (1, n, Dh/2) each: a step slices or gathers from them."""
         positions = torch.arange(n_positions, device=self.device)[None]
-        self.cos, self.sin = rope_tables(self.config, positions)
+        self.angles = angle_tables(self.config, positions)
 
     @property
     def n_rows(self) -> int:
@@ -139,12 +149,12 @@ class KVCache:
         start, stop = self.end, self.end + T
         if self._positions is None:
             first = self.lengths[0]
-            cos, sin = self.cos[:, first : first + T], self.sin[:, first : first + T]
+            angles = {name: table[:, first : first + T] for name, table in self.angles.items()}
         else:
             positions = self._positions if T == 1 else self._positions + torch.arange(T, device=self.device)
-            cos, sin = self.cos[0][positions], self.sin[0][positions]  # (B, T, Dh/2)
+            angles = {name: table[0][positions] for name, table in self.angles.items()}  # (B, T, Dh/2)
         masks = {window: self._mask(T, start, stop, window) for window in self.windows}
-        return StepContext(cos, sin, None, start, stop, masks)
+        return StepContext(**angles, start=start, stop=stop, masks=masks)
 
     def _mask(self, T: int, start: int, stop: int, window: int | None) -> Tensor | None:
         """(B or 1, 1, T, stop): 0 where a new token sees a column, -inf where not. None where no mask is needed."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.rms_norm import rms_norm
+from .config import ModelConfig
 
 
 class RMSNorm(nn.Module):
@@ -18,10 +19,31 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
+    @property
+    def gain(self) -> Tensor:
+        """What the normalized values are multiplied by, (size,)."""
+        return self.weight
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., size) -> (..., size)."""
-        return rms_norm(x, self.weight, eps=self.eps)
+        return rms_norm(x, self.gain, eps=self.eps)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Normalize x + residual and return it with the sum: (normed, x + residual), one pass over memory."""
-        return rms_norm(x, self.weight, eps=self.eps, residual=residual)
+        return rms_norm(x, self.gain, eps=self.eps, residual=residual)
+
+
+class OffsetRMSNorm(RMSNorm):
+    """RMSNorm that multiplies by 1 + weight, so that weights of 0 change nothing and decay draws towards that (Gemma's)."""
+
+    ROLES: ClassVar = {"weight": "offset"}
+
+    @property
+    def gain(self) -> Tensor:
+        """1 + weight in float32, whatever the weight's dtype: half precision would round the sum."""
+        return 1.0 + self.weight.float()
+
+
+def norm(config: ModelConfig, size: int) -> RMSNorm:
+    """The config's kind of RMSNorm over `size` values."""
+    return (OffsetRMSNorm if config.offset_norm else RMSNorm)(size, config.norm_eps)

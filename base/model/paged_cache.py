@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .rope import rope_tables
+from .rope import angle_tables
 
 if TYPE_CHECKING:
     from .config import ModelConfig
@@ -118,7 +118,7 @@ class PagedKVCache:
         self.lengths = [0] * n_rows
         self.limits: list[int] | None = None
         positions = torch.arange(config.max_seq_len + PAGE, device=pool.device)[None]
-        self._cos, self._sin = (t[0] for t in rope_tables(config, positions))
+        self._angles = {name: table[0] for name, table in angle_tables(config, positions).items()}  # (n, Dh/2)
 
     @property
     def n_rows(self) -> int:
@@ -156,9 +156,10 @@ class PagedKVCache:
         page = rows.gather(1, positions // PAGE).long()
         page[positions >= torch.tensor(limits)[:, None]] = 0
         device = self.pool.device
-        where = positions.clamp(max=self._cos.shape[0] - 1).to(device)
+        where = positions.clamp(max=self._angles["cos"].shape[0] - 1).to(device)
         pages = Pages(page.to(device), (positions % PAGE).to(device), rows.to(device), (lengths + T).int().to(device))
-        return StepContext(self._cos[where], self._sin[where], start=max(self.lengths), pages=pages)
+        angles = {name: table[where] for name, table in self._angles.items()}
+        return StepContext(**angles, start=max(self.lengths), pages=pages)
 
     def advance(self, T: int) -> None:
         """Each row has read T more tokens, padding aside."""

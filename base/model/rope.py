@@ -1,6 +1,7 @@
 """Rotary position embedding's angles (Su et al. 2021, arXiv:2104.09864, eq. 15)."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,10 +9,15 @@ from torch import Tensor
 from .config import ModelConfig
 
 
+def unscaled_frequencies(theta: float, d_head: int, device: torch.device | str = "cpu") -> Tensor:
+    """theta^(-2i / Dh) for i in [0, Dh/2). (Dh/2,) float32, radians a token."""
+    exponent = torch.arange(0, d_head, 2, dtype=torch.int64, device=device).float() / d_head
+    return 1.0 / (theta**exponent)
+
+
 def inverse_frequencies(config: ModelConfig, device: torch.device | str = "cpu") -> Tensor:
     """theta_i = rope_theta^(-2i / Dh) for i in [0, Dh/2), scaled as the config says. (Dh/2,) float32, radians a token."""
-    exponent = torch.arange(0, config.d_head, 2, dtype=torch.int64, device=device).float() / config.d_head
-    frequency = 1.0 / (config.rope_theta**exponent)
+    frequency = unscaled_frequencies(config.rope_theta, config.d_head, device)
     scaling = config.rope_scaling
     if scaling.rope_type == "linear":
         return frequency / scaling.factor
@@ -60,3 +66,15 @@ def rope_tables(
     angles = positions[..., None].float() * inverse_frequencies(config, positions.device)  # (B, T, Dh/2)
     scale = config.rope_scaling.attention_factor if config.rope_scaling.rope_type == "yarn" else 1.0
     return (angles.cos(), angles.sin()) if scale == 1.0 else (angles.cos() * scale, angles.sin() * scale)
+
+
+def angle_tables(config: ModelConfig, positions: Tensor) -> dict[str, Any]:
+    """The tables of StepContext by its names: cos and sin of `rope_tables`, and where layers with a window have a base of
+    their own, local_cos and local_sin. Each (B or 1, T, Dh/2) float32."""
+    cos, sin = rope_tables(config, positions)
+    tables: dict[str, Any] = {"cos": cos, "sin": sin}
+    if config.rope_local_theta is not None:
+        local = unscaled_frequencies(config.rope_local_theta, config.d_head, positions.device)
+        angles = positions[..., None].float() * local
+        tables |= {"local_cos": angles.cos(), "local_sin": angles.sin()}
+    return tables

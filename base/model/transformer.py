@@ -17,13 +17,14 @@ from ...kernels.decode import add_rms_norm_, can_run
 from . import init
 from .attention import Attention
 from .config import LayerSpec, ModelConfig
-from .experts import MixtureOfExperts
-from .feed_forward import FeedForward
+from .experts import feed_forward
+from .head import CappedHead, summed_loss
 from .kv_cache import KVCache, LayerCache, StepContext
-from .norm import RMSNorm
+from .norm import norm
 from .paged_cache import PAGE, PagedKVCache, PagedLayer, PagePool
 from .recompute import recompute
-from .rope import rope_tables
+from .rope import angle_tables
+from .sandwich import SandwichLayer
 
 IGNORE = -100  # a target with this id carries no loss
 
@@ -33,9 +34,9 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, spec: LayerSpec) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.d_model, config.norm_eps)
+        self.input_layernorm = norm(config, config.d_model)
         self.self_attn = Attention(config, spec)
-        self.post_attention_layernorm = RMSNorm(config.d_model, config.norm_eps)
+        self.post_attention_layernorm = norm(config, config.d_model)
         self.mlp = feed_forward(config, spec)
 
     def forward(self, x: Tensor, context: StepContext, cache: LayerCache | PagedLayer | None = None) -> Tensor:
@@ -46,10 +47,10 @@ class DecoderLayer(nn.Module):
     def decode(self, pending: Tensor | None, stream: Tensor, context: StepContext, cache: LayerCache) -> Tensor:
         """`forward` for one new token a row in few operators. `stream` (B, D) is the residual stream, changed in place;
         `pending` the last layer's output that is still to be added to it. Returns this layer's own."""
-        norm = self.input_layernorm
-        mixed = self.self_attn.decode(add_rms_norm_(pending, stream, norm.weight, norm.eps), cache, context)
-        norm = self.post_attention_layernorm
-        return self.mlp.decode(add_rms_norm_(mixed, stream, norm.weight, norm.eps))
+        before = self.input_layernorm
+        mixed = self.self_attn.decode(add_rms_norm_(pending, stream, before.gain, before.eps), cache, context)
+        before = self.post_attention_layernorm
+        return self.mlp.decode(add_rms_norm_(mixed, stream, before.gain, before.eps))
 
 
 class PostNormLayer(nn.Module):
@@ -58,9 +59,9 @@ class PostNormLayer(nn.Module):
     def __init__(self, config: ModelConfig, spec: LayerSpec) -> None:
         super().__init__()
         self.self_attn = Attention(config, spec)
-        self.post_attention_layernorm = RMSNorm(config.d_model, config.norm_eps)
+        self.post_attention_layernorm = norm(config, config.d_model)
         self.mlp = feed_forward(config, spec)
-        self.post_feedforward_layernorm = RMSNorm(config.d_model, config.norm_eps)
+        self.post_feedforward_layernorm = norm(config, config.d_model)
 
     def forward(self, x: Tensor, context: StepContext, cache: LayerCache | None = None) -> Tensor:
         x = x + self.post_attention_layernorm(self.self_attn(x, context, cache))
@@ -74,22 +75,21 @@ class PostNormLayer(nn.Module):
         return self.post_feedforward_layernorm(self.mlp.decode(stream))
 
 
-def feed_forward(config: ModelConfig, spec: LayerSpec) -> FeedForward | MixtureOfExperts:
-    """The layer's feed-forward part."""
-    return MixtureOfExperts(config) if spec.feed_forward == "experts" else FeedForward(config)
+Layer = DecoderLayer | PostNormLayer | SandwichLayer
+LAYERS: dict[str, type[Layer]] = {"pre": DecoderLayer, "post": PostNormLayer, "sandwich": SandwichLayer}
 
 
-def decoder_layer(config: ModelConfig, spec: LayerSpec) -> "DecoderLayer | PostNormLayer":
+def decoder_layer(config: ModelConfig, spec: LayerSpec) -> Layer:
     """One layer, as its spec says."""
-    return PostNormLayer(config, spec) if spec.norm == "post" else DecoderLayer(config, spec)
+    return LAYERS[spec.norm](config, spec)
 
 
 class Layers(Protocol):
     """What a ModuleList of layers offers."""
 
-    def __iter__(self) -> "Iterator[DecoderLayer | PostNormLayer]": ...
+    def __iter__(self) -> Iterator[Layer]: ...
     def __len__(self) -> int: ...
-    def __getitem__(self, i: int) -> "DecoderLayer | PostNormLayer": ...
+    def __getitem__(self, i: int) -> Layer: ...
 
 
 class Decoder(nn.Module):
@@ -101,7 +101,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
         self.layers: Layers = nn.ModuleList(decoder_layer(config, config.layer(i)) for i in range(config.n_layers))  # pyright: ignore
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.norm = norm(config, config.d_model)
 
 
 class Transformer(nn.Module):
@@ -151,7 +151,20 @@ class Transformer(nn.Module):
             return loss
         if logits_at is not None:
             hidden = hidden[torch.arange(hidden.shape[0], device=hidden.device), logits_at][:, None]  # (B, 1, D)
-        return self.lm_head(hidden)
+        return self.head(hidden)
+
+    @property
+    def head(self) -> "nn.Module | CappedHead":
+        """What turns hidden states into logits: lm_head, or lm_head under the config's soft cap."""
+        cap = self.config.logit_softcap
+        return self.lm_head if cap is None else CappedHead(self.lm_head, cap)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids (B, T) -> the first layer's input (B, T, D)."""
+        x = self.model.embed_tokens(ids)
+        if not self.config.scale_embeddings:
+            return x
+        return x * x.new_full((), self.config.d_model**0.5)  # rounded to the weights' dtype, as Gemma was trained
 
     def hidden_states(
         self,
@@ -164,13 +177,14 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """The final norm's output (B, T, D), which lm_head turns into logits."""
         B, T = ids.shape
-        x = self.model.embed_tokens(ids)  # (B, T, D)
+        x = self.embed(ids)  # (B, T, D)
         if cache is not None:
             context = cache.begin(B, T)
         else:
             if positions is None:
                 positions = torch.arange(T, device=ids.device)[None]  # (1, T)
-            context = StepContext(*rope_tables(self.config, positions), cu_seqlens, router_losses=router_losses)
+            angles = angle_tables(self.config, positions)
+            context = StepContext(**angles, cu_seqlens=cu_seqlens, router_losses=router_losses)
         if isinstance(cache, KVCache) and context.start and T == 1 and self.fused_decoding and can_run(x):
             return self._decode(x[:, 0], context, cache)
         for i, layer in enumerate(self.model.layers):
@@ -186,20 +200,23 @@ class Transformer(nn.Module):
     def _decode(self, stream: Tensor, context: StepContext, cache: KVCache) -> Tensor:
         """The layers and the final norm for one new token a row, (B, D) -> (B, 1, D)."""
         pending = None
+        angles = {name: getattr(context, name) for name in cache.angles}
         context = context._replace(
-            cos=context.cos[:, 0].contiguous(), sin=context.sin[:, 0].contiguous()
+            **{name: table[:, 0].contiguous() for name, table in angles.items()}
         )  # (B or 1, Dh/2)
         for layer, layer_cache in zip(self.model.layers, cache.layers, strict=True):
             pending = layer.decode(pending, stream, context, layer_cache)
         cache.advance(1)
-        return add_rms_norm_(pending, stream, self.model.norm.weight, self.model.norm.eps)[:, None]
+        return add_rms_norm_(pending, stream, self.model.norm.gain, self.model.norm.eps)[:, None]
 
     def _summed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Summed cross entropy in nats of hidden (N, D) and targets (N,), () float32."""
-        if type(self.lm_head) is nn.Linear:
+        if type(self.head) is nn.Linear:
             return linear_cross_entropy(hidden, self.lm_head.weight, targets, ignore_index=IGNORE, reduction="sum")
-        # An adapted or quantized head is a function, not a matrix; the loss itself is taken in float32.
-        return F.cross_entropy(self.lm_head(hidden).float(), targets, ignore_index=IGNORE, reduction="sum")
+        # An adapted, quantized or capped head is a function, not a matrix; the loss itself is taken in float32.
+        if isinstance(self.head, CappedHead):
+            return summed_loss(self.head, hidden, targets, ignore_index=IGNORE)
+        return F.cross_entropy(self.head(hidden).float(), targets, ignore_index=IGNORE, reduction="sum")
 
     def new_cache(self, n_rows: int, capacity: int) -> KVCache:
         """An empty cache for `n_rows` rows of up to `capacity` tokens (it grows when they are more).

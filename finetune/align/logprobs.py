@@ -70,7 +70,7 @@ def hidden_and_head(
     model: Transformer, ids: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Head]:
     """Hidden states (B, T, D) after the final norm, and the head that turns them into logits."""
-    return model.hidden_states(ids, positions=positions, cu_seqlens=cu_seqlens), model.lm_head
+    return model.hidden_states(ids, positions=positions, cu_seqlens=cu_seqlens), model.head
 
 
 def head_logprobs(

@@ -182,7 +182,7 @@ def _log_probabilities(
     log_p, best = torch.empty(len(targets)), torch.empty(len(targets), dtype=torch.bool)
     n_rows = max(1, LOGITS // model.config.vocab_size)
     for start in range(0, len(used), n_rows):
-        logits = model.lm_head(hidden[used[start : start + n_rows]]).float()  # (n_rows, V)
+        logits = model.head(hidden[used[start : start + n_rows]]).float()  # (n_rows, V)
         mine = ((row_of >= start) & (row_of < start + n_rows)).nonzero()[:, 0]
         rows, tokens = row_of[mine] - start, wanted[mine]
         log_p[mine.cpu()] = (logits[rows, tokens] - logits.logsumexp(-1)[rows]).cpu()

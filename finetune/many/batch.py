@@ -83,8 +83,8 @@ def weighted_loss(model: Transformer, batch: Mapping[str, Tensor], weights: Tens
         batch["ids"], positions=batch.get("positions"), cu_seqlens=batch.get("cu_seqlens")
     ).flatten(0, 1)
     targets = batch["targets"].flatten()
-    if type(model.lm_head) is nn.Linear:
+    if type(model.head) is nn.Linear:
         return weighted_linear_cross_entropy(hidden, model.lm_head.weight, targets, weights, ignore_index=IGNORE)
-    logits = model.lm_head(hidden).float()  # an adapted or quantized head is a function, not a matrix
+    logits = model.head(hidden).float()  # an adapted or quantized head is a function, not a matrix
     losses = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
     return (losses * weights).sum(), losses.detach()

@@ -22,6 +22,7 @@ def paged_attention(
     *,
     scale: float | None = None,  # of the scores; None is 1 / sqrt(Dh)
     window: int | None = None,  # a query sees the last `window` keys up to its own
+    softcap: float | None = None,  # scores <- softcap * tanh(scores / softcap)
     backend: Backend = "auto",
 ) -> Tensor:  # (B, H, T, Dh)
     """softmax(q k^T * scale) v, causal, each row's keys found through its page table (PagedAttention, Kwon et al. 2023,
@@ -30,14 +31,14 @@ def paged_attention(
     Query t of row b is token lengths[b] - T + t. Table entries past a row's pages may be any page, since nothing there is
     seen. Raises ValueError for shapes, dtypes and, on the CPU, for lengths outside [T, n * P] and pages that don't exist.
     """
-    _check(q, keys, values, table, lengths, window)
+    _check(q, keys, values, table, lengths, window, softcap)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     chosen = choose_backend("paged_attention", backend, (q, keys, values), unsupported=_triton_limits(q, keys))
     if chosen == "triton":
         from .triton_paged_attention import paged_attention_triton as run
     else:
         run = paged_attention_reference if chosen == "reference" else paged_attention_torch
-    return run(q, keys, values, table, lengths, scale=scale, window=window)
+    return run(q, keys, values, table, lengths, scale=scale, window=window, softcap=softcap)
 
 
 def _triton_limits(q: Tensor, keys: Tensor) -> str | None:
@@ -53,7 +54,15 @@ def _triton_limits(q: Tensor, keys: Tensor) -> str | None:
     return None
 
 
-def _check(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, window: int | None) -> None:
+def _check(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    window: int | None,
+    softcap: float | None,
+) -> None:
     if q.ndim != 4 or keys.ndim != 4 or keys.shape != values.shape or q.shape[3] != keys.shape[3]:
         shapes = f"q {tuple(q.shape)}, keys {tuple(keys.shape)}, values {tuple(values.shape)}"
         raise ValueError(f"paged_attention takes q (B, H, T, Dh) and keys, values (n_pages, K, P, Dh), got {shapes}")
@@ -73,6 +82,8 @@ def _check(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tens
             )
     if window is not None and window < 1:
         raise ValueError(f"window={window} must be >= 1; leave it None for no window")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap={softcap} must be > 0; leave it None for no cap")
     if readable(lengths) and readable(table) and B:
         low, high, limit = int(lengths.min()), int(lengths.max()), table.shape[1] * keys.shape[2]
         if low < T or high > limit:

@@ -13,6 +13,7 @@ def paged_attention_reference(
     *,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:  # (B, H, T, Dh)
     """Row by row and query by query: gather the row's tokens, softmax(q k^T * scale) v (arXiv:1706.03762, eq. 1) in float32
     over those that the query sees (float64 for float64 inputs)."""
@@ -28,6 +29,9 @@ def paged_attention_reference(
             k = torch.stack([keys[p, :, i] for p, i in places], dim=1).to(dtype)  # (K, S, Dh)
             v = torch.stack([values[p, :, i] for p, i in places], dim=1).to(dtype)
             for h in range(H):
-                weights = (k[h // group] @ q[b, h, t].to(dtype) * scale).softmax(-1)  # (S,)
+                scores = k[h // group] @ q[b, h, t].to(dtype) * scale  # (S,)
+                if softcap is not None:
+                    scores = softcap * torch.tanh(scores / softcap)
+                weights = scores.softmax(-1)
                 out[b, h, t] = (weights @ v[h // group]).to(q.dtype)
     return out

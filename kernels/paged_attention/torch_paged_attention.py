@@ -1,8 +1,9 @@
-"""Paged attention by PyTorch: the rows' pages side by side, then SDPA with a mask. Moves every key and value twice."""
+"""Paged attention by PyTorch: the rows' pages side by side, then attention with a mask. Moves every key and value twice."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from ..attention.masked import attention_masked
 
 
 def paged_attention_torch(
@@ -14,9 +15,10 @@ def paged_attention_torch(
     *,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:  # (B, H, T, Dh)
     """The same function as `paged_attention_reference`."""
-    B, H, T, Dh = q.shape
+    B, _, T, Dh = q.shape
     K, page = keys.shape[1:3]
     S = table.shape[1] * page
     flat = table.reshape(-1).long()
@@ -30,7 +32,4 @@ def paged_attention_torch(
     if window is not None:
         seen &= column > last - window
     mask = torch.zeros(B, 1, T, S, dtype=q.dtype, device=q.device).masked_fill_(~seen[:, None], -torch.inf)
-    if T == 1:  # the heads that share a kv head become its queries: keys are not repeated
-        grouped = q.reshape(B, K, H // K, Dh)
-        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale).reshape(B, H, T, Dh)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+    return attention_masked(q, k, v, mask, scale=scale, softcap=softcap)

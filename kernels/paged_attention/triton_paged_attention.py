@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..attention.triton_attention import scales
 from ..attention.triton_decode import attention_combine
-from ..attention.triton_mask import load_tile
+from ..attention.triton_mask import load_tile, tanh
 from ..launch import cdiv, launch, multiprocessors, next_power_of_2
 
-LOG2_E = 1.4426950408889634
 MIN_SHARE = 256  # tokens a split: kernels/attention's, a guess that no GPU has measured yet
 
 
@@ -28,11 +28,13 @@ def paged_decode(
     q, keys, values, table, lengths, parts, part_lse,
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kp, stride_kh, stride_ks, stride_kd,
     stride_vp, stride_vh, stride_vs, stride_vd,
-    n, H, G, T, window, n_splits, qk_scale,
-    Dh: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    n, H, G, T, window, n_splits, qk_scale, cap,
+    Dh: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """parts (B, H * T, n_splits, Dh) and part_lse (B, H * T, n_splits), base 2, -inf for an empty share."""
+    """parts (B, H * T, n_splits, Dh) and part_lse (B, H * T, n_splits), base 2, -inf for an empty share.
+
+    qk_scale holds log2(e), or with SOFTCAP cap does."""
     split = tl.program_id(0) % n_splits
     K = H // G
     b = (tl.program_id(0) // (n_splits * K)).to(tl.int64)
@@ -66,6 +68,8 @@ def paged_decode(
         places = j * PAGE + cols
         k_block = load_tile(k_tile + page * stride_kp, places < length, d_keep, True, PAD)
         s = tl.dot(q_tile, tl.trans(k_block), input_precision=PRECISION) * qk_scale  # (BLOCK_Q, PAGE)
+        if SOFTCAP:
+            s = cap * tanh(s)
         seen = places[None, :] <= last[:, None]
         if WINDOW:
             seen = seen & (places[None, :] > last[:, None] - window)
@@ -94,6 +98,7 @@ def paged_attention_triton(
     *,
     scale: float,
     window: int | None,
+    softcap: float | None = None,
 ) -> Tensor:  # (B, H, T, Dh)
     """The same function as `paged_attention_reference`: two launches."""
     B, H, T, Dh = q.shape
@@ -112,8 +117,8 @@ def paged_attention_triton(
         (B * K * n_splits,),
         *(q, keys, values, table, lengths, parts, part_lse),
         *(*q.stride(), *keys.stride(), *values.stride()),
-        *(table.shape[1], H, H // K, T, window or 0, n_splits, scale * LOG2_E),
-        Dh=Dh, WINDOW=window is not None, PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
+        *(table.shape[1], H, H // K, T, window or 0, n_splits, *scales(scale, softcap)),
+        Dh=Dh, WINDOW=window is not None, SOFTCAP=softcap is not None, PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
         PAGE=page, BLOCK_Q=max(16, next_power_of_2(T * (H // K))), BLOCK_D=block_d,
         num_warps=4, num_stages=2,
     )  # fmt: skip

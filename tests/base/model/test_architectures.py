@@ -28,6 +28,7 @@ DENSE = ModelConfig(
     97, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, d_head=8, d_ff=56, max_seq_len=96, qk_norm=False
 )
 MOE = replace(DENSE, d_ff=24, n_experts=6, n_experts_per_token=2, balance_loss=0.001)
+GEMMA = replace(DENSE, offset_norm=True, scale_embeddings=True, activation="gelu_tanh")
 KINDS = {
     "smollm3": replace(DENSE, rope_layers=(True, False, True), d_head=16),
     "smollm3 windows": replace(
@@ -47,6 +48,29 @@ KINDS = {
         MOE, qk_norm=True, d_expert=12, expert_layers=(False, True, True), normalize_experts=False
     ),
     "qwen2 moe": replace(MOE, attention_bias=True, d_expert=24, d_shared_expert=20, normalize_experts=False),
+    "gemma": GEMMA,
+    "gemma2": replace(
+        GEMMA,
+        sandwich_norm=True,
+        attention_softcap=3.0,
+        logit_softcap=5.0,
+        query_pre_attn_scalar=11,
+        sliding_window=7,
+        sliding_layers=(True, False, True),
+        d_head=16,
+    ),
+    "gemma2 without caps": replace(GEMMA, sandwich_norm=True),
+    "gemma3": replace(
+        GEMMA,
+        sandwich_norm=True,
+        qk_norm=True,
+        sliding_window=7,
+        sliding_layers=(True, False, True),
+        rope_theta=5e4,
+        rope_local_theta=100.0,
+        rope_scaling=RopeScaling("linear", 8.0),
+        query_pre_attn_scalar=20,
+    ),
     "olmoe": replace(MOE, qk_norm=True, qk_norm_joint=True, normalize_experts=False),
 }
 IDS = torch.randint(1, 97, (2, 41), generator=torch.Generator().manual_seed(0))
@@ -117,7 +141,7 @@ def test_active_parameters() -> None:
     )  # the embedding is looked up, and experts unread cost nothing
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen2 moe", "olmo2", "smollm3"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2 moe", "olmo2", "smollm3", "gemma2", "gemma3"])
 def test_gradients_equal_transformers(kind: str, tmp_path: Path) -> None:
     """The loss without the router's and its gradients, by the names on disk."""
     config = replace(KINDS[kind], balance_loss=0.0)

@@ -23,6 +23,7 @@ CASES = {
     "a page's border": (inputs(B=3, lengths=(16, 17, 32)), {}),
     "five queries, as in verification": (inputs(T=5, lengths=(5, 123)), {}),
     "window": (inputs(T=3, lengths=(41, 123)), {"window": 20}),
+    "softcap": (inputs(T=2, lengths=(41, 64)), {"softcap": 1.5}),
     "a window of one": (inputs(lengths=(41, 64)), {"window": 1}),
     "padded head size": (inputs(Dh=24, P=32, lengths=(41, 123)), {}),
     "no group, scale": (inputs(H=2, K=2, T=2, lengths=(9, 33)), {"scale": 0.3}),
@@ -82,8 +83,11 @@ def test_compiles(compile_kernels, usable_shared):
             args = {"q": x, "keys": x, "values": x, "table": "*i32", "lengths": "*i32", "parts": f, "part_lse": f}
             for tensor, axes in (("q", "bht"), ("k", "phs"), ("v", "phs")):
                 args |= {f"stride_{tensor}{axis}": "i32:16" for axis in axes} | {f"stride_{tensor}d": 1}
-            args |= dict.fromkeys(("n", "H", "G", "T", "window", "n_splits"), "i32") | {"qk_scale": "fp32"}
-            args |= {"Dh": 128, "WINDOW": True, "PRECISION": "tf32x3" if dtype == "fp32" else "tf32"}
+            args |= dict.fromkeys(("n", "H", "G", "T", "window", "n_splits"), "i32") | {
+                "qk_scale": "fp32",
+                "cap": "fp32",
+            }
+            args |= {"Dh": 128, "WINDOW": True, "SOFTCAP": True, "PRECISION": "tf32x3" if dtype == "fp32" else "tf32"}
             args |= {"PAGE": 32, "BLOCK_Q": block_q, "BLOCK_D": 128}
             module = "graft.kernels.paged_attention.triton_paged_attention"
             jobs[name, arch] = {"module": module, "kernel": "paged_decode", "args": args, "arch": arch}
@@ -104,6 +108,7 @@ def test_compiles(compile_kernels, usable_shared):
         ({"q": torch.zeros(2, 4, 1, 16, dtype=torch.float16)}, "q is float16 on cpu, keys are float32"),
         ({"q": torch.zeros(2, 4, 16)}, "paged_attention takes q"),
         ({"window": 0}, "window=0 must be >= 1"),
+        ({"softcap": 0.0}, "softcap=0.0 must be > 0"),
         ({"backend": "triton"}, "paged_attention"),
     ],
 )
