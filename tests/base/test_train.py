@@ -488,14 +488,18 @@ def test_which_checkpoints_stay(tmp_path: Path) -> None:
 
 def test_a_second_ctrl_c_acts_at_once() -> None:
     """Law: the first SIGINT asks the loop to stop; the second does what it did before the loop."""
-    with stop_on_signal() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.signal == signal.SIGINT
-        assert stop.exit_code == 130
-        with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is born ignoring SIGINT
+    try:
+        with stop_on_signal() as stop:
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)  # the handler runs at one of the next instructions
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            assert stop.signal == signal.SIGINT
+            assert stop.exit_code == 130
+            with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)  # the handler runs at one of the next instructions
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # --- with real processes -------------------------------------------------------------------------------------------
