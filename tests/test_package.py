@@ -138,7 +138,7 @@ def test_every_module_imports_without_what_only_unix_has() -> None:
         ("matplotlib", "plots.new_figure()", "a picture needs matplotlib; run pip install 'graftlm[plot]'"),
         (
             "pyarrow",
-            "list(documents._parquet_rows(io.BytesIO(b''), pathlib.Path('a.parquet'), 'text', 'strict'))",
+            "list(text_rows.rows_of('.parquet', io.BytesIO(b''), pathlib.Path('a.parquet'), 'text', 'strict'))",
             "a.parquet: reading Parquet needs pyarrow; run pip install 'graftlm[parquet]'",
         ),
         (
@@ -164,7 +164,7 @@ def test_a_package_that_is_not_installed(package: str, call: str, message: str) 
 import importlib, io, pathlib, sys
 sys.modules[{package!r}] = None
 from graft.base import plots
-from graft.base.text import documents
+from graft.base.text import rows as text_rows
 from graft.finetune.data import rows
 from graft.finetune.evaluation import metrics
 try:

@@ -4,10 +4,8 @@ import json
 import os
 import re
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -17,10 +15,12 @@ import numpy as np
 from ..checkpoint import flush, naming, write_json
 from ..json_fields import check_fields
 from ..runlog import locked
-from ..text.documents import PIECE_BYTES, Errors, Piece, batch_pieces, list_files, read_documents, total_bytes
+from ..text.documents import PIECE_BYTES, Errors, OnBad, ReadCounts, list_files, read_documents, total_bytes
+from .bounds import shared_documents
+from .encode import Documents, Progress, Stream, check_size, encode_all
+from .split import choose, chosen_by
 
 if TYPE_CHECKING:
-    from ..tokenizer.definition import Definition
     from ..tokenizer.tokenizer import Tokenizer
 
 SHARD_TOKENS = 100_000_000
@@ -29,7 +29,6 @@ SPLITS = ("train", "val")
 SHARD_NAME = r"(train|val)-\d{5}(-\d+)?\.bin"
 META = {"dtype": str, "tokenizer": str, "splits": dict}
 SPLIT = {"files": list, "n_tokens": int, "n_bytes": int, "n_documents": int}
-Progress = Callable[[str, int, int], None]
 
 
 class TokenShards:
@@ -70,6 +69,13 @@ class TokenShards:
             place += 1
         return out
 
+    def blocks(self, n_tokens: int = COPY_TOKENS) -> Iterator[np.ndarray]:
+        """All ids in order, in blocks of at most so many: read, since what is mapped counts as this process's memory."""
+        for file in self.files:
+            with file.open("rb") as source:
+                while len(block := np.fromfile(source, self.meta["dtype"], count=n_tokens)):
+                    yield block
+
 
 def _map(file: Path, dtype: str) -> np.ndarray:
     if not file.is_file():
@@ -102,38 +108,34 @@ def open_tokens(folder: str | Path, split: str = "train") -> TokenShards:
     raise ValueError(f"unknown split {split!r}; {folder} has {', '.join(splits)}")
 
 
-@dataclass
-class _Stream:
-    """All tokens in one file on disk, and where each document ends in tokens and bytes."""
-
-    file: Path
-    dtype: np.dtype[Any]
-    token_ends: np.ndarray  # (n_documents,) int64
-    n_bytes: np.ndarray  # (n_documents,) int64, of text
-
-
 def prepare(
     paths: Iterable[str | Path],
     tokenizer: "Tokenizer",
     out: str | Path,
     *,
     val_fraction: float = 0.01,  # of the tokens
+    val_paths: Iterable[str | Path] = (),  # files whose documents validate, instead of a fraction
     seed: int = 0,  # which documents validate
     workers: int | None = None,  # processes that encode; None: by the size of the files
-    field: str = "text",  # of JSON and parquet rows
+    field: str = "text",  # of JSON, Parquet and Arrow rows
     errors: Errors = "strict",
+    on_bad: OnBad = "error",  # rows that give no text: raise at the first, or leave out and count
     shard_tokens: int = SHARD_TOKENS,
     force: bool = False,  # replace a finished folder
     progress: Progress | None = None,  # called with (stage, done, total)
+    counts: ReadCounts | None = None,  # is added to on the way, with the first bad rows
 ) -> dict[str, Any]:
     """Encode files to `train-00000.bin`.., `val-00000.bin`.. and meta.json in `out`; returns the meta.
 
     EOS follows each document; BOS precedes it where the tokenizer asks for it before each text. Whole documents validate,
     drawn by seed; when no set of documents comes near val_fraction (one long text), the end of the last document does.
-    Memory does not grow with the files' size, but for 16 bytes a document. Shards that `force` replaces stay, and stay
+    meta.json counts the documents that were left out, and those that validate though they are among the training
+    documents too, word for word.
+    Memory does not grow with the files' size, but for 24 bytes a document. Shards that `force` replaces stay, and stay
     readable, until the new ones are on disk; other files in `out` are left alone. Raises ValueError for a tokenizer
     without EOS and for an `out` that is finished already, OSError when the disk refuses.
     """
+    from ..text.parallel import default_workers
     from ..tokenizer.definition import unicode_versions
 
     out = Path(out)
@@ -145,7 +147,9 @@ def prepare(
         raise NotADirectoryError(f"{out} is a file; expected a folder for the token shards")
     if (out / "meta.json").exists() and not force:
         raise ValueError(f"{out} holds finished token shards; give another folder or pass --force")
-    files = list_files(paths)
+    files, val_files = list_files(paths), list_files(val_paths) if val_paths else []
+    total = total_bytes(files + val_files)
+    counts = ReadCounts() if counts is None else counts
     created = [path for path in (out, *out.parents) if not path.exists()]
     out.mkdir(parents=True, exist_ok=True)
     temporary = out / f".tokens.{os.getpid()}.tmp"
@@ -153,12 +157,22 @@ def prepare(
         with locked(out):
             _sweep(out)
             temporary.mkdir()
-            stream = _encode_all(files, tokenizer, temporary / "all", workers, field, errors, progress)
-            ranges = _choose(stream, val_fraction, seed, tokenizer)
+            read = partial(
+                read_documents,
+                separators=[tokenizer.definition.eos],
+                field=field,
+                errors=errors,
+                on_bad=on_bad,
+                piece_bytes=PIECE_BYTES if tokenizer.can_stream else None,
+            )
+            documents = Documents(files, val_files, read, counts, progress)
+            n_workers = default_workers(total) if workers is None else workers
+            stream = encode_all(documents, tokenizer, temporary / "all", n_workers)
+            if val_files:
+                ranges = chosen_by(stream, np.arange(len(stream.token_ends)) >= documents.n_train)
+            else:
+                ranges = choose(stream, val_fraction, seed, tokenizer)
             splits = {split: _write_split(stream, temporary, split, *ranges[split], shard_tokens) for split in SPLITS}
-            replaced = _shards_of(out)
-            _move_shards(temporary, out, splits)
-            flush(out)
             meta = {
                 "format": 1,
                 "dtype": stream.dtype.name,
@@ -167,11 +181,19 @@ def prepare(
                 "eos_token_id": tokenizer.eos_token_id,
                 "tokenizer": tokenizer.fingerprint(),
                 "unicode": unicode_versions(),  # a note; readers do not compare it
-                "val_fraction": val_fraction,
+                "val_fraction": None if val_files else val_fraction,
                 "seed": seed,
                 "sources": [str(file) for file in files],
+                "val_sources": [str(file) for file in val_files],
+                **counts.figures(),
                 "splits": splits,
             }
+            train, val = (TokenShards(temporary, split, meta) for split in SPLITS)
+            meta["n_val_in_train"] = len(shared_documents(train, val))
+            del train, val  # an open map would keep a file on some systems from being moved
+            replaced = _shards_of(out)
+            _move_shards(temporary, out, splits)
+            flush(out)
             write_json(out / "meta.json", meta)  # from here on readers see the new shards
             for old in replaced:
                 old.unlink(missing_ok=True)
@@ -243,141 +265,8 @@ def _versioned(name: str, version: int) -> str:
     return name if version == 0 else f"{name.removesuffix('.bin')}-{version}.bin"
 
 
-class EncodeHandler:
-    """Encodes blocks of documents, EOS behind each document's last piece (text.parallel.Handler).
-
-    Where the tokenizer asks for BOS, it precedes each document's first piece.
-    """
-
-    def __init__(self, definition: "Definition", dtype: str):
-        from ..tokenizer.tokenizer import Tokenizer
-
-        self._tokenizer = Tokenizer(definition)
-        self._dtype = np.dtype(dtype)
-
-    def take(self, block: list[tuple[Piece, bool]]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of pieces, each with whether it begins its document, and where each piece's ids end (EOS included)."""
-        ids, ends = self._tokenizer.encode_ragged([piece.data.decode() for piece, _ in block])
-        closes = np.array([piece.ends for piece, _ in block])
-        opens = np.array([begins and self._tokenizer.add_bos for _, begins in block])
-        starts = np.concatenate([[0], ends[:-1]])
-        # np.insert keeps the given order at equal positions: an EOS comes before the next document's BOS.
-        positions = np.concatenate([ends[closes], starts[opens]])
-        special = np.repeat(
-            [self._tokenizer.eos_token_id or 0, self._tokenizer.bos_token_id or 0], [closes.sum(), opens.sum()]
-        )
-        ids = np.insert(ids, positions, special)
-        return ids.astype(self._dtype), ends + np.cumsum(closes) + np.cumsum(opens)
-
-    def finish(self) -> None:
-        pass
-
-
-def _encode_all(
-    files: list[Path],
-    tokenizer: "Tokenizer",
-    target: Path,
-    workers: int | None,
-    field: str,
-    errors: Errors,
-    progress: Progress | None,
-) -> _Stream:
-    """Encode every document into one file."""
-    from ..text.parallel import default_workers, run_blocks
-
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    total = total_bytes(files)
-    assert tokenizer.definition.eos is not None
-    pieces = read_documents(
-        files,
-        separators=[tokenizer.definition.eos],
-        field=field,
-        errors=errors,
-        piece_bytes=PIECE_BYTES if tokenizer.can_stream else None,
-        on_read=None if progress is None else lambda done: progress("encoding", done, total),
-    )
-    notes: deque[list[tuple[int, bool]]] = deque()  # of the blocks under way: each piece's size, and if it ends there
-
-    def noted() -> Iterator[list[tuple[Piece, bool]]]:
-        begins = True
-        for block in batch_pieces(pieces):
-            notes.append([(len(piece.data), piece.ends) for piece in block])
-            marked = []
-            for piece in block:
-                marked.append((piece, begins))
-                begins = piece.ends
-            yield marked
-
-    token_ends: list[int] = []
-    n_bytes: list[int] = []
-    n_tokens = open_bytes = 0
-    make = partial(EncodeHandler, tokenizer.definition, dtype.name)
-    with naming(target), target.open("wb") as file:
-        for what, result in run_blocks(make, noted(), default_workers(total) if workers is None else workers):
-            if what == "finish":
-                continue
-            ids, ends = result
-            file.write(memoryview(ids))  # ndarray.tofile loses the last 4 KiB on a full disk without an error
-            for (size, closes), end in zip(notes.popleft(), ends.tolist(), strict=True):
-                open_bytes += size
-                if closes:
-                    token_ends.append(n_tokens + end)
-                    n_bytes.append(open_bytes)
-                    open_bytes = 0
-            n_tokens += len(ids)
-    _check_size(target, n_tokens * dtype.itemsize)
-    if not token_ends:
-        raise ValueError("the files hold no document; give files with text")
-    return _Stream(target, dtype, np.array(token_ends, np.int64), np.array(n_bytes, np.int64))
-
-
-Ranges = tuple[np.ndarray, int, int]  # (n, 2) token ranges in the stream; bytes of text; documents
-
-
-def _choose(stream: _Stream, val_fraction: float, seed: int, tokenizer: "Tokenizer") -> dict[str, Ranges]:
-    """Which stretches of the stream train and which validate."""
-    ends = stream.token_ends
-    starts = np.concatenate([[0], ends[:-1]])
-    n_tokens = int(ends[-1])
-    budget = round(val_fraction * n_tokens)
-    chosen = np.zeros(len(ends), bool)
-    taken = 0
-    for index in np.random.default_rng(seed).permutation(len(ends)):
-        if taken + ends[index] - starts[index] <= budget:
-            chosen[index] = True
-            taken += int(ends[index] - starts[index])
-            if taken >= 0.95 * budget:
-                break
-    if budget == 0 or taken >= budget // 2:
-        both = np.stack([starts, ends], axis=1)
-        return {
-            split: (_joined(both[rows]), int(stream.n_bytes[rows].sum()), int(rows.sum()))
-            for split, rows in (("train", ~chosen), ("val", chosen))
-        }
-    cut = n_tokens - budget
-    last = np.fromfile(stream.file, stream.dtype, count=budget, offset=cut * stream.dtype.itemsize)
-    special = [tokenizer.eos_token_id, tokenizer.bos_token_id] if tokenizer.add_bos else [tokenizer.eos_token_id]
-    inside = last[~np.isin(last, [token for token in special if token is not None])]
-    val_bytes = len(tokenizer.decode_bytes(inside))
-    n_val = int((ends > cut).sum())
-    return {
-        "train": (np.array([[0, cut]]), int(stream.n_bytes.sum()) - val_bytes, len(ends) - n_val + 1),
-        "val": (np.array([[cut, n_tokens]]), val_bytes, n_val),
-    }
-
-
-def _joined(ranges: np.ndarray) -> np.ndarray:
-    """Neighbouring ranges as one, so that a split of a million documents is copied in few steps."""
-    if len(ranges) == 0:
-        return ranges
-    breaks = np.flatnonzero(ranges[1:, 0] != ranges[:-1, 1])
-    first = np.concatenate([[0], breaks + 1])
-    last = np.concatenate([breaks, [len(ranges) - 1]])
-    return np.stack([ranges[first, 0], ranges[last, 1]], axis=1)
-
-
 def _write_split(
-    stream: _Stream, out: Path, split: str, ranges: np.ndarray, n_bytes: int, n_documents: int, shard_tokens: int
+    stream: Stream, out: Path, split: str, ranges: np.ndarray, n_bytes: int, n_documents: int, shard_tokens: int
 ) -> dict[str, Any]:
     """Copy ranges of the stream into shards, by reading: a memory map of it would count as this process's memory."""
     width = stream.dtype.itemsize
@@ -401,7 +290,7 @@ def _write_split(
                 room -= n
     n_tokens = int((ranges[:, 1] - ranges[:, 0]).sum()) if len(ranges) else 0
     for i, name in enumerate(names):
-        _check_size(out / name, min(shard_tokens, n_tokens - i * shard_tokens) * width)
+        check_size(out / name, min(shard_tokens, n_tokens - i * shard_tokens) * width)
     return {"files": names, "n_tokens": n_tokens, "n_bytes": n_bytes, "n_documents": n_documents}
 
 
@@ -412,10 +301,3 @@ def _flushed(path: Path) -> Iterator[IO[bytes]]:
         yield file
         file.flush()
         os.fsync(file.fileno())
-
-
-def _check_size(path: Path, expected: int) -> None:
-    """Raise OSError when a file is shorter than what was written to it."""
-    found = path.stat().st_size
-    if found != expected:
-        raise OSError(f"can't write {path}: {found:,} of {expected:,} bytes arrived; is the disk full?")

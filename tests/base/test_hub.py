@@ -17,6 +17,7 @@ import pytest
 
 from graft.base.hub import dataset_files, is_hub_name, model_folder, name_of
 from graft.base.model.huggingface import fingerprint
+from graft.base.text.documents import read_documents
 from graft.base.tokenizer.tokenizer import Tokenizer
 from graft.finetune.data.records import data_files, read_all
 from graft.finetune.loading import load_model
@@ -248,6 +249,10 @@ def test_a_split_of_a_data_set(cache: Path, tmp_path: Path, monkeypatch: pytest.
             (row["prompt"], row["completion"]) for row in expected
         ]
     assert data_files("org/rows:test")[0].suffix == ".arrow"
+    from_text = [piece.data.decode() for piece in read_documents(["org/rows:test"], field="prompt")]
+    assert from_text == list(whole(str(repository), split="test")["prompt"])
+    with pytest.raises(ValueError, match=r"no column 'text'; it has 'prompt', 'completion'; name one with --field"):
+        list(read_documents(["org/rows:test"]))
     assert len(read_all(["org/rows:train=0.5", "org/rows:test=0.5"])) == 6
     with pytest.raises(ValueError, match=r"org/rows:dev: .*Unknown split.*train.*test"):
         dataset_files("org/rows:dev")

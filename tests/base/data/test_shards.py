@@ -100,6 +100,24 @@ def test_without_validation(tmp_path, tok, corpus):
     assert open_tokens(tmp_path / "out").n_documents == 100
 
 
+def test_files_that_validate(tmp_path, tok, corpus):
+    """Law: with val_paths their documents validate, all of them and no others; those that also train are counted."""
+    file, texts = corpus
+    (tmp_path / "val.jsonl").write_text(
+        "".join(json.dumps({"text": t}) + "\n" for t in (texts[3], "a mat", "", texts[7]))
+    )
+    meta = prepare([file], tok, tmp_path / "out", val_paths=[tmp_path / "val.jsonl"])
+    train, val = open_tokens(tmp_path / "out"), open_tokens(tmp_path / "out", "val")
+    assert split_documents(train[:], tok.eos_token_id) == [tok.encode(text).tolist() for text in texts]
+    expected = [tok.encode(text).tolist() for text in (texts[3], "a mat", texts[7])]
+    assert split_documents(val[:], tok.eos_token_id) == expected
+    assert (meta["n_val_in_train"], meta["n_empty"], meta["n_bad"]) == (2, 1, 0)
+    assert (val.n_documents, val.n_bytes) == (3, len(texts[3]) + 5 + len(texts[7]))
+    assert (meta["val_fraction"], meta["val_sources"]) == (None, [str(tmp_path / "val.jsonl")])
+    with pytest.raises(FileNotFoundError, match=r"none\.txt does not exist"):
+        prepare([file], tok, tmp_path / "other", val_paths=[tmp_path / "none.txt"])
+
+
 def test_bad_requests(tmp_path, tok, corpus):
     file, _ = corpus
     with pytest.raises(ValueError, match=r"val_fraction=1 is out of range"):
@@ -211,7 +229,7 @@ def test_force_keeps_the_old_shards_until_the_new_are_whole(tmp_path, tok, corpu
     with pytest.raises(ValueError, match="hold no document"):
         prepare([tmp_path / "empty.txt"], tok, out, force=True)
     assert contents(out) == before
-    for name in ("_choose", "_write_split", "_move_shards", "write_json", "flush"):
+    for name in ("choose", "_write_split", "_move_shards", "write_json", "flush"):
         monkeypatch.setattr(shards, name, lambda *rest: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             prepare([tmp_path / "b.txt"], tok, out, force=True)

@@ -9,7 +9,7 @@ import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graft.base.text.documents import batch_pieces, find_cut, list_files, read_documents
+from graft.base.text.documents import ReadCounts, batch_pieces, find_cut, list_files, read_documents
 from graft.base.tokenizer.patterns import NAMED
 
 EOT = "<|endoftext|>"
@@ -126,6 +126,47 @@ def test_parquet_columns(tmp_path):
         list(read_documents([tmp_path / "a.parquet"]))
     with pytest.raises(ValueError, match="row 1: the column 'n' holds int, not text"):
         list(read_documents([tmp_path / "a.parquet"], field="n"))
+
+
+def test_what_is_left_out_is_counted(tmp_path):
+    """Bad rows stop the reading, or are counted and told; empty and null documents and replaced bytes are counted always."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    (tmp_path / "a.jsonl").write_bytes(
+        b'\xef\xbb\xbf{"text": "one"}\nno JSON\n{"text": ""}\n{"text": null}\n{"body": 1}\n'
+        b'{"text": "caf\xe9"}\n{"text": "two"}'
+    )
+    parquet.write_table(pa.table({"text": [*map(str, range(1500)), None]}), tmp_path / "b.parquet")
+    (tmp_path / "c.txt").write_bytes(f"{EOT}x{EOT}{EOT}y\xe9{EOT}".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a\.jsonl line 2: not JSON"):
+        list(read_documents([tmp_path / "a.jsonl"]))
+    counts = ReadCounts()
+    found = documents(read_documents([tmp_path / "a.jsonl"], on_bad="skip", counts=counts))
+    assert found == ["one", "two"]
+    assert (counts.n_documents, counts.n_empty, counts.n_bad, counts.n_replaced) == (2, 2, 3, 0)
+    kinds = (
+        "line 2: not JSON",
+        "line 5: no text in the field 'text'; the row has 'body'",
+        "not UTF-8: byte 0xe9 at byte offset",
+    )
+    for said, expected in zip(counts.shown, kinds, strict=True):
+        assert expected in said
+    assert counts.lines()[0] == "2 empty documents were left out"
+    assert counts.lines()[1].startswith("3 rows that give no text were left out: ")
+    counts = ReadCounts()
+    found = documents(read_documents([tmp_path], separators=[EOT], on_bad="skip", errors="replace", counts=counts))
+    assert found == ["one", "caf\ufffd", "two", *map(str, range(1500)), "x", "y\ufffd"]
+    assert counts.figures() == {"n_empty": 4, "n_bad": 2, "n_replaced": 2}
+    assert counts.n_documents == 1505
+    bad = pa.table({"text": [*range(1500), 7]})
+    parquet.write_table(bad, tmp_path / "d.parquet")
+    counts = ReadCounts()
+    assert not list(read_documents([tmp_path / "d.parquet"], on_bad="skip", counts=counts))
+    assert (counts.n_bad, len(counts.shown)) == (1501, 5)
+    assert "(and 1,496 more)" in counts.lines()[0]
+    with pytest.raises(ValueError, match="row 1: the column 'text' holds int"):
+        list(read_documents([tmp_path / "d.parquet"]))
 
 
 def test_paths_that_cannot_be_read(tmp_path):

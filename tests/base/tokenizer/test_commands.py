@@ -253,6 +253,22 @@ def test_a_folder_without_tokenizer(refusal, tmp_path):
     )
 
 
+def test_prepare_tells_what_it_left_out(run, refusal, folder, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"body": "the cat"}\nno JSON\n{"body": ""}\n{"body": "the mat"}\n')
+    (tmp_path / "val.jsonl").write_text('{"body": "the mat"}\n{"body": "a dog"}\n')
+    options = (*("--tokenizer", folder, "--out", tmp_path / "data", "--field", "body"), "--val", tmp_path / "val.jsonl")
+    assert "rows.jsonl line 2: not JSON" in refusal("data", "prepare", tmp_path / "r*.jsonl", *options)
+    assert "--on-bad is 'drop'; choose error or skip" in refusal("data", "prepare", rows, *options, "--on-bad", "drop")
+    code, printed, _ = run("data", "prepare", tmp_path / "r*.jsonl", *options, "--on-bad", "skip")
+    printed = " ".join(printed.split())
+    assert code == 0
+    assert "tokens from 2 documents" in printed
+    assert "1 of the 2 documents that validate are among the training documents as well, word for word" in printed
+    assert "1 empty documents were left out" in printed
+    assert "1 rows that give no text were left out:" in printed
+
+
 def test_what_compare_and_prepare_refuse(run, refusal, book, folder, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("abc")
