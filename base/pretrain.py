@@ -18,6 +18,7 @@ from .model.config_json import config_to_dict
 from .model.huggingface import save_model
 from .model.init import parameter_roles
 from .model.transformer import Transformer, initialize_
+from .parallel.mesh import Mesh, is_copied, make_mesh
 from .parallel.ranks import join, ranks
 from .progress import step_progress
 from .run import Input, Run, TrainConfig, check_same_inputs, resumed_settings
@@ -26,8 +27,9 @@ from .settings import check_settings, split_settings
 from .tokenizer.tokenizer import Tokenizer
 from .train import train
 from .training.history import check_evaluation
-from .training.optimizers import check_optimizer, make_optimizer
+from .training.optimizers import check_optimizer
 from .training.result import Result
+from .training.sharded import mesh_optimizer
 
 PARTS = {"model": ModelConfig, "train": TrainConfig}  # whose keys `graft pretrain` takes
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -134,12 +136,18 @@ def run_pretrain(
         config = replace(config, model=with_special_ids(config.model, tok), inputs=inputs)
         assert config.model is not None
         loop, seq_len = config.train, config.model.max_seq_len
+        mesh = make_mesh(loop, config.model, together, device)
+        if not is_copied(mesh.shape, loop):
+            raise ValueError(
+                f"mesh={mesh.shape} with zero={loop.zero}: sharded checkpoints are not there yet; use dp, zero=0"
+            )
         batches = WindowBatches(
             train_tokens,
             seq_len=seq_len,
             batch_size=loop.batch_size,
-            micro_batch=min(loop.micro_batch, -(-loop.batch_size // together.n)),  # each rank has a share of every step
+            micro_batch=loop.micro_batch,
             seed=loop.seed,
+            n_readers=mesh.readers.n,
         )
         if progress:
             print(explain_device(requested_device, device), file=sys.stderr)
@@ -148,7 +156,7 @@ def run_pretrain(
         initialize_(model, seed=loop.seed)
         model.checkpointing = loop.checkpointing
         reset_peak(device)
-        result = _train(model, config, batches, val_tokens, run, device, progress)
+        result = _train(model, config, mesh, batches, val_tokens, run, device, progress)
         if together.is_first:
             with run.results() as folder:
                 save_model(model.cpu(), folder)
@@ -170,6 +178,7 @@ def run_pretrain(
 def _train(
     model: Transformer,
     config: Run,
+    mesh: Mesh,
     batches: WindowBatches,
     val_tokens: TokenShards,
     run: RunFolder,
@@ -187,7 +196,7 @@ def _train(
         return {"val_loss": loss, "val_bits_per_byte": bpb}
 
     check_evaluation(loop, has_evaluation=bool(held_out))
-    optimizer = make_optimizer(model.named_parameters(), loop, roles=parameter_roles(model))
+    optimizer = mesh_optimizer(model, loop, mesh, roles=parameter_roles(model))
     # All validation is done: only now may --force touch what a former run left.
     run.start(config.saved(), seed=loop.seed)
     ranks().wait()  # --force sets a former run's checkpoints aside in there: no rank may take them for its own

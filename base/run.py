@@ -15,7 +15,7 @@ from .optim.schedule import SCHEDULES
 from .settings import plain
 
 # What may change between a run and its resumption. (`steps` moves the rest of the schedule: that is asked for.)
-RESUMABLE = frozenset({"steps", "checkpoint_every", "eval_every", "eval_batches", "keep", "patience"})
+RESUMABLE = frozenset({"steps", "checkpoint_every", "eval_every", "eval_batches", "keep", "patience", "mesh", "zero"})
 # The model's fields that follow from the tokenizer, so that no setting gives them.
 FROM_TOKENIZER = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -49,6 +49,12 @@ class TrainConfig:
     eval_batches: int = 16  # batches of batch_size sequences (pretraining)
     patience: int = 0  # evaluations in a row without a better one (see best_by) that end the run; 0: never
     seed: int = 0  # decides weights, data order and dropout
+    mesh: str = (
+        "dp"  # ranks along named axes, "dp:2,tp:2" (dp, fsdp, tp, pp, cp, ep); one without a number takes the rest
+    )
+    zero: int = (
+        0  # ZeRO stage of dp's ranks: 0 copies; divided are 1 the optimizer's state, 2 gradients too, 3 weights too
+    )
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "micro_batch"):
@@ -72,6 +78,8 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1)")
+        if self.zero not in (0, 1, 2, 3):
+            raise ValueError(f"zero={self.zero} is no ZeRO stage; choose 0, 1, 2 or 3")
         self.kept_every  # noqa: B018 (raises for a `keep` that can't be read)
 
     @property

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from .callbacks import Callbacks
+from .parallel.mesh import check_mesh, parse_mesh
+from .parallel.optimizer import ShardedOptimizer
 from .parallel.ranks import ranks
 from .precision import LossScaler
 from .run import TrainConfig
@@ -48,7 +50,11 @@ def train(
     had gradients that were not, OSError when the disk refuses; each names the way to go on.
     """
     scaler = LossScaler(config.dtype)
-    together = ranks()
+    if isinstance(optimizer, ShardedOptimizer):
+        together = optimizer.sharding
+    else:  # every rank holds everything
+        together = ranks()
+        check_mesh(parse_mesh(config.mesh, together.n), config, None)
     torch.manual_seed(config.seed)  # dropout; a checkpoint's own state takes its place on resume
     callbacks = (callbacks if together.is_first else None) or Callbacks()
     history = History(

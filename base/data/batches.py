@@ -12,17 +12,22 @@ from .shards import TokenShards
 class WindowBatches:
     """Windows of seq_len tokens, each once an epoch in a seeded order, from a seeded offset that moves the cuts.
 
+    A step's windows don't depend on `n_readers`, the ranks that read different ones; how they are cut into micro-batches does:
+    each reader has equally many, every n-th, where the batch can be divided by their number.
     Raises ValueError when the tokens don't fill one window.
     """
 
-    def __init__(self, tokens: TokenShards, *, seq_len: int, batch_size: int, micro_batch: int, seed: int) -> None:
+    def __init__(
+        self, tokens: TokenShards, *, seq_len: int, batch_size: int, micro_batch: int, seed: int, n_readers: int = 1
+    ) -> None:
         if len(tokens) < seq_len + 1:
             raise ValueError(
                 f"the data has {len(tokens)} tokens, one window of max_seq_len={seq_len} needs {seq_len + 1}; "
                 "add text or lower max_seq_len"
             )
         self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
-        self.batch_size, self.micro_batch = batch_size, min(micro_batch, batch_size)
+        self.batch_size, self.n_readers = batch_size, n_readers
+        self.micro_batch = min(micro_batch, -(-batch_size // n_readers))  # each reader has a share of every step
         self.slack = min(seq_len - 1, len(tokens) - seq_len - 1)  # how far an epoch's first cut may lie
         self.n_windows = (len(tokens) - 1 - self.slack) // seq_len
 
@@ -40,9 +45,12 @@ class WindowBatches:
     def batch_at(self, step: int) -> list[dict[str, Tensor]]:
         """The step's micro-batches: ids and targets (micro_batch, T), the targets one token ahead."""
         starts = self.starts_at(step)
+        even = self.batch_size % self.n_readers == 0
+        shares = starts.reshape(self.n_readers if even else 1, -1)  # (readers, windows of each)
         return [
-            windows(self.tokens, starts[i : i + self.micro_batch], self.seq_len)
-            for i in range(0, len(starts), self.micro_batch)
+            windows(self.tokens, share[i : i + self.micro_batch], self.seq_len)
+            for i in range(0, shares.shape[1], self.micro_batch)
+            for share in shares
         ]
 
 

@@ -5,7 +5,8 @@ micro-batches; gradients are summed once a step, so the step is that of one proc
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -39,12 +40,12 @@ class Ranks:
         """Go on when all ranks have come here."""
         self.most(0)
 
-    def sum(self, *numbers: float) -> list[float]:
-        """Each number summed over ranks."""
+    def sum(self, *numbers: float, group: dist.ProcessGroup | None = None) -> list[float]:
+        """Each number summed over ranks, or over those of a group."""
         if self.n == 1:
             return list(numbers)
         total = torch.tensor(numbers, dtype=torch.float64)
-        self._reduce_(total)
+        self._reduce_(total, group=group)
         return total.tolist()
 
     def most(self, number: int) -> int:
@@ -55,15 +56,25 @@ class Ranks:
         self._reduce_(highest, dist.ReduceOp.MAX)
         return int(highest)
 
-    def _reduce_(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
+    def _reduce_(
+        self,
+        tensor: Tensor,
+        operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
         """All-reduce in place. Raises ConnectionError when another rank has gone."""
-        try:
-            dist.all_reduce(tensor, op=operation)
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-            raise ConnectionError(
-                f"rank {self.rank} of {self.n}: another rank ended or was silent for {PATIENCE.seconds // 60} minutes ({reason})"
-            ) from None
+        with naming_lost_ranks(self):
+            dist.all_reduce(tensor, op=operation, group=group)
+
+    def finish_gradients(self, named: Sequence[tuple[str, Tensor]]) -> list[Tensor]:
+        """Complete the gradients after a step's last backward pass; returns the parameters."""
+        parameters = [parameter for _, parameter in named]
+        self.sum_gradients_(parameters)
+        return parameters
+
+    def norm(self, parameters: Sequence[Tensor]) -> Tensor | None:
+        """None: every rank has all of the gradients, so their norm needs no other rank."""
+        del parameters
 
     def sum_gradients_(self, parameters: Sequence[Tensor]) -> int:
         """Sum every parameter's gradient over ranks, in place; one that a rank lacks counts as zeros. Returns the bytes of a rank.
@@ -84,6 +95,20 @@ class Ranks:
             for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
                 gradient.copy_(part.view_as(gradient))
         return sum(gradient.numel() * gradient.element_size() for gradient in gradients)
+
+
+@contextmanager
+def naming_lost_ranks(ranks: Ranks) -> Iterator[None]:
+    """Turn what a collective raises when another rank has gone into a ConnectionError that says so."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise ConnectionError(
+            f"rank {ranks.rank} of {ranks.n}: another rank ended or was silent for {PATIENCE.seconds // 60} minutes ({reason})"
+        ) from None
 
 
 def buckets(tensors: Sequence[Tensor], limit: int = BUCKET_BYTES) -> list[list[Tensor]]:

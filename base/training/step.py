@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..optim.clip import clip_gradients_
 from ..optim.schedule import learning_rate_at
 from ..parallel.ranks import Ranks
+from ..parallel.sharding import Sharding
 from ..precision import LossScaler, autocast
 from ..run import TrainConfig
 from .objective import Batch, Figures, n_ids
@@ -36,7 +37,7 @@ def one_step(
     *,
     n_tokens: Callable[[Batch], int] = n_ids,
     began: float | None = None,  # time.perf_counter() when the batch's making began; None: now
-    together: Ranks = Ranks(),  # noqa: B008 (it is frozen); the micro-batches are this rank's
+    together: Ranks | Sharding = Ranks(),  # noqa: B008 (it is frozen); the micro-batches are this rank's
 ) -> dict[str, Any]:
     """One update; returns its line of metrics. An update whose gradients are not finite is left out: `skipped`.
 
@@ -59,14 +60,13 @@ def one_step(
         for name, figure in more.items():
             figures[name] = figures.get(name, 0.0) + (figure.detach() if isinstance(figure, Tensor) else figure) / total
         read += n_tokens(batch)
-    parameters = [parameter for _, parameter in optimizer.named]
-    together.sum_gradients_(parameters)
+    parameters = together.finish_gradients(optimizer.named)
     summed, read = together.sum(float(summed), read)
     if scaler.active:
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad /= scaler.scale
-    norm = float(clip_gradients_(parameters, config.grad_clip))
+    norm = float(clip_gradients_(parameters, config.grad_clip, norm=together.norm(parameters)))
     line = update(optimizer, config, scaler, step, loss=summed, norm=norm)
     seconds = time.perf_counter() - began
     line |= {

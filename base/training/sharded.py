@@ -1,0 +1,32 @@
+"""The optimizer of a run on a mesh of ranks."""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from ..model.init import Role
+from ..parallel.mesh import Mesh, is_copied
+from ..parallel.optimizer import ShardedOptimizer
+from ..parallel.sharding import shard
+from ..run import TrainConfig
+from .optimizers import OPTIMIZERS, Optimizer, OptimizerMaker, make_optimizer
+
+
+def mesh_optimizer(
+    model: nn.Module,
+    config: TrainConfig,
+    mesh: Mesh,
+    *,
+    roles: Mapping[str, Role],
+    makers: Mapping[str, OptimizerMaker] = OPTIMIZERS,
+) -> Optimizer:
+    """The config's optimizer over this rank's pieces of the model, which is divided in place first.
+
+    Ranks that all hold everything need no pieces: then it is the optimizer of one process.
+    """
+    if is_copied(mesh.shape, config):
+        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        return make_optimizer(trained, config, makers, roles=roles)
+    return ShardedOptimizer(
+        shard(model, config, mesh), lambda pieces: make_optimizer(pieces, config, makers, roles=roles)
+    )
