@@ -1,9 +1,8 @@
 """What of each parameter lies on which rank: ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054, section 5) and FSDP over an axis.
 
 Stage 1 divides the optimizer's state: gradients are reduce-scattered once a step, each rank updates its rows of every parameter
-and gathers the others'. Stage 2 divides the gradients too: each is reduce-scattered as soon as a micro-batch's backward pass has it.
-Stage 3 divides the weights as well, by torch's fully_shard (Zhao et al. 2023, arXiv:2304.11277), which gathers a layer while it
-runs.
+and gathers the others'. Stage 2 divides the gradients too: each is reduce-scattered as soon as a backward pass has it. Stage 3
+divides the weights as well, by torch's fully_shard (Zhao et al. 2023, arXiv:2304.11277), which gathers a layer while it runs.
 """
 
 from collections.abc import Iterator, Sequence
