@@ -211,6 +211,13 @@ class Engine:
                     events += self._join(reading)
         return events
 
+    def release(self) -> None:
+        """Forget all requests and let go of the cache's memory; the engine is of no more use."""
+        if self.prefix_cache is not None and self._pool is not None:
+            self.prefix_cache.clear()  # this pool's pages
+        self._waiting, self._running, self._last, self._reading = [], [], [], None
+        self._cache = self._pool = None
+
     # --- running rows ---
 
     def _decode(self) -> list[Event]:
@@ -438,8 +445,8 @@ class Engine:
         if any(request.matcher is not None for request in requests):
             logits = logits.clone()
             for row, request in enumerate(requests):
-                if request.matcher is not None:
-                    logits[row].masked_fill_(~request.matcher.allowed().to(self._device), -torch.inf)
+                if (may_come := request.allowed()) is not None:
+                    logits[row].masked_fill_(~may_come.to(self._device), -torch.inf)
         logits = penalize(logits, [r.seen for r in requests], [r.sampling for r in requests])
         tokens = choose_tokens(logits, [r.sampling for r in requests], [r.generator for r in requests])
         logprobs = token_logprobs(own, tokens, [r.sampling.logprobs for r in requests])
@@ -447,20 +454,11 @@ class Engine:
             self._on_choice(requests, logits, tokens)
         events, ended = [], []
         for row, (request, token) in enumerate(zip(requests, tokens, strict=True)):
-            request.produced.append(token)
-            if request.seen is not None:
-                request.seen[token] = True
-            finished = None
-            if token in request.sampling.stop_ids:
-                finished = "stop"
-            elif len(request.produced) == request.sampling.max_new_tokens:
-                finished = "length"
+            finished = request.take(token)
             if finished:
                 ended.append(row)
                 self._ended.add(request.id)
-            elif request.matcher is not None:
-                request.matcher.advance(token)
-            events.append(Event(request.id, token, finished, logprobs[row] if logprobs else None))
+            events.append(Event(request.id, token, finished, logprobs[row] if logprobs else None, request.failure))
         return events, ended
 
     def _free(self, rows: Sequence[int]) -> None:
@@ -519,7 +517,8 @@ def generate_ids(
 ) -> list[list[int]]:
     """The new ids of each prompt, without the stop token that ended it.
 
-    One Sampling for all gives row i the seed `seed + i`. Raises ValueError as `Engine.add` does, naming the prompt.
+    One Sampling for all gives row i the seed `seed + i`. Raises ValueError as `Engine.add` does, naming the prompt, and for a
+    grammar that gives up on its way.
     """
     if not prompts:
         return []
@@ -536,6 +535,8 @@ def generate_ids(
     removed: set[int] = set()
     while engine.n_running or engine.n_waiting:
         for event in engine.step():
+            if event.finished == "error":
+                raise ValueError(f"prompt {row_of[event.request]}: {event.failure}")
             if event.finished == "stop" or event.request in removed:
                 continue
             row = row_of[event.request]

@@ -24,8 +24,9 @@ class Event(NamedTuple):
 
     request: int
     token: int
-    finished: Literal["stop", "length"] | None  # "stop": the token is one of the request's stop ids
+    finished: Literal["stop", "length", "error"] | None  # "stop": the token is one of the request's stop ids
     logprob: TokenLogprob | None = None  # where the request's Sampling asks for it
+    failure: str | None = None  # of "error": why its grammar gave up; the token means nothing then
 
 
 @dataclass(eq=False)
@@ -44,6 +45,7 @@ class Request:
     prefix: list[Block] = field(default_factory=list)  # what the prefix cache holds of the prompt, while it is read
     seen: Tensor | None = None  # (V,) bool: the tokens that came before, kept for a repetition penalty
     matcher: Matcher | None = None  # of its grammar, if it has one
+    failure: str | None = None  # why the grammar gave up
 
     @property
     def tokens(self) -> list[int]:
@@ -54,6 +56,35 @@ class Request:
     def n_tokens(self) -> int:
         """Their number."""
         return len(self.ids) + len(self.produced)
+
+    def allowed(self) -> Tensor | None:
+        """(V,) bool, what its grammar lets come next; None: all. A grammar that gives up ends this request alone, in `take`."""
+        if self.matcher is None:
+            return None
+        try:
+            return self.matcher.allowed()
+        except ValueError as error:
+            self.failure = str(error)
+            return None
+
+    def take(self, token: int) -> Literal["stop", "length", "error"] | None:
+        """Note the next token; why it is the last one, if it is."""
+        if self.failure is not None:
+            return "error"
+        self.produced.append(token)
+        if self.seen is not None:
+            self.seen[token] = True
+        if token in self.sampling.stop_ids:
+            return "stop"
+        if len(self.produced) == self.sampling.max_new_tokens:
+            return "length"
+        if self.matcher is not None:
+            try:
+                self.matcher.advance(token)
+            except ValueError as error:
+                self.failure = str(error)
+                return "error"
+        return None
 
 
 def token_logprobs(

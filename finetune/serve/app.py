@@ -125,7 +125,8 @@ class Api:
             echoes = []
             if isinstance(asked, CompletionRequest) and asked.echo:
                 echoes = await self.echoes(asked, lease, prompts)
-            run = Run(self, asked, lease, prompts, notes, echoes)
+            prepare = partial(self.samplings, asked, lease.served, prompts)
+            run = Run(self, asked, lease, prompts, await loop.run_in_executor(self.text, prepare), notes, echoes)
         except BaseException:
             lease.close()
             raise
@@ -199,6 +200,12 @@ class Api:
             del self._grammars[next(iter(self._grammars))]
         return found
 
+    def samplings(
+        self, asked: ChatRequest | CompletionRequest, served: Served, prompts: Sequence[Sequence[int]]
+    ) -> list[Sampling]:
+        """The settings of each prompt. The first use of a schema takes a while: call it in the thread for text."""
+        return [self.sampling(asked, served, len(ids)) for ids in prompts]
+
     def sampling(self, asked: ChatRequest | CompletionRequest, served: Served, n_prompt: int) -> Sampling:
         """The request's settings with OpenAI's defaults. Raises ApiError 400."""
         room = self.worker.max_tokens - n_prompt
@@ -247,6 +254,7 @@ class Run(Response):
         asked: ChatRequest | CompletionRequest,
         lease: Lease,
         prompts: Sequence[list[int]],
+        samplings: Sequence[Sampling],  # one for each prompt
         notes: dict[str, object],
         echoes: Sequence[Echo] = (),  # one for each job, where the prompt is to come back
     ) -> None:
@@ -261,8 +269,7 @@ class Run(Response):
         self.queue: asyncio.Queue[Delta] = asyncio.Queue()
         self.jobs: list[Job] = []
         self.echoes = echoes
-        for prompt in prompts:
-            sampling = api.sampling(asked, lease.served, len(prompt))
+        for prompt, sampling in zip(prompts, samplings, strict=True):
             for i in range(asked.n or 1):
                 one = Sampling(**{**sampling.__dict__, "seed": (sampling.seed + i) % 2**63})
                 self.jobs.append(

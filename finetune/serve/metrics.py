@@ -21,6 +21,8 @@ class Metrics:
         self.n_cancelled = 0
         self.first_token_s, self.n_first_tokens = 0.0, 0
         self._weights_bytes = weight_bytes(worker.model)
+        draft = worker.draft_model
+        self._draft_bytes = 0 if draft is None else weight_bytes(draft)
 
     def text(self) -> str:
         """All figures."""
@@ -77,8 +79,9 @@ class Metrics:
             ),
             "predicted_bytes": one(
                 "gauge",
-                "Weights, adapters, the batch's cache and the prefix cache.",
+                "Weights, the draft model's too, adapters, the batch's cache and the prefix cache.",
                 self._weights_bytes
+                + self._draft_bytes
                 + sum(a.n_bytes for a in list(worker.models.bank.adapters.values()))
                 + engine.cache_bytes
                 + (prefix.n_bytes if prefix and not worker.has_pages else 0),  # else its pages are among the batch's

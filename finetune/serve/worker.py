@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 from ...base.generate.engine import Engine, Event, TokenLogprob
 from ...base.generate.prefix_cache import PrefixCache
 from ...base.generate.sampling import Sampling
-from ...base.generate.speculative import Drafter
+from ...base.generate.speculative import Drafter, ModelDraft
 from ...base.generate.stop_strings import StopStrings
+from ...base.model.transformer import Transformer
 from ...base.tokenizer.tokenizer import StreamDecoder
 from ..generate import ids_with_text
 from .adapters import Models
@@ -83,6 +84,11 @@ class Worker:
         self.failure: BaseException | None = None  # what ended the thread, if anything did
         self.n_generated = 0
         self._recent: deque[tuple[float, int]] = deque()  # (when, tokens) of the last steps
+
+    @property
+    def draft_model(self) -> Transformer | None:
+        """The small model that guesses tokens, if one does."""
+        return self._drafter.model if isinstance(self._drafter, ModelDraft) else None
 
     def _new_engine(self) -> Engine:
         return Engine(
@@ -209,6 +215,10 @@ class Worker:
         job = self._jobs.get(event.request)
         if job is None:  # a stop string came before, in the same step: speculation gives several tokens at once
             return
+        if event.finished == "error":
+            del self._jobs[event.request]
+            self._outgoing.append((job, Delta(job.choice, "", job.n_tokens, [], None, ValueError(event.failure))))
+            return
         assert job.decoder is not None
         assert job.stopper is not None
         job.n_tokens += 1
@@ -243,6 +253,7 @@ class Worker:
         shown = error if isinstance(error, Exception) else RuntimeError(str(error))
         self._outgoing += [(job, Delta(job.choice, "", job.n_tokens, [], None, shown)) for job in self._jobs.values()]
         self._jobs.clear()
+        self.engine.release()  # the old cache's memory goes before the new one's comes
         self.engine = self._new_engine()
         self._hand_over()
 

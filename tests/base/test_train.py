@@ -488,7 +488,9 @@ def test_which_checkpoints_stay(tmp_path: Path) -> None:
 
 def test_a_second_ctrl_c_acts_at_once() -> None:
     """Law: the first SIGINT asks the loop to stop; the second does what it did before the loop."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is born ignoring SIGINT
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background job is born ignoring SIGINT
     try:
         with stop_on_signal() as stop:
             os.kill(os.getpid(), signal.SIGINT)

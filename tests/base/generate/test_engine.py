@@ -103,6 +103,49 @@ def test_an_event_says_how_a_request_ended(model: Transformer) -> None:
     assert engine.step() == [Event(b, first, "length")]
 
 
+class GivesUp:
+    """A grammar that lets only token 9 come, and raises once n tokens were taken."""
+
+    def __init__(self, n: int, *, when_asked: bool) -> None:
+        self.n, self.when_asked = n, when_asked
+
+    def matcher(self) -> "GivesUp":
+        return GivesUp(self.n, when_asked=self.when_asked)
+
+    def allowed(self) -> torch.Tensor:
+        if self.when_asked and self.n == 0:
+            raise ValueError("too many states")
+        return torch.arange(CONFIG.vocab_size) == 9
+
+    def advance(self, token: int) -> None:
+        assert token == 9
+        self.n -= 1
+        if not self.when_asked and self.n == 0:
+            raise ValueError("too many states")
+
+
+@pytest.mark.parametrize("when_asked", [True, False])
+def test_a_grammar_that_gives_up_ends_its_request_alone(model: Transformer, when_asked: bool) -> None:
+    """Law: the row beside it gets what it would get alone; `generate_ids` names the prompt."""
+    engine = Engine(model)
+    failing = engine.add([4, 5], Sampling(max_new_tokens=8, grammar=GivesUp(2, when_asked=when_asked)))
+    beside = engine.add([5, 6, 7], Sampling(max_new_tokens=8))
+    events: list[Event] = []
+    while engine.n_running or engine.n_waiting:
+        events += engine.step()
+    assert [event.token for event in events if event.request == beside] == without_cache(model, [5, 6, 7], 8)
+    own = [event for event in events if event.request == failing]
+    assert [event.token for event in own[:2]] == [9, 9]
+    assert len(own) == (3 if when_asked else 2)
+    assert (own[-1].finished, own[-1].failure) == ("error", "too many states")
+    with pytest.raises(ValueError, match="prompt 1: too many states"):
+        generate_ids(
+            model,
+            [[1], [2]],
+            [Sampling(max_new_tokens=9), Sampling(max_new_tokens=9, grammar=GivesUp(1, when_asked=when_asked))],
+        )
+
+
 def test_each_request_has_its_own_settings(model: Transformer) -> None:
     """Law: greedy and sampled rows in one batch, two temperatures and seeds, are each what they are alone."""
     settings = [

@@ -1,7 +1,9 @@
 """The routes: answers equal to the engine's own, OpenAI's format, and one clear refusal for each kind of bad request."""
 
+import gc
 import json
 import socket
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -376,3 +378,50 @@ def test_a_failing_step_is_told_and_the_server_goes_on(
             assert "decoding failed: the model's logits hold NaN" in answer.text
         assert client.post("/v1/chat/completions", json=body).status_code == 200
         assert client.get("/health").status_code == 200
+
+
+def test_a_new_start_holds_one_cache(
+    served_base: Path, serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Law: after a failing step the old pages are gone before the new ones come."""
+    body = {"model": "tiny-base", "messages": MESSAGES, "max_tokens": 3}
+    with (
+        serving(served_base, None, cache_bytes=1 << 20) as live,
+        httpx.Client(base_url=live.url, timeout=60) as client,
+    ):
+        assert client.post("/v1/chat/completions", json=body).status_code == 200
+        model, old = live.worker.model, weakref.ref(live.worker.engine._pool)
+        make, alive = model.new_pages, []
+
+        def watched(n_bytes: int) -> Any:
+            gc.collect()
+            alive.append(old() is not None)
+            return make(n_bytes)
+
+        def fails() -> list[Any]:
+            raise ValueError("the model's logits hold NaN")
+
+        monkeypatch.setattr(model, "new_pages", watched)
+        monkeypatch.setattr(live.worker.engine, "step", fails)
+        assert client.post("/v1/chat/completions", json=body).status_code == 500
+        assert alive == [False]
+        assert client.post("/v1/chat/completions", json=body).status_code == 200
+
+
+def test_a_grammar_that_gives_up_fails_its_answer_alone(
+    client: httpx.Client, alone: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client is told why with 500; the engine goes on, and so does what it keeps."""
+    pytest.importorskip("llguidance")
+
+    def gives_up(self: object, token: int) -> None:
+        raise ValueError("the JSON grammar failed: too many states")
+
+    monkeypatch.setattr("graft.base.generate.json_grammar.JsonMatcher.advance", gives_up)
+    body = {"model": "ant", "messages": MESSAGES, "max_tokens": 9, "temperature": 0}
+    answer = client.post("/v1/chat/completions", json={**body, "response_format": {"type": "json_object"}})
+    assert answer.status_code == 500
+    assert "too many states" in answer.json()["error"]["message"]
+    assert client.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"] == alone.text(
+        "ant", MESSAGES, 9
+    )
