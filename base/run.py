@@ -16,6 +16,9 @@ from .settings import plain
 
 # What may change between a run and its resumption. (`steps` moves the rest of the schedule: that is asked for.)
 RESUMABLE = frozenset({"steps", "checkpoint_every", "eval_every", "eval_batches", "keep", "patience", "mesh", "zero"})
+# What parameters are for, as base/model/init.py's Role has them (that module imports torch, this one doesn't).
+ROLES = ("embedding", "head", "hidden", "residual", "router", "gain", "bias", "adapter")
+DECAYED = tuple(role for role in ROLES if role not in ("gain", "bias"))  # weight decay acts on these
 # The model's fields that follow from the tokenizer, so that no setting gives them.
 FROM_TOKENIZER = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -32,7 +35,18 @@ class TrainConfig:
     final_lr_fraction: float = 0.1  # of the peak, at the last step; a constant schedule has none
     decay_fraction: float = 0.2  # wsd: the last part of the steps, in which the rate falls
     warmup_steps: int | float = 20  # updates in which the rate rises to its peak; below 1: this share of all steps
-    optimizer: str = "adamw"  # or muon: orthogonalized updates for hidden matrices, AdamW for the rest
+    optimizer: str = "adamw"  # or muon (orthogonalized updates of hidden matrices), soap (AdamW in a better basis)
+    embedding_rate: float = 1.0  # of the embedding and a tied head, times learning_rate
+    head_rate: float = 1.0  # of an untied head, times learning_rate
+    hidden_rate: float = 1.0  # of the matrices between hidden states and of routers, times learning_rate
+    gain_rate: float = 1.0  # of norms and biases, times learning_rate
+    decayed_roles: tuple[str, ...] = DECAYED  # what weight decay acts on; gain and bias may be added
+    muon_momentum: float = 0.95  # muon: decay rate of the gradient's mean
+    muon_polynomial: str = "best"  # muon: best (Polar Express) or jordan (one quintic; takes muon_iterations=5)
+    muon_iterations: int = 3  # muon: polynomials in turn
+    muon_normalize_rows: bool = False  # muon: each row by its running mean square too (NorMuon)
+    soap_every: int = 10  # soap: updates between two refreshes of the eigenvectors
+    soap_largest: int = 4096  # soap: longest side that is rotated
     weight_decay: float = 0.1  # of matrices, times the learning rate
     beta1: float = 0.9  # decay rate of the gradient's mean
     beta2: float = 0.95  # decay rate of the squared gradient's mean
@@ -63,6 +77,7 @@ class TrainConfig:
         for name in (
             *("warmup_steps", "checkpoint_every", "eval_every", "eval_batches", "patience", "seed"),
             *("weight_decay", "grad_clip", "learning_rate", "final_lr_fraction", "eps"),
+            *("embedding_rate", "head_rate", "hidden_rate", "gain_rate"),
         ):
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
@@ -75,17 +90,26 @@ class TrainConfig:
             raise ValueError(f"unknown schedule {self.schedule!r}; choose {', '.join(SCHEDULES)}")
         if not 0 < self.decay_fraction <= 1:
             raise ValueError(f"decay_fraction={self.decay_fraction} must lie in (0, 1]")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "muon_momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1)")
         if self.zero not in (0, 1, 2, 3):
             raise ValueError(f"zero={self.zero} is no ZeRO stage; choose 0, 1, 2 or 3")
+        if unknown := sorted(set(self.decayed_roles) - set(ROLES)):
+            raise ValueError(f"decayed_roles: {unknown[0]!r} is none of {', '.join(ROLES)}")
         self.kept_every  # noqa: B018 (raises for a `keep` that can't be read)
 
     @property
     def n_warmup(self) -> int:
         """Updates in which the rate rises."""
         return round(self.warmup_steps * self.steps) if self.warmup_steps < 1 else int(self.warmup_steps)
+
+    @property
+    def role_rates(self) -> dict[str, float]:
+        """Each role's factor of the learning rate."""
+        rates = dict.fromkeys(ROLES, 1.0) | {"embedding": self.embedding_rate, "head": self.head_rate}
+        rates |= dict.fromkeys(("hidden", "residual", "router"), self.hidden_rate)
+        return rates | dict.fromkeys(("gain", "bias"), self.gain_rate)
 
     @property
     def keeps_best(self) -> bool:

@@ -15,10 +15,16 @@ SMALLEST_SIZE = 4096  # tensors below keep float32 moments, as in the paper: the
 CHUNK = 2**22  # values of a parameter that are in float32 at a time: 32 MiB for both moments
 
 
-def decays(name: str, parameter: Tensor) -> bool:
+def decays(name: str, parameter: Tensor) -> float:
     """Weight decay acts on matrices; norms and biases are vectors and are left alone."""
     del name
     return parameter.ndim >= 2
+
+
+def same_rate(name: str, parameter: Tensor) -> float:
+    """One learning rate for all."""
+    del name, parameter
+    return 1.0
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,8 @@ class AdamW8bit:
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.1,
-        decay: Callable[[str, Tensor], bool] = decays,
+        decay: Callable[[str, Tensor], float] = decays,  # factor of weight_decay
+        rate: Callable[[str, Tensor], float] = same_rate,  # factor of the learning rate
         paged: bool = False,
     ) -> None:
         if learning_rate < 0:
@@ -96,7 +103,7 @@ class AdamW8bit:
                 raise ValueError(f"parameter {name} with strides {parameter.stride()} is not contiguous; make it so")
         self.learning_rate, self.betas, self.eps, self.weight_decay = learning_rate, betas, eps, weight_decay
         self.steps = [0] * len(self.named)  # updates of each parameter
-        self.decayed = [decay(name, parameter) for name, parameter in self.named]
+        self.groups = [(rate(name, p), weight_decay * decay(name, p)) for name, p in self.named]
         self.full: dict[int, tuple[Tensor, Tensor]] = {}  # both moments in float32, of the small ones by position
         self.quantized: dict[int, tuple[Moment8bit, Moment8bit]] = {}
         for i, (_, parameter) in enumerate(self.named):
@@ -126,19 +133,19 @@ class AdamW8bit:
         gradients = {i: parameter.grad for i, (_, parameter) in enumerate(self.named) if parameter.grad is not None}
         for i in gradients:
             self.steps[i] += 1
-        for decayed in (True, False):
-            small = [i for i in self.full if i in gradients and self.decayed[i] == decayed]
+        for group in dict.fromkeys(self.groups):
+            small = [i for i in self.full if i in gradients and self.groups[i] == group]
             if small:
                 params, grads = [self.named[i][1] for i in small], [gradients[i] for i in small]
                 steps = [self.steps[i] for i in small]
-                self._update(params, grads, [self.full[i] for i in small], steps, lr, decayed)
+                self._update(params, grads, [self.full[i] for i in small], steps, lr, group)
         for i, (first, second) in self.quantized.items():
             if i not in gradients:
                 continue
             flat, grad = self.named[i][1].detach().view(-1), gradients[i].reshape(-1)
             for chunk in chunks(flat.numel()):
                 moments = first.read(chunk, flat.device), second.read(chunk, flat.device)
-                self._update([flat[chunk]], [grad[chunk]], [moments], [self.steps[i]], lr, self.decayed[i])
+                self._update([flat[chunk]], [grad[chunk]], [moments], [self.steps[i]], lr, self.groups[i])
                 first.write_(chunk, moments[0])
                 second.write_(chunk, moments[1])
 
@@ -149,7 +156,7 @@ class AdamW8bit:
         moments: list[tuple[Tensor, Tensor]],
         steps: list[int],
         lr: float,
-        decayed: bool,
+        group: tuple[float, float],  # factor of the rate, and weight decay
     ) -> None:
         adamw_update_(
             params,
@@ -157,11 +164,11 @@ class AdamW8bit:
             [first for first, _ in moments],
             [second for _, second in moments],
             step=steps,
-            lr=lr,
+            lr=lr * group[0],
             beta1=self.betas[0],
             beta2=self.betas[1],
             eps=self.eps,
-            weight_decay=self.weight_decay if decayed else 0.0,
+            weight_decay=group[1],
         )
 
     def zero_grad(self) -> None:

@@ -15,9 +15,6 @@ Role = Literal["embedding", "head", "hidden", "residual", "router", "gain", "off
 residual stream; router (E, D): scores of experts; gain: a norm's weight; offset: one that is added to 1; bias;
 adapter: a low-rank factor."""
 
-DECAYED: frozenset[Role] = frozenset(
-    {"embedding", "head", "hidden", "residual", "router", "adapter"}
-)  # weight decay acts on these
 HIDDEN: frozenset[Role] = frozenset({"hidden", "residual"})  # Muon's matrices
 
 

@@ -1,20 +1,12 @@
 """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2) over named parameters."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from ...kernels.adamw import adamw_update_, read_steps
-
-
-def decays(name: str, parameter: Tensor) -> bool:
-    """The choice for parameters whose roles nobody tells: weight decay acts on matrices, not on norms and biases.
-
-    A model's own parameters are told apart by their roles (base/model/init.py: DECAYED).
-    """
-    del name
-    return parameter.ndim >= 2
+from .groups import Choice, decays, put_back, same_rate
 
 
 class AdamW:
@@ -32,7 +24,8 @@ class AdamW:
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.1,
-        decay: Callable[[str, Tensor], bool] = decays,
+        decay: Choice = decays,  # factor of weight_decay
+        rate: Choice = same_rate,  # factor of the learning rate
     ) -> None:
         if learning_rate < 0:
             raise ValueError(f"learning_rate={learning_rate} is negative; use a value >= 0")
@@ -43,7 +36,7 @@ class AdamW:
             raise ValueError("no parameter to train: all are frozen; attach an adapter or unfreeze the model")
         self.learning_rate, self.betas, self.eps, self.weight_decay = learning_rate, betas, eps, weight_decay
         self.steps = [0] * len(self.named)  # updates of each parameter
-        self.decayed = [decay(name, parameter) for name, parameter in self.named]
+        self.groups = [(rate(name, p), weight_decay * decay(name, p)) for name, p in self.named]
         self.exp_avgs = [torch.zeros_like(p, dtype=torch.float32) for _, p in self.named]
         self.exp_avg_sqs = [torch.zeros_like(p, dtype=torch.float32) for _, p in self.named]
 
@@ -55,8 +48,9 @@ class AdamW:
     @torch.no_grad()
     def step(self, learning_rate: float | None = None) -> None:
         """One update in place from the parameters' .grad, at this learning rate."""
-        for decayed in (True, False):
-            chosen = [i for i, (_, p) in enumerate(self.named) if p.grad is not None and self.decayed[i] == decayed]
+        lr = self.learning_rate if learning_rate is None else learning_rate
+        for group in dict.fromkeys(self.groups):
+            chosen = [i for i, (_, p) in enumerate(self.named) if p.grad is not None and self.groups[i] == group]
             if not chosen:
                 continue
             for i in chosen:
@@ -67,11 +61,11 @@ class AdamW:
                 [self.exp_avgs[i] for i in chosen],
                 [self.exp_avg_sqs[i] for i in chosen],
                 step=[self.steps[i] for i in chosen],
-                lr=self.learning_rate if learning_rate is None else learning_rate,
+                lr=lr * group[0],
                 beta1=self.betas[0],
                 beta2=self.betas[1],
                 eps=self.eps,
-                weight_decay=self.weight_decay if decayed else 0.0,
+                weight_decay=group[1],
             )
 
     def zero_grad(self) -> None:
@@ -89,13 +83,6 @@ class AdamW:
     def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
         """Put back what `state_tensors` gave. Raises ValueError when a parameter is missing or has another shape."""
         self.steps = read_steps(state.get("n_steps"), len(self.named))
-        for i, (name, parameter) in enumerate(self.named):
-            for kind, target in (("exp_avg", self.exp_avgs[i]), ("exp_avg_sq", self.exp_avg_sqs[i])):
-                saved = state.get(f"{name}.{kind}")
-                if saved is None or saved.shape != parameter.shape:
-                    found = "nothing" if saved is None else tuple(saved.shape)
-                    raise ValueError(
-                        f"optimizer state {name}.{kind}: {found} saved, {tuple(parameter.shape)} due; "
-                        "resume with the config that the run was started with"
-                    )
-                target.copy_(saved)
+        for i, (name, _) in enumerate(self.named):
+            put_back(self.exp_avgs[i], state, f"{name}.exp_avg")
+            put_back(self.exp_avg_sqs[i], state, f"{name}.exp_avg_sq")

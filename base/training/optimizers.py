@@ -5,9 +5,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..model.init import DECAYED, HIDDEN, Role
+from ..model.init import HIDDEN, Role
 from ..optim.adamw import AdamW
 from ..optim.muon import Muon
+from ..optim.soap import SOAP
 from ..run import TrainConfig
 
 
@@ -23,7 +24,7 @@ class Optimizer(Protocol):
 
 
 OptimizerMaker = Callable[..., Optimizer]
-OPTIMIZERS: dict[str, OptimizerMaker] = {"adamw": AdamW, "muon": Muon}
+OPTIMIZERS: dict[str, OptimizerMaker] = {"adamw": AdamW, "muon": Muon, "soap": SOAP}
 
 
 def make_optimizer(
@@ -36,19 +37,58 @@ def make_optimizer(
 ) -> Optimizer:
     """The config's optimizer over named parameters. Raises ValueError for a name that `makers` doesn't have."""
     check_optimizer(config.optimizer, makers)
-    options: dict[str, Any] = {}
-    if roles is not None:
-        options["decay"] = lambda name, _: roles[name] in DECAYED
-        if config.optimizer == "muon":
-            options["hidden"] = lambda name, _: roles[name] in HIDDEN
     return makers[config.optimizer](
         parameters,
         learning_rate=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         weight_decay=config.weight_decay,
-        **options,
+        **_own_options(config),
+        **({} if roles is None else _role_options(config, roles)),
     )
+
+
+def _own_options(config: TrainConfig) -> dict[str, Any]:
+    """The settings that one optimizer alone has."""
+    if config.optimizer == "muon":
+        return {
+            "momentum": config.muon_momentum,
+            "polynomial": config.muon_polynomial,
+            "iterations": config.muon_iterations,
+            "normalize_rows": config.muon_normalize_rows,
+        }
+    if config.optimizer == "soap":
+        return {"every": config.soap_every, "largest": config.soap_largest}
+    return {}
+
+
+def _role_options(config: TrainConfig, roles: Mapping[str, Role]) -> dict[str, Any]:
+    """What follows from each parameter's role: its rate and decay, and whether Muon or SOAP has it."""
+    rates, decayed = config.role_rates, frozenset(config.decayed_roles)
+    options: dict[str, Any] = {
+        "rate": lambda name, _: rates[roles[name]],
+        "decay": lambda name, _: roles[name] in decayed,
+    }
+    if config.optimizer == "muon":
+        options["hidden"] = lambda name, _: roles[name] in HIDDEN
+    if config.optimizer == "soap":
+        options["sides"] = lambda name, parameter: _soap_sides(roles[name], parameter)
+    return options
+
+
+def _soap_sides(role: Role, parameter: Tensor) -> tuple[bool, bool]:
+    """Whether SOAP rotates a parameter's rows, and its columns.
+
+    Not a vocabulary's side, which is long and sparse; of a low-rank factor the rank's side alone.
+    """
+    if role in ("gain", "bias"):
+        return False, False
+    if role in ("embedding", "head"):
+        return False, True
+    if role == "adapter":
+        rows, columns = parameter.shape[-2:]
+        return rows <= columns, columns <= rows
+    return True, True
 
 
 def check_optimizer(name: str, makers: Mapping[str, OptimizerMaker] = OPTIMIZERS) -> None:

@@ -145,6 +145,10 @@ def check_config(config: Run) -> None:
     assert config.lora is not None
     if config.train.optimizer != "adamw":
         raise ValueError(f"optimizer={config.train.optimizer} does not train many adapters at once; use adamw")
+    if "adapter" not in config.train.decayed_roles:
+        raise ValueError(
+            "decayed_roles without adapter is not covered for jobs that train together; set weight_decay=0"
+        )
     if config.data is not None and config.data.streaming:
         raise ValueError(
             "streaming=true is not covered for jobs that train together, whose records are held in memory; train that one alone"

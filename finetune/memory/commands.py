@@ -32,7 +32,7 @@ Seq = Annotated[
     int | None, typer.Option("--seq", help=r"Tokens a sequence. \[default: 512, or the model's longest if less]")
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="Of the arithmetic: bfloat16, float16 or float32.")]
-OptimizerOption = Annotated[str, typer.Option("--optimizer", help="adamw or adamw8bit; muon with --method full.")]
+OptimizerOption = Annotated[str, typer.Option("--optimizer", help="adamw, adamw8bit or soap; muon with --method full.")]
 Checkpointing = Annotated[bool, typer.Option("--checkpointing/--no-checkpointing", help="Recompute activations.")]
 Rank = Annotated[int, typer.Option("--rank", help="Of LoRA's adapters.")]
 Targets = Annotated[str, typer.Option("--targets", help="Linears with an adapter, such as q_proj,v_proj.")]

@@ -10,13 +10,15 @@ from graft.base.model.config import ModelConfig
 from graft.base.model.init import parameter_roles
 from graft.base.model.transformer import Transformer, initialize_
 from graft.base.optim.adamw import AdamW
-from graft.base.optim.muon import POLYNOMIALS, Muon, _long, _square, orthogonalize
+from graft.base.optim.muon import Muon
+from graft.base.optim.polynomials import _long, _square, best_quintics, orthogonalize, quintics
 from graft.base.run import TrainConfig
 from graft.base.runlog import RunFolder
 from graft.base.train import train
 from graft.base.training.objective import Batch
 from graft.base.training.optimizers import make_optimizer
 
+POLYNOMIALS = quintics("best", 3)
 TINY = ModelConfig(61, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_head=8, d_ff=64, max_seq_len=16)
 
 
@@ -77,7 +79,9 @@ def test_both_ways_are_one() -> None:
     """Law: iterating on the Gram matrix alone gives what iterating on the matrix gives."""
     x = torch.randn(3, 12, 40, generator=torch.Generator().manual_seed(4))
     x /= x.norm(dim=(-2, -1), keepdim=True)
-    torch.testing.assert_close(_long(x), _square(x), atol=1e-5, rtol=0)  # float32, amplified by up to 79
+    torch.testing.assert_close(
+        _long(x, POLYNOMIALS), _square(x, POLYNOMIALS), atol=1e-5, rtol=0
+    )  # float32, amplified by up to 79
 
 
 def test_the_update_by_hand() -> None:
@@ -205,3 +209,72 @@ def test_refusals() -> None:
         optimizer.load_state_tensors({k: v for k, v in state.items() if k != "w.momentum"})
     with pytest.raises(ValueError, match=r"optimizer state w\.momentum: \(3, 2\) saved, \(2, 2\) due"):
         optimizer.load_state_tensors(state | {"w.momentum": torch.ones(3, 2)})
+
+
+@pytest.mark.parametrize(("n", "low"), [(2, 10**-1.5), (5, 1e-3)])
+def test_more_polynomials_are_the_best_for_smaller_values(n: int, low: float) -> None:
+    """Law: n of them bring all singular values from 10^(-(n + 1) / 2) on nearer to 1 than Jordan's quintic does in as many."""
+    x = torch.linspace(low, 1, 100_001, dtype=torch.float64)
+    ours, jordans = x.clone(), x.clone()
+    for (a, b, c), (d, e, f) in zip(quintics("best", n), quintics("jordan", n), strict=True):
+        ours = a * ours + b * ours**3 + c * ours**5
+        jordans = d * jordans + e * jordans**3 + f * jordans**5
+    assert (ours - 1).abs().max() < (jordans - 1).abs().max()
+
+
+def test_many_polynomials_end_in_newton_schulz() -> None:
+    """Worked by hand: the best odd quintic on an interval that is one point, 1, has p = 1, p' = 0 and p'' = 0 there: 15/8, -10/8,
+    3/8, the Newton-Schulz iteration of order five."""
+    assert best_quintics(0.5, 6)[-1] == pytest.approx((15 / 8, -10 / 8, 3 / 8), abs=1e-4)
+
+
+def test_normalized_rows_by_hand() -> None:
+    """Worked by hand (arXiv:2510.05491, algorithm 1): O = orthogonalize(g); v = 0.05 mean over a row of O^2; the update is
+    O / sqrt(v), scaled to a root mean square of 0.2. The second step has v = 0.95 v + 0.05 mean(O2^2)."""
+    one, two = torch.randn(2, 6, 10, generator=torch.Generator().manual_seed(2))
+    hidden, norm = torch.zeros(6, 10, requires_grad=True), torch.ones(6, requires_grad=True)
+    optimizer = Muon([("w", hidden), ("n", norm)], weight_decay=0.0, normalize_rows=True, momentum=0.0)
+    v, expected = torch.zeros(6, 1), torch.zeros(6, 10)
+    for gradient in (one, two):
+        hidden.grad = gradient.clone()
+        optimizer.step(0.1)
+        o = orthogonalize(gradient)  # without momentum
+        v = 0.95 * v + 0.05 * (o * o).mean(1, keepdim=True)
+        normalized = o / v.sqrt()
+        expected -= 0.1 * 0.2 * normalized / (normalized**2).mean().sqrt()
+    torch.testing.assert_close(hidden.detach(), expected, atol=1e-5, rtol=0)
+    assert set(optimizer.state_tensors()) >= {"w.momentum", "w.row_square"}
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12), (3, 8, 8)])
+def test_normalized_rows_are_alike(shape: tuple[int, ...]) -> None:
+    """Law: at the first step, whose history is itself, every row of the update has the same norm."""
+    w, n = torch.zeros(shape, requires_grad=True), torch.ones(3, requires_grad=True)
+    w.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.rand(shape[-2])[:, None]
+    Muon([("w", w), ("n", n)], hidden=lambda name, _: name == "w", normalize_rows=True).step(1.0)
+    torch.testing.assert_close(w.detach().square().mean(-1).sqrt(), torch.full(shape[:-1], 0.2), atol=1e-4, rtol=0)
+
+
+def test_switches_reach_the_optimizer() -> None:
+    """Law: each of Muon's settings of TrainConfig changes the update, and rows' state is saved and put back."""
+    found = []
+    for more in ({}, {"muon_normalize_rows": True}, {"muon_polynomial": "jordan"}, {"muon_iterations": 5}):
+        model = tiny()
+        config = TrainConfig(optimizer="muon", **more)
+        optimizer = make_optimizer(model.named_parameters(), config, roles=parameter_roles(model))
+        (next_token_loss(model, batch(0)) / 64).backward()
+        optimizer.step(1e-2)
+        found.append(model.model.layers[0].self_attn.q_proj.weight.detach().clone())
+        again = make_optimizer(tiny().named_parameters(), config, roles=parameter_roles(model))
+        again.load_state_tensors(optimizer.state_tensors())
+        state = optimizer.state_tensors()
+        assert all(torch.equal(t, state[name]) for name, t in again.state_tensors().items())
+        assert any(name.endswith(".row_square") for name in state) == ("muon_normalize_rows" in more)
+    assert all(not torch.equal(found[i], found[j]) for i in range(4) for j in range(i))
+
+
+def test_polynomial_refusals() -> None:
+    with pytest.raises(ValueError, match="unknown muon_polynomial 'cubic'; choose best or jordan"):
+        quintics("cubic", 3)
+    with pytest.raises(ValueError, match=r"muon_iterations=0 must lie in 1\.\.12"):
+        quintics("best", 0)

@@ -6,6 +6,7 @@ import pytest
 
 from graft.base.pretrain import check_size, resolve
 from graft.base.run import Input, Run, TrainConfig, check_same_inputs, resumed_settings
+from graft.base.settings import check_settings
 
 
 def saved(**inputs: Input) -> dict:
@@ -43,7 +44,7 @@ def test_what_a_resumption_may_change() -> None:
     changes = {"steps": 9, "eval_every": 1, "eval_batches": 2, "checkpoint_every": 3, "keep": "best", "patience": 4}
     found = resumed_settings(changes | {"batch_size": 32}, before)
     assert {key: found[key] for key in changes} == changes
-    assert TrainConfig(**found) == TrainConfig(**changes)
+    assert TrainConfig(**check_settings(found, TrainConfig)) == TrainConfig(**changes)  # JSON has lists
     with pytest.raises(ValueError, match=r"--resume goes on with learning_rate=0\.001, got 0\.002; leave it out"):
         resumed_settings({"learning_rate": 0.002}, before)
 

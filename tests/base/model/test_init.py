@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from graft.base.model.config import ModelConfig
-from graft.base.model.init import DECAYED, HIDDEN, initialize_, parameter_roles
+from graft.base.model.init import HIDDEN, initialize_, parameter_roles
 from graft.base.model.transformer import Transformer
 from graft.base.optim.adamw import AdamW
-from graft.base.run import TrainConfig
+from graft.base.run import DECAYED, TrainConfig
 from graft.base.training.optimizers import make_optimizer
 from graft.finetune.adapters.lora import LoraConfig, attach_lora
 
