@@ -17,8 +17,9 @@ from .settings import plain
 # What may change between a run and its resumption. (`steps` moves the rest of the schedule: that is asked for.)
 RESUMABLE = frozenset({"steps", "checkpoint_every", "eval_every", "eval_batches", "keep", "patience", "mesh", "zero"})
 # What parameters are for, as base/model/init.py's Role has them (that module imports torch, this one doesn't).
-ROLES = ("embedding", "head", "hidden", "residual", "router", "gain", "bias", "adapter")
-DECAYED = tuple(role for role in ROLES if role not in ("gain", "bias"))  # weight decay acts on these
+VECTORS = ("gain", "offset", "bias", "log_rate", "time_step")
+ROLES = ("embedding", "head", "hidden", "residual", "router", "conv", *VECTORS, "adapter")
+DECAYED = tuple(role for role in ROLES if role not in VECTORS)  # weight decay acts on these
 # The model's fields that follow from the tokenizer, so that no setting gives them.
 FROM_TOKENIZER = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -40,7 +41,7 @@ class TrainConfig:
     head_rate: float = 1.0  # of an untied head, times learning_rate
     hidden_rate: float = 1.0  # of the matrices between hidden states and of routers, times learning_rate
     gain_rate: float = 1.0  # of norms and biases, times learning_rate
-    decayed_roles: tuple[str, ...] = DECAYED  # what weight decay acts on; gain and bias may be added
+    decayed_roles: tuple[str, ...] = DECAYED  # what weight decay acts on; gain, bias and such may be added
     muon_momentum: float = 0.95  # muon: decay rate of the gradient's mean
     muon_polynomial: str = "best"  # muon: best (Polar Express) or jordan (one quintic; takes muon_iterations=5)
     muon_iterations: int = 3  # muon: polynomials in turn
@@ -108,8 +109,8 @@ class TrainConfig:
     def role_rates(self) -> dict[str, float]:
         """Each role's factor of the learning rate."""
         rates = dict.fromkeys(ROLES, 1.0) | {"embedding": self.embedding_rate, "head": self.head_rate}
-        rates |= dict.fromkeys(("hidden", "residual", "router"), self.hidden_rate)
-        return rates | dict.fromkeys(("gain", "bias"), self.gain_rate)
+        rates |= dict.fromkeys(("hidden", "residual", "router", "conv"), self.hidden_rate)
+        return rates | dict.fromkeys(VECTORS, self.gain_rate)
 
     @property
     def keeps_best(self) -> bool:

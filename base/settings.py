@@ -197,6 +197,8 @@ def _as_type(key: str, value: Any, hint: Any) -> Any:
         if typing.get_origin(option) is tuple:
             inner = typing.get_args(option)[0]
             items = [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
+            if inner is bool and isinstance(items, list):
+                items = [{"true": True, "false": False}.get(word, word) for word in items]
             if isinstance(items, list | tuple) and all(_is_a(item, inner) for item in items):
                 return tuple(items)
         if option is float and isinstance(value, int) and not isinstance(value, bool):

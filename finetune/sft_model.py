@@ -54,8 +54,9 @@ def prepare_model(config: Run, device: str) -> Transformer:
     else:
         assert config.lora is not None
         attach_adapter(model, config.lora, seed=config.train.seed)
-        if note := experts_left_out(model, config.method):
-            print(note, file=sys.stderr)
+        for note in (experts_left_out(model, config.method), linear_layers_left_out(model)):
+            if note:
+                print(note, file=sys.stderr)
     return model
 
 
@@ -66,6 +67,17 @@ def experts_left_out(model: Transformer, method: str) -> str | None:
         return None
     bits = " and are not stored in 4 bits" if method == "qlora" else ""
     return f"note: the experts' {n:,} weights get no adapter{bits}; attention and shared feed-forward layers do"
+
+
+def linear_layers_left_out(model: Transformer) -> str | None:
+    """What a user should know where no adapter acts in the linear attention layers; None where one does, or there are none."""
+    n = model.config.n_linear_layers
+    if not n or any(".linear_attn." in name for name, p in model.named_parameters() if p.requires_grad):
+        return None
+    return (
+        f"note: the {n} linear attention layers' projections get no adapter; to train them too, name in_proj_qkvz, in_proj_ba "
+        "and out_proj in targets, or all-linear"
+    )
 
 
 def load_base(config: Run, device: str) -> Transformer:

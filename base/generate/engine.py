@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..model.kv_cache import KVCache
 from ..model.paged_cache import PAGE, PagedKVCache, n_pages
+from ..model.state_cache import NO_WAY_BACK
 from ..model.transformer import Transformer
 from .prefix_cache import BLOCK, PrefixCache
 from .reading import PROMPT_TOKENS_AT_ONCE, Reading
@@ -61,6 +62,9 @@ class Engine:
         for name, value in (("max_batch", max_batch), ("prefill_chunk", prefill_chunk)):
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name}={value} must be >= 1, a whole number")
+        for name, given in (("prefix_cache", prefix_cache), ("drafter", drafter)):
+            if given is not None and model.config.n_linear_layers:
+                raise ValueError(f"{name} is not covered for this model: {NO_WAY_BACK}; leave it out")
         self.model, self.max_batch, self.prefix_cache = model, max_batch, prefix_cache
         self.drafter, self.prefill_chunk = drafter, prefill_chunk
         self.pace = Pace(is_free=drafter is not None and drafter.is_free)
@@ -332,6 +336,8 @@ class Engine:
             reading.cache = self._empty_cache(group)  # in place
         else:
             reading.cache = self.model.new_cache(n, max(reading.n_known) + reading.width)
+        if isinstance(reading.cache, KVCache):
+            reading.cache.limits = list(reading.lengths)
         if known:
             reading.cache.restore([[block.values for block in each.prefix] for each in reading.readers])
         for each in group:

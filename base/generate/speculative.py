@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..model.kv_cache import KVCache
+from ..model.state_cache import NO_WAY_BACK
 from ..model.transformer import Transformer
 from .requests import Request
 from .sampling import choose_tokens
@@ -107,6 +108,8 @@ class ModelDraft:
             raise ValueError(
                 f"the draft model has {model.config.vocab_size} ids, the model {vocab_size}; both must share a tokenizer"
             )
+        if model.config.n_linear_layers:
+            raise ValueError(f"the draft model has linear attention layers: {NO_WAY_BACK}; give another draft model")
         self.model = model.eval()
         self._device = model.model.embed_tokens.weight.device
         self._cache: KVCache | None = None

@@ -40,7 +40,8 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.spec = config, spec
         q_width, kv_width = config.n_heads * config.d_head, config.n_kv_heads * config.d_head
-        self.q_proj = nn.Linear(config.d_model, q_width, bias=config.attention_bias)
+        gated = 2 if config.attention_gate else 1  # each head's query, then its gate
+        self.q_proj = nn.Linear(config.d_model, gated * q_width, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.d_model, kv_width, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.d_model, kv_width, bias=config.attention_bias)
         self.o_proj = nn.Linear(q_width, config.d_model, bias=config.attention_out_bias)
@@ -68,7 +69,10 @@ class Attention(nn.Module):
         """Causal self-attention; with a cache, the new keys are written to it and the old ones are seen too."""
         B, T, _ = x.shape
         c = self.config
-        q, k = self.q_proj(x), self.k_proj(x)
+        q, k, gate = self.q_proj(x), self.k_proj(x), None
+        if c.attention_gate:
+            q, gate = q.view(B, T, c.n_heads, 2 * c.d_head).chunk(2, -1)
+            q, gate = q.reshape(B, T, -1), gate.reshape(B, T, -1)
         if c.qk_norm and c.qk_norm_joint:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = q.view(B, T, c.n_heads, c.d_head), k.view(B, T, c.n_kv_heads, c.d_head)
@@ -77,7 +81,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = q.transpose(1, 2), k.transpose(1, 2)  # (B, H, T, Dh), (B, K, T, Dh)
         if self.spec.rotates:
-            q, k = rope(q, k, *context.angles(local=self.spec.local_rope))
+            q, k = turned(q, k, *context.angles(local=self.spec.local_rope))
         if cache is not None:
             cache.write(k, v, context)
         before = self.prefix(k.dtype) if self.prefix is not None else None
@@ -94,7 +98,8 @@ class Attention(nn.Module):
             mixed = self._attend_cached(q, cache, context)
         else:  # the new keys are the only ones
             mixed = attention(q, k, v, window=self.spec.window, cu_seqlens=context.cu_seqlens, **self.scores)
-        return self.o_proj(mixed.transpose(1, 2).reshape(B, T, c.n_heads * c.d_head))
+        mixed = mixed.transpose(1, 2).reshape(B, T, c.n_heads * c.d_head)
+        return self.o_proj(mixed if gate is None else mixed * gate.sigmoid())
 
     def _attend_cached(self, q: Tensor, cache: LayerCache, context: StepContext) -> Tensor:
         """New queries (B, H, T, Dh) over all keys in the cache -> (B, H, T, Dh)."""
@@ -120,6 +125,9 @@ class Attention(nn.Module):
     def decode(self, x: Tensor, cache: LayerCache, context: StepContext) -> Tensor:
         """`forward` for one new token a row, (B, D) -> (B, D), in few operators: only where kernels.decode can run."""
         c, B = self.config, x.shape[0]
+        if c.attention_gate or c.d_rotary < c.d_head:
+            context = context._replace(cos=context.cos[:, None], sin=context.sin[:, None])
+            return self.forward(x[:, None], context, cache)[:, 0]
         q, k, v = project(self.q_proj, x), project(self.k_proj, x), project(self.v_proj, x)
         norms = {}
         if c.qk_norm and c.qk_norm_joint:
@@ -134,6 +142,15 @@ class Attention(nn.Module):
             keys, values, mask = joined(before, keys, values, mask)
         mixed = attention_masked(q.view(B, c.n_heads, 1, c.d_head), keys, values, mask, **self.scores)
         return project(self.o_proj, mixed.reshape(B, c.n_heads * c.d_head))
+
+
+def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """RoPE over the first R dimensions of q (B, H, T, Dh) and k (B, K, T, Dh); cos and sin are (B or 1, T, R/2)."""
+    R = 2 * cos.shape[-1]
+    if q.shape[-1] == R:
+        return rope(q, k, cos, sin)
+    first = rope(q[..., :R], k[..., :R], cos, sin)
+    return torch.cat([first[0], q[..., R:]], -1), torch.cat([first[1], k[..., R:]], -1)
 
 
 def joined(

@@ -4,14 +4,17 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 ACTIVATIONS = ("silu", "gelu_tanh")
 # Above these a config is a slip or damage; refused before anything is built.
 LARGEST = {
     "vocab_size": 2**26, "d_model": 2**20, "n_layers": 10_000, "n_heads": 2**16, "n_kv_heads": 2**16, "d_head": 2**16,
+    "n_linear_k_heads": 2**16, "n_linear_v_heads": 2**16, "d_linear_k": 2**16, "d_linear_v": 2**16, "linear_conv": 64,
     "d_ff": 2**24, "max_seq_len": 2**31, "n_experts": 2**16, "d_expert": 2**24, "d_shared_expert": 2**24,
 }  # fmt: skip
+PATTERNS = ("sliding_layers", "rope_layers", "expert_layers", "linear_layers")  # fields with an entry for each layer
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class LayerSpec:
 
     window: int | None = None  # keys that a query sees, its own included; None: all before it
     rotates: bool = True  # queries and keys carry their positions by RoPE
-    attention: str = "grouped"  # grouped-query attention
+    attention: str = "grouped"  # grouped: grouped-query attention; linear: Gated DeltaNet
     feed_forward: str = "gated"  # gated: SwiGLU or GeGLU; experts: a mixture of them
     norm: str = (
         "pre"  # pre: before attention and feed-forward; post: after them, before the residual is added; sandwich: both
@@ -108,6 +111,16 @@ class ModelConfig:
     d_expert: int | None = None  # an expert's width; None: d_ff
     d_shared_expert: int = 0  # width of an expert that reads every token; 0: none
     expert_layers: tuple[bool, ...] | None = None  # which layers have the mixture; None: all of them
+    linear_layers: tuple[bool, ...] | None = (
+        None  # which have Gated DeltaNet in place of attention (Qwen3-Next); None: none
+    )
+    n_linear_k_heads: int | None = None  # query and key heads of those layers; None: n_heads
+    n_linear_v_heads: int | None = None  # value heads, a multiple of n_linear_k_heads; None: n_linear_k_heads
+    d_linear_k: int | None = None  # width of such a query or key; None: d_head
+    d_linear_v: int | None = None  # width of such a value; None: d_linear_k
+    linear_conv: int = 4  # tokens that their short convolution sees
+    attention_gate: bool = False  # attention's output is multiplied by a sigmoid of its input (Qwen3-Next)
+    rope_fraction: float = 1.0  # share of each query's and key's dimensions that RoPE turns, the first ones
     normalize_experts: bool = True  # the weights of a token's experts add up to 1
     balance_loss: float = 0.01  # times the loss that keeps experts equally busy, added to the cross entropy in training
     router_z_loss: float = 0.0  # times the mean square of the router's log-sum-exp, the same
@@ -135,7 +148,8 @@ class ModelConfig:
         self._check_gemma()
         if self.expert_layers is not None and not self.n_experts:
             raise ValueError("expert_layers is given without n_experts; set it, or leave both out")
-        for name in ("sliding_layers", "rope_layers", "expert_layers"):
+        self._check_linear()
+        for name in PATTERNS:
             layers = getattr(self, name)
             if layers is not None and len(layers) != self.n_layers:
                 raise ValueError(f"{name} names {len(layers)} layers, n_layers={self.n_layers}; name each layer once")
@@ -166,6 +180,25 @@ class ModelConfig:
         if self.rope_local_theta is not None and self.sliding_window is None:
             raise ValueError("rope_local_theta is of layers with a window; set sliding_window, or leave both out")
 
+    def _check_linear(self) -> None:
+        for name in ("n_linear_k_heads", "n_linear_v_heads", "d_linear_k", "d_linear_v", "linear_conv"):
+            value, least = getattr(self, name), 2 if name == "linear_conv" else 1
+            if value is not None and (type(value) is not int or not least <= value <= LARGEST[name]):
+                raise ValueError(f"{name}={value!r} must be a whole number from {least} to {LARGEST[name]:,}")
+        if self.linear.n_v_heads % self.linear.n_k_heads:
+            raise ValueError(
+                f"n_linear_v_heads={self.linear.n_v_heads} is not divisible by n_linear_k_heads={self.linear.n_k_heads}; "
+                "each key head serves the same number of value heads"
+            )
+        if self.linear_layers is not None and (self.post_norm or self.sandwich_norm):
+            raise ValueError("linear_layers is not covered with post_norm or sandwich_norm; leave one of them out")
+        fits = 0 < self.rope_fraction <= 1 and self.d_rotary >= 2 and self.d_rotary % 2 == 0
+        if self.d_head % 2 == 0 and not fits:
+            raise ValueError(
+                f"rope_fraction={self.rope_fraction} of d_head={self.d_head} turns {self.d_rotary} dimensions; RoPE turns pairs, "
+                "an even number from 2 to d_head"
+            )
+
     def _check_experts(self) -> None:
         for name, least in (("n_experts", 2), ("d_shared_expert", 0), ("d_expert", 1)):
             value = getattr(self, name)
@@ -183,18 +216,36 @@ class ModelConfig:
         """What layer i is made of, i in [0, n_layers)."""
         slides = self.sliding_layers is None or self.sliding_layers[i]
         mixes = self.n_experts > 0 and (self.expert_layers is None or self.expert_layers[i])
+        is_linear = self.linear_layers is not None and self.linear_layers[i]
         return LayerSpec(
-            window=self.sliding_window if slides else None,
-            rotates=self.rope_layers is None or self.rope_layers[i],
+            window=self.sliding_window if slides and not is_linear else None,
+            rotates=not is_linear and (self.rope_layers is None or self.rope_layers[i]),
+            attention="linear" if is_linear else "grouped",
             feed_forward="experts" if mixes else "gated",
             norm="sandwich" if self.sandwich_norm else "post" if self.post_norm else "pre",
-            local_rope=slides and self.rope_local_theta is not None,
+            local_rope=slides and not is_linear and self.rope_local_theta is not None,
         )
 
     @property
     def attention_scale(self) -> float | None:
         """What scores are multiplied by; None: 1 / sqrt(d_head)."""
         return None if self.query_pre_attn_scalar is None else self.query_pre_attn_scalar**-0.5
+
+    @property
+    def linear(self) -> "LinearSizes":
+        """The sizes of linear layers."""
+        n_k_heads, d_k = self.n_linear_k_heads or self.n_heads, self.d_linear_k or self.d_head
+        return LinearSizes(n_k_heads, self.n_linear_v_heads or n_k_heads, d_k, self.d_linear_v or d_k, self.linear_conv)
+
+    @property
+    def n_linear_layers(self) -> int:
+        """Layers whose past is a state of one size, in place of keys and values."""
+        return sum(self.linear_layers or ())
+
+    @property
+    def d_rotary(self) -> int:
+        """Dimensions of a query or key that RoPE turns."""
+        return int(self.d_head * self.rope_fraction)
 
     @property
     def expert_width(self) -> int:
@@ -219,11 +270,13 @@ class ModelConfig:
     def layer_params(self, spec: LayerSpec, *, active: bool = False) -> int:
         """Parameters of one layer; with `active`, those that one token meets."""
         q, kv = self.n_heads * self.d_head, self.n_kv_heads * self.d_head
-        attention = self.d_model * (2 * q + 2 * kv)
-        attention += (q + 2 * kv) * self.attention_bias + self.d_model * self.attention_out_bias
-        norms = (4 if spec.norm == "sandwich" else 2) * self.d_model + (
-            q + kv if self.qk_norm_joint else 2 * self.d_head
-        ) * self.qk_norm
+        attention = self.d_model * ((2 + self.attention_gate) * q + 2 * kv)
+        attention += ((1 + self.attention_gate) * q + 2 * kv) * self.attention_bias
+        attention += self.d_model * self.attention_out_bias
+        norms = (q + kv if self.qk_norm_joint else 2 * self.d_head) * self.qk_norm
+        if spec.attention == "linear":
+            attention, norms = self.linear.n_params(self.d_model), 0
+        norms += (4 if spec.norm == "sandwich" else 2) * self.d_model
         if spec.feed_forward == "gated":
             return attention + self._gated_params(self.d_ff) + norms
         read = self.n_experts_per_token if active else self.n_experts
@@ -236,12 +289,47 @@ class ModelConfig:
         return 3 * self.d_model * width + (2 * width + self.d_model) * self.mlp_bias
 
 
+class LinearSizes(NamedTuple):
+    """A Gated DeltaNet layer."""
+
+    n_k_heads: int  # of queries and keys
+    n_v_heads: int
+    d_k: int
+    d_v: int
+    conv: int  # tokens that the convolution sees
+
+    @property
+    def k_width(self) -> int:
+        """All keys of a token."""
+        return self.n_k_heads * self.d_k
+
+    @property
+    def v_width(self) -> int:
+        """All values of a token."""
+        return self.n_v_heads * self.d_v
+
+    def n_params(self, d_model: int) -> int:
+        """Parameters of such a layer, its own norm included."""
+        projections = d_model * (2 * self.k_width + 3 * self.v_width + 2 * self.n_v_heads)
+        return projections + (2 * self.k_width + self.v_width) * self.conv + 2 * self.n_v_heads + self.d_v
+
+
 def with_sizes(config: ModelConfig, **sizes: object) -> ModelConfig:
     """Replace sizes; what follows from a replaced one follows it, unless it is given too: d_head = d_model / n_heads,
-    n_kv_heads by the same sharing, d_ff = 8/3 d_model.
+    n_kv_heads by the same sharing, d_ff = 8/3 d_model. A pattern of fewer layers repeats.
 
-    Raises ValueError when d_model is not divisible by n_heads and no d_head is given.
+    Raises ValueError when d_model is not divisible by n_heads and no d_head is given, and for a pattern that doesn't divide
+    the layers.
     """
+    n_layers = sizes.get("n_layers", config.n_layers)
+    for name in PATTERNS:
+        pattern = sizes.get(name)
+        if isinstance(pattern, tuple) and pattern and isinstance(n_layers, int) and len(pattern) < n_layers:
+            if n_layers % len(pattern):
+                raise ValueError(
+                    f"{name} is a pattern of {len(pattern)} layers, which does not divide n_layers={n_layers}; use a multiple of it"
+                )
+            sizes[name] = pattern * (n_layers // len(pattern))
     if "d_head" not in sizes and ("d_model" in sizes or "n_heads" in sizes):
         d_model, n_heads = sizes.get("d_model", config.d_model), sizes.get("n_heads", config.n_heads)
         if not (isinstance(d_model, int) and isinstance(n_heads, int) and d_model > 0 and n_heads > 0):

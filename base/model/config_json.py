@@ -12,6 +12,7 @@ from ..json_fields import check, field
 from .config import LARGEST, ModelConfig, RopeScaling
 from .families import ARCHITECTURES, FAMILIES, Family, family_of
 from .gemma_json import gemma_fields, gemma_to_dict, with_gemma_defaults
+from .hybrid_json import hybrid_from_dict, hybrid_to_dict
 
 
 def config_from_dict(raw_config: dict[str, Any], *, where: str = "config.json") -> ModelConfig:
@@ -42,7 +43,7 @@ def config_from_dict(raw_config: dict[str, Any], *, where: str = "config.json") 
         )
     if n_heads < 1:
         raise ValueError(f"{where}: num_attention_heads={n_heads} must be >= 1")
-    _refuse_uncovered(raw_config, where)
+    _refuse_uncovered(raw_config, model_type, where)
     raw_config = with_gemma_defaults(raw_config, model_type, n_layers, where)
     family = next(family for family in FAMILIES.values() if family.model_type == model_type)
     only_qkv = "qkv" in family.biases  # an older key of Qwen2's is attention_bias, a newer one of its mixtures qkv_bias
@@ -73,6 +74,8 @@ def config_from_dict(raw_config: dict[str, Any], *, where: str = "config.json") 
             sliding_layers=sliding,
             rope_layers=_rope_layers(raw_config, n_layers, where) if family.chooses_rope else None,
             **(_experts(raw_config, family, n_layers, where) if family.experts else {}),
+            **(hybrid_from_dict(raw_config, n_layers, where) if family.hybrid else {}),
+            rope_fraction=_rope_fraction(raw_config, 0.25 if family.hybrid else 1.0, where),
             **gemma_fields(raw_config, model_type, d_head, slides=window is not None, where=where),
             init_std=_number(raw_config, "initializer_range", where, 0.02),
             bos_token_id=get("bos_token_id", int),
@@ -100,10 +103,10 @@ def _number(section: dict[str, Any], key: str, where: object, default: float) ->
         raise ValueError(f"{where}: {key} is too large for a float") from None
 
 
-def _refuse_uncovered(raw_config: dict[str, Any], where: str) -> None:
+def _refuse_uncovered(raw_config: dict[str, Any], model_type: str, where: str) -> None:
     """Features that would be computed wrongly in silence."""
-    if raw_config.get("partial_rotary_factor", 1.0) not in (None, 1.0):
-        raise ValueError(f"{where}: partial_rotary_factor {raw_config['partial_rotary_factor']} is not covered, only 1")
+    if model_type != "qwen3_next" and (share := _rope_fraction(raw_config, 1.0, where)) != 1.0:
+        raise ValueError(f"{where}: partial_rotary_factor {share} is not covered, only 1")
     if raw_config.get("clip_qkv") is not None:
         raise ValueError(f"{where}: clip_qkv {raw_config['clip_qkv']} is not covered, only none")
     if raw_config.get("router_jitter_noise"):
@@ -128,13 +131,15 @@ def _experts(raw_config: dict[str, Any], family: Family, n_layers: int, where: s
     def get(key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
         return field(raw_config, key, kind, where, default=default)
 
-    n_experts = get("num_local_experts", int, get("num_experts", int))
+    n_experts = get("num_local_experts", int, get("num_experts", int, 512 if family.hybrid else None))
+    if n_experts == 0 and family.hybrid:
+        return {}
     if n_experts is None:
         raise ValueError(f"{where} lacks num_experts; is it a whole model's config?")
     experts: dict[str, Any] = {
         "n_experts": n_experts,
-        "n_experts_per_token": get("num_experts_per_tok", int, 2),
-        "normalize_experts": family.experts == "mixtral" or get("norm_topk_prob", bool, False),
+        "n_experts_per_token": get("num_experts_per_tok", int, 10 if family.hybrid else 2),
+        "normalize_experts": family.experts == "mixtral" or get("norm_topk_prob", bool, family.hybrid),
         "balance_loss": _number(raw_config, "router_aux_loss_coef", where, 0.001),
         "router_z_loss": _number(raw_config, "router_z_loss_coef", where, 0.0),
     }
@@ -144,11 +149,14 @@ def _experts(raw_config: dict[str, Any], family: Family, n_layers: int, where: s
     if step < 1:
         raise ValueError(f"{where}: decoder_sparse_step={step} must be >= 1")
     mixes = tuple(i not in dense and (i + 1) % step == 0 for i in range(min(n_layers, LARGEST["n_layers"])))
-    if family.model_type == "qwen2_moe":
-        experts["d_shared_expert"] = get("shared_expert_intermediate_size", int, 0)
+    if family.model_type in ("qwen2_moe", "qwen3_next"):
+        experts["d_shared_expert"] = get("shared_expert_intermediate_size", int, 512 if family.hybrid else 0)
     if not any(mixes):
         raise ValueError(f"{where}: no layer has experts (decoder_sparse_step={step}); it is no mixture of experts")
-    return experts | {"d_expert": get("moe_intermediate_size", int), "expert_layers": None if all(mixes) else mixes}
+    return experts | {
+        "d_expert": get("moe_intermediate_size", int, 512 if family.hybrid else None),
+        "expert_layers": None if all(mixes) else mixes,
+    }
 
 
 def _windows(
@@ -159,6 +167,8 @@ def _windows(
     Mistral: the window on every layer. Qwen2 and Qwen3: only with use_sliding_window, on the layers from max_window_layers on,
     unless layer_types says for each layer what it is.
     """
+    if model_type == "qwen3_next":
+        return None, None
     window = field(raw_config, "sliding_window", int, where, default=None)
     types = field(raw_config, "layer_types", list, where, default=None)
     if types is not None:
@@ -194,6 +204,12 @@ def _windows(
     if not any(slides):
         return None, None
     return window, None if all(slides) else slides
+
+
+def _rope_fraction(raw_config: dict[str, Any], default: float, where: str) -> float:
+    newer = field(raw_config, "rope_parameters", dict, where, default={})
+    key = "partial_rotary_factor"
+    return _number(newer if newer.get(key) is not None else raw_config, key, where, default)
 
 
 def _rope_theta(raw_config: dict[str, Any], where: str) -> float:
@@ -285,6 +301,7 @@ def config_to_dict(config: ModelConfig, *, dtype: torch.dtype) -> dict[str, Any]
         rotates = config.rope_layers or (True,) * config.n_layers
         raw_config["no_rope_layers"] = [int(has_rope) for has_rope in rotates]
     raw_config |= _windows_to_dict(config, family) | _experts_to_dict(config, family)
+    raw_config |= hybrid_to_dict(config, raw_config["rope_parameters"]) if family.hybrid else {}
     return raw_config | gemma_to_dict(config, family.model_type, scaling)
 
 
@@ -317,6 +334,8 @@ def _windows_to_dict(config: ModelConfig, family: Family) -> dict[str, Any]:
 def _experts_to_dict(config: ModelConfig, family: Family) -> dict[str, Any]:
     if family.experts is None:
         return {}
+    if not config.n_experts:
+        return {"num_experts": 0}
     found: dict[str, Any] = {
         "num_local_experts" if family.experts == "mixtral" else "num_experts": config.n_experts,
         "num_experts_per_tok": config.n_experts_per_token,
@@ -330,6 +349,6 @@ def _experts_to_dict(config: ModelConfig, family: Family) -> dict[str, Any]:
         mixes = config.expert_layers or (True,) * config.n_layers
         dense = [i for i, one in enumerate(mixes) if not one]
         found |= {"moe_intermediate_size": config.expert_width, "decoder_sparse_step": 1, "mlp_only_layers": dense}
-    if family.model_type == "qwen2_moe":
+    if family.model_type in ("qwen2_moe", "qwen3_next"):
         found |= {"shared_expert_intermediate_size": config.d_shared_expert, "qkv_bias": config.attention_bias}
     return found

@@ -17,6 +17,9 @@ class Family:
     chooses_rope: bool = False  # some layers may be without RoPE
     post_norm: bool = False
     gemma: int = 0  # 1 to 3: norms of 1 + weight, scaled embeddings, gelu; from 2 on norms on both sides and soft caps
+    hybrid: bool = (
+        False  # linear attention on layers that it chooses, gates on the others, norms of 1 + weight, partial RoPE
+    )
     norm_eps: float = 1e-6  # where the file doesn't say
     ties: bool = False
 
@@ -32,6 +35,7 @@ FAMILIES = {
     "MixtralForCausalLM": Family("mixtral", windows="all", experts="mixtral", norm_eps=1e-5),
     "Qwen3MoeForCausalLM": Family("qwen3_moe", qk_norm="head", biases=("attention",), windows="all", experts="qwen"),
     "Qwen2MoeForCausalLM": Family("qwen2_moe", biases=("qkv",), experts="qwen"),
+    "Qwen3NextForCausalLM": Family("qwen3_next", qk_norm="head", biases=("attention",), experts="qwen", hybrid=True),
     "GemmaForCausalLM": Family("gemma", biases=("attention",), gemma=1, ties=True),
     "Gemma2ForCausalLM": Family("gemma2", biases=("attention",), windows="some", gemma=2, ties=True),
     "Gemma3ForCausalLM": Family(
@@ -45,7 +49,8 @@ ARCHITECTURES = {architecture: family.model_type for architecture, family in FAM
 def family_of(config: ModelConfig) -> tuple[str, Family]:
     """The first architecture that has all of a config's switches. Raises ValueError when there is none."""
     for architecture, family in FAMILIES.items():
-        if _attention_fits(config, family) and _gemma_fits(config, family) and _experts_fit(config, family):
+        fits = (_attention_fits, _hybrid_fits, _gemma_fits, _experts_fit)
+        if all(fit(config, family) for fit in fits):
             return architecture, family
     names = (
         *(
@@ -58,7 +63,7 @@ def family_of(config: ModelConfig) -> tuple[str, Family]:
             "sliding_layers",
         ),
         *("sandwich_norm", "offset_norm", "scale_embeddings", "activation", "attention_softcap", "logit_softcap"),
-        *("query_pre_attn_scalar", "rope_local_theta"),
+        *("query_pre_attn_scalar", "rope_local_theta", "linear_layers", "attention_gate", "rope_fraction"),
         *("rope_layers", "n_experts", "d_expert", "d_shared_expert", "expert_layers", "normalize_experts"),
     )
     default = ModelConfig(1)
@@ -91,8 +96,14 @@ def _attention_fits(config: ModelConfig, family: Family) -> bool:
     return windows is None or windows == family.windows or family.windows == "some"
 
 
+def _hybrid_fits(config: ModelConfig, family: Family) -> bool:
+    if family.hybrid:
+        return config.attention_gate and config.offset_norm and config.sliding_window is None
+    return not (config.attention_gate or config.linear_layers) and config.rope_fraction == 1
+
+
 def _gemma_fits(config: ModelConfig, family: Family) -> bool:
-    signs = (config.offset_norm, config.scale_embeddings, config.activation == "gelu_tanh")
+    signs = (config.offset_norm and not family.hybrid, config.scale_embeddings, config.activation == "gelu_tanh")
     if signs != (family.gemma > 0,) * 3 or config.sandwich_norm != (family.gemma > 1):
         return False
     capped = (config.attention_softcap, config.logit_softcap, config.query_pre_attn_scalar) != (None, None, None)
@@ -105,8 +116,8 @@ def _gemma_fits(config: ModelConfig, family: Family) -> bool:
 
 def _experts_fit(config: ModelConfig, family: Family) -> bool:
     if not config.n_experts or family.experts is None:
-        return not config.n_experts and family.experts is None
-    if bool(config.d_shared_expert) != (family.model_type == "qwen2_moe"):
+        return not config.n_experts and (family.experts is None or family.hybrid)
+    if bool(config.d_shared_expert) != (family.model_type in ("qwen2_moe", "qwen3_next")):
         return False
     if family.experts == "qwen":
         return True

@@ -4,16 +4,19 @@ A module class lists its own parameters in `ROLES`, {name below the module: role
 that uses it, since only that layer knows where its output goes.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-Role = Literal["embedding", "head", "hidden", "residual", "router", "gain", "offset", "bias", "adapter"]
+Role = Literal[
+    "embedding", "head", "hidden", "residual", "router", "conv", "gain", "offset", "bias", "log_rate", "time_step", "adapter"
+]  # fmt: skip
 """embedding (V, D); head (V, D); hidden: a matrix between hidden states; residual: such a matrix whose output is added to the
-residual stream; router (E, D): scores of experts; gain: a norm's weight; offset: one that is added to 1; bias;
-adapter: a low-rank factor."""
+residual stream; router (E, D): scores of experts, gates; conv: a short convolution; gain: a norm's weight; offset: one that is
+added to 1; bias; log_rate, time_step: a state's decay (Gated DeltaNet's A_log and dt_bias); adapter: a low-rank factor."""
 
 HIDDEN: frozenset[Role] = frozenset({"hidden", "residual"})  # Muon's matrices
 
@@ -48,6 +51,9 @@ def initialize_(model: nn.Module, *, seed: int, std: float, n_layers: int) -> No
     embedding, head, hidden, router   N(0, std^2)
     residual                          N(0, std^2 / (2 n_layers)) (Radford et al. 2019, GPT-2, section 2.3)
     gain, offset, bias                1, 0, 0
+    conv (C, 1, K)                    U(-1, 1) / sqrt(K), PyTorch's for convolutions
+    log_rate                          log U(1, 16)                                       } Mamba-2's (Dao & Gu 2024,
+    time_step                         softplus^-1 of e^U(log 0.001, log 0.1)             } arXiv:2405.21060)
     """
     generator = torch.Generator().manual_seed(seed)
     scales = {"embedding": std, "head": std, "hidden": std, "router": std, "residual": std / (2 * n_layers) ** 0.5}
@@ -56,5 +62,23 @@ def initialize_(model: nn.Module, *, seed: int, std: float, n_layers: int) -> No
         for _, parameter, role in named_roles(model):
             if role in constants:
                 parameter.fill_(constants[role])
+            elif role in DRAWN:
+                parameter.copy_(DRAWN[role](torch.empty(parameter.shape).uniform_(generator=generator)))
             else:
                 parameter.copy_(torch.empty(parameter.shape).normal_(0.0, scales[role], generator=generator))
+
+
+def _conv(u: Tensor) -> Tensor:
+    return (2 * u - 1) * u.shape[-1] ** -0.5
+
+
+def _log_rate(u: Tensor) -> Tensor:
+    return (1 + 15 * u).log()
+
+
+def _time_step(u: Tensor) -> Tensor:
+    step = (math.log(0.001) + u * math.log(0.1 / 0.001)).exp()
+    return step.expm1().log()  # softplus^-1
+
+
+DRAWN = {"conv": _conv, "log_rate": _log_rate, "time_step": _time_step}  # role -> its weights from u in [0, 1)

@@ -14,7 +14,7 @@ place to the last one, so finished rows cost nothing.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from torch import Tensor
 from .config import ModelConfig
 from .paged_cache import PAGE, Pages
 from .rope import angle_tables
+from .state_cache import NO_WAY_BACK, StateCache
 
 
 class StepContext(NamedTuple):
@@ -37,6 +38,7 @@ class StepContext(NamedTuple):
     )
     pages: Pages | None = None  # of a PagedKVCache, in place of `stop` and `masks`
     router_losses: list[Tensor] | None = None  # in training: each mixture of experts adds its () float32
+    n_new: Tensor | None = None  # (B,) int64: each row's new tokens that are no padding; None: all are none
     local_cos: Tensor | None = None  # the angles of layers with a base of their own, in the shapes of cos and sin
     local_sin: Tensor | None = None
 
@@ -103,12 +105,26 @@ class LayerCache:
         for tensor in self.tensors():
             tensor[target, :, :end] = tensor[source, :, :end]
 
+    def select(self, index: Tensor, end: int) -> None:
+        """Row i becomes what row index[i] was."""
+        for tensor in self.tensors():
+            tensor[: len(index), :, :end] = tensor[index, :, :end]
+
 
 class KVCache:
-    """The layers' caches and the rows' lengths. Made by `Transformer.new_cache`."""
+    """The layers' caches and the rows' lengths. Made by `Transformer.new_cache`.
 
-    def __init__(self, config: ModelConfig, layers: Sequence[LayerCache], n_rows: int, capacity: int) -> None:
-        self.config, self.layers = config, list(layers)
+    `limits`: row i's tokens are padding from limits[i] on; None: no padding. Recurrent layers have to know, since a state can't
+    give up what it has read: a row that is then taken with fewer tokens than were read is refused without it.
+    """
+
+    def __init__(
+        self, config: ModelConfig, layers: "Sequence[LayerCache | StateCache]", n_rows: int, capacity: int
+    ) -> None:
+        self.config = config
+        self.layers: list[Any] = list(layers)
+        self.states = [layer for layer in self.layers if isinstance(layer, StateCache)]
+        self.limits: list[int] | None = None
         self.windows = {config.layer(i).window for i in range(config.n_layers)}
         self.max_rows, self.capacity = n_rows, capacity
         self.lengths = [0] * n_rows  # of the live rows, on the host
@@ -138,6 +154,9 @@ class KVCache:
     def clear(self, n_rows: int | None = None) -> None:
         """Forget all tokens; the cache then holds `n_rows` empty rows."""
         self.lengths, self.end = [0] * (self.max_rows if n_rows is None else n_rows), 0
+        self.limits = None
+        for layer in self.states:
+            layer.clear()
         self._lengths_changed()
 
     def begin(self, n_rows: int, T: int) -> StepContext:
@@ -154,7 +173,14 @@ class KVCache:
             positions = self._positions if T == 1 else self._positions + torch.arange(T, device=self.device)
             angles = {name: table[0][positions] for name, table in self.angles.items()}  # (B, T, Dh/2)
         masks = {window: self._mask(T, start, stop, window) for window in self.windows}
-        return StepContext(**angles, start=start, stop=stop, masks=masks)
+        return StepContext(**angles, start=start, stop=stop, masks=masks, n_new=self._n_new(T))
+
+    def _n_new(self, T: int) -> Tensor | None:
+        """See StepContext; None where no layer asks."""
+        if not self.states or self.limits is None:
+            return None
+        n_new = [min(max(limit - n, 0), T) for limit, n in zip(self.limits, self.lengths, strict=True)]
+        return torch.tensor(n_new, device=self.device)
 
     def _mask(self, T: int, start: int, stop: int, window: int | None) -> Tensor | None:
         """(B or 1, 1, T, stop): 0 where a new token sees a column, -inf where not. None where no mask is needed."""
@@ -193,12 +219,21 @@ class KVCache:
 
     def align(self, lengths: Sequence[int]) -> None:
         """Every row was just read from column 0, padded on the right; keep its first lengths[i] tokens, at the right end."""
+        self._check_states([*enumerate(lengths)])
+        self.limits = None
         for row, length in enumerate(lengths):
             if length < self.end:
                 for layer in self.layers:
                     layer.align(row, length, self.end)
         self.lengths = list(lengths)
         self._lengths_changed()
+
+    def _check_states(self, taken: Sequence[tuple[int, int]]) -> None:
+        """Raise ValueError where a state has read more of a row than the tokens (row, length) that are taken of it."""
+        for row, length in taken if self.states else ():
+            n_read = self.lengths[row] if self.limits is None else min(self.lengths[row], self.limits[row])
+            if length != n_read:
+                raise ValueError(f"{length} of the {n_read} tokens of row {row} are wanted, but {NO_WAY_BACK}")
 
     # --- what the prefix cache keeps: copies of blocks of tokens ---
 
@@ -249,6 +284,7 @@ class KVCache:
         row i), from column starts[i] (None: 0). Raises ValueError when there is no place for them."""
         if self.n_rows + len(lengths) > self.max_rows:
             raise ValueError(f"{len(lengths)} more rows than the {self.max_rows} of the cache; remove some first")
+        other._check_states([(rows[i] if rows else i, length) for i, length in enumerate(lengths)])
         longest = max(lengths)
         if not self.lengths:
             self.end = 0
@@ -277,6 +313,7 @@ class KVCache:
 
         Rows stay aligned at their right end, so those that lose more than another move right: one copy of such a row.
         """
+        self._check_states([*enumerate(lengths)])
         starts = [self.end - length for length in self.lengths]
         end = max(start + length for start, length in zip(starts, lengths, strict=True))
         for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
@@ -305,8 +342,7 @@ class KVCache:
             return
         index = torch.tensor(rows, device=self.device)
         for layer in self.layers:
-            for tensor in layer.tensors():
-                tensor[: len(rows), :, : self.end] = tensor[index, :, : self.end]
+            layer.select(index, self.end)
         self.lengths = [self.lengths[row] for row in rows]
         self._lengths_changed()
 

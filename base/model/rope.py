@@ -17,7 +17,7 @@ def unscaled_frequencies(theta: float, d_head: int, device: torch.device | str =
 
 def inverse_frequencies(config: ModelConfig, device: torch.device | str = "cpu") -> Tensor:
     """theta_i = rope_theta^(-2i / Dh) for i in [0, Dh/2), scaled as the config says. (Dh/2,) float32, radians a token."""
-    frequency = unscaled_frequencies(config.rope_theta, config.d_head, device)
+    frequency = unscaled_frequencies(config.rope_theta, config.d_rotary, device)
     scaling = config.rope_scaling
     if scaling.rope_type == "linear":
         return frequency / scaling.factor
@@ -39,7 +39,7 @@ def inverse_frequencies(config: ModelConfig, device: torch.device | str = "cpu")
 def _yarn(config: ModelConfig, frequency: Tensor) -> Tensor:
     """Frequencies that turn often within the original length stay, slow ones are divided by factor, a ramp lies between
     (Peng et al. 2023, arXiv:2309.00071, eq. 21-23). (Dh/2,)"""
-    scaling, d_head = config.rope_scaling, config.d_head
+    scaling, d_head = config.rope_scaling, config.d_rotary
 
     def dimension(turns: float) -> float:
         """The dimension that turns so often within the original length."""
@@ -74,7 +74,7 @@ def angle_tables(config: ModelConfig, positions: Tensor) -> dict[str, Any]:
     cos, sin = rope_tables(config, positions)
     tables: dict[str, Any] = {"cos": cos, "sin": sin}
     if config.rope_local_theta is not None:
-        local = unscaled_frequencies(config.rope_local_theta, config.d_head, positions.device)
+        local = unscaled_frequencies(config.rope_local_theta, config.d_rotary, positions.device)
         angles = positions[..., None].float() * local
         tables |= {"local_cos": angles.cos(), "local_sin": angles.sin()}
     return tables

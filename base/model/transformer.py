@@ -6,7 +6,7 @@ state dict is the file's.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from ...kernels.decode import add_rms_norm_, can_run
 from . import init
 from .attention import Attention
 from .config import LayerSpec, ModelConfig
+from .delta_net import GatedDeltaNet
 from .experts import feed_forward
 from .head import CappedHead, summed_loss
 from .kv_cache import KVCache, LayerCache, StepContext
@@ -25,6 +26,7 @@ from .paged_cache import PAGE, PagedKVCache, PagedLayer, PagePool
 from .recompute import recompute
 from .rope import angle_tables
 from .sandwich import SandwichLayer
+from .state_cache import NO_WAY_BACK
 
 IGNORE = -100  # a target with this id carries no loss
 
@@ -35,12 +37,15 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, spec: LayerSpec) -> None:
         super().__init__()
         self.input_layernorm = norm(config, config.d_model)
-        self.self_attn = Attention(config, spec)
+        if spec.attention == "linear":
+            self.linear_attn = GatedDeltaNet(config)
+        else:
+            self.self_attn = Attention(config, spec)
         self.post_attention_layernorm = norm(config, config.d_model)
         self.mlp = feed_forward(config, spec)
 
     def forward(self, x: Tensor, context: StepContext, cache: LayerCache | PagedLayer | None = None) -> Tensor:
-        mixed = self.self_attn(self.input_layernorm(x), context, cache)
+        mixed = mixer_of(self)(self.input_layernorm(x), context, cache)
         normed, x = self.post_attention_layernorm.add(mixed, x)
         return x + self.mlp(normed, context)
 
@@ -48,9 +53,14 @@ class DecoderLayer(nn.Module):
         """`forward` for one new token a row in few operators. `stream` (B, D) is the residual stream, changed in place;
         `pending` the last layer's output that is still to be added to it. Returns this layer's own."""
         before = self.input_layernorm
-        mixed = self.self_attn.decode(add_rms_norm_(pending, stream, before.gain, before.eps), cache, context)
+        mixed = mixer_of(self).decode(add_rms_norm_(pending, stream, before.gain, before.eps), cache, context)
         before = self.post_attention_layernorm
         return self.mlp.decode(add_rms_norm_(mixed, stream, before.gain, before.eps))
+
+
+def mixer_of(layer: nn.Module) -> Any:
+    """What mixes a layer's tokens: attention, or linear attention under its own name on disk."""
+    return layer._modules.get("linear_attn") or layer._modules["self_attn"]
 
 
 class PostNormLayer(nn.Module):
@@ -225,7 +235,7 @@ class Transformer(nn.Module):
         """
         weight = self.model.embed_tokens.weight
         layers = [
-            layer.self_attn.new_cache(n_rows, capacity, weight.dtype, weight.device) for layer in self.model.layers
+            mixer_of(layer).new_cache(n_rows, capacity, weight.dtype, weight.device) for layer in self.model.layers
         ]
         return KVCache(self.config, layers, n_rows, capacity)
 
@@ -233,6 +243,8 @@ class Transformer(nn.Module):
         """Pages for the keys and values of `PagedKVCache`s, of at most so many bytes in all."""
         weight = self.model.embed_tokens.weight
         config, n_layers = self.config, len(self.model.layers)
+        if config.n_linear_layers:
+            raise ValueError(f"the key-value cache can't be kept in pages: {NO_WAY_BACK}; leave cache_bytes out")
         one = 2 * config.n_kv_heads * PAGE * config.d_head * n_layers * weight.element_size()
         n = max_bytes // one
         if n < 2:

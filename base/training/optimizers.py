@@ -9,7 +9,7 @@ from ..model.init import HIDDEN, Role
 from ..optim.adamw import AdamW
 from ..optim.muon import Muon
 from ..optim.soap import SOAP
-from ..run import TrainConfig
+from ..run import VECTORS, TrainConfig
 
 
 class Optimizer(Protocol):
@@ -81,7 +81,7 @@ def _soap_sides(role: Role, parameter: Tensor) -> tuple[bool, bool]:
 
     Not a vocabulary's side, which is long and sparse; of a low-rank factor the rank's side alone.
     """
-    if role in ("gain", "bias"):
+    if role in (*VECTORS, "conv"):
         return False, False
     if role in ("embedding", "head"):
         return False, True

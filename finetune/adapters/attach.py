@@ -188,6 +188,8 @@ def bottleneck_places(model: Transformer) -> list[tuple[str, nn.Module]]:
         raise ValueError(
             "adapter_kind=bottleneck is not covered for mixtures of experts; use adapter_kind=lora or prefix"
         )
+    if model.config.n_linear_layers:
+        raise ValueError("adapter_kind=bottleneck is not covered for linear attention layers; use adapter_kind=lora")
     return [(path, linear) for path, linear in linears(model) if path.rpartition(".")[2] in AFTER]
 
 
@@ -196,6 +198,10 @@ def check_prefix(model: Transformer) -> None:
     if any(model.config.layer(i).window is not None for i in range(model.config.n_layers)):
         raise ValueError(
             "adapter_kind=prefix is not covered for layers with a sliding window; use adapter_kind=lora or bottleneck"
+        )
+    if model.config.n_linear_layers:
+        raise ValueError(
+            "adapter_kind=prefix is not covered for linear attention layers, which have no keys; use adapter_kind=lora"
         )
 
 

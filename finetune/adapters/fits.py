@@ -121,6 +121,8 @@ def _check_prefix(adapter: Adapter, model: nn.Module) -> None:
         )
     if any(config.layer(i).window is not None for i in range(config.n_layers)):
         raise ValueError(f"adapter {adapter.where} is a prefix, which is not covered for layers with a sliding window")
+    if config.n_linear_layers:
+        raise ValueError(f"adapter {adapter.where} is a prefix, which is not covered for linear attention layers")
 
 
 def _check_bottlenecks(adapter: Adapter, model: nn.Module) -> None:

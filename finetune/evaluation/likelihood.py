@@ -136,6 +136,7 @@ def _score_batch(model: Transformer, groups: Sequence[Sequence[Row]], shared: Se
     cache = None
     if longest:
         cache = model.new_cache(len(groups), longest)
+        cache.limits = list(shared)
         beginnings = [group[0].ids[:n] for group, n in zip(groups, shared, strict=True)]
         hidden.append(model.hidden_states(_padded(model, beginnings, longest), cache=cache).flatten(0, 1))  # (B P, D)
     if width:

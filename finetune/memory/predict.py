@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...base.device import resolve_device
-from ...base.model.config import ModelConfig
+from ...base.model.config import PATTERNS, ModelConfig
 from ...base.run import TrainConfig
 from ...kernels.dispatch import predicting
 from ..adapters.config import LoraConfig, is_regex
@@ -299,9 +299,7 @@ def with_groups(config: ModelConfig, start: int, size: int, n_groups: int, *, ke
     left_out = range(start + keep * size, start + n_groups * size)
     layers = [i for i in range(config.n_layers) if i not in left_out]
     by_layer = {
-        name: pattern and tuple(pattern[i] for i in layers)
-        for name in ("sliding_layers", "rope_layers", "expert_layers")
-        for pattern in [getattr(config, name)]
+        name: pattern and tuple(pattern[i] for i in layers) for name in PATTERNS for pattern in [getattr(config, name)]
     }
     return replace(config, n_layers=len(layers), **by_layer)
 

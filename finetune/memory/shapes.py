@@ -120,6 +120,10 @@ def _by_own_rule(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> T
         ends = args[2] if len(args) > 2 else kwargs["offs"]
         groups = () if args[1].ndim == 3 else (ends.shape[0],)
         return args[0].new_empty((*groups, args[0].shape[0], args[1].shape[-1]))
+    if func is aten.softplus_backward.default:
+        return torch.empty_like(args[0])
+    if func in (aten.tril.default, aten.triu.default) or (func is aten.cumsum.default and args[0].is_floating_point()):
+        return args[0].new_empty(args[0].shape, dtype=kwargs.get("dtype"))
     if func is aten.mv.default:
         return args[0].new_empty(args[0].shape[:1])
     if func is aten.embedding.default:

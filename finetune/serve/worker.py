@@ -70,7 +70,10 @@ class Worker:
         self.model = models.bank.model
         self._allowed = ids_with_text(self.model, models.tokenizer, models.base.stops)
         self.max_batch, self._cache_bytes, self._drafter = max_batch, cache_bytes, drafter
-        self.prefix_cache = PrefixCache(prefix_cache_bytes) if prefix_cache_bytes else None
+        keeps_prefixes = (
+            prefix_cache_bytes > 0 and not self.model.config.n_linear_layers
+        )  # whose states lie in no blocks
+        self.prefix_cache = PrefixCache(prefix_cache_bytes) if keeps_prefixes else None
         self.engine = self._new_engine()
         self.has_pages = cache_bytes is not None
         self.max_tokens = self.engine.max_tokens  # of a prompt and its answer

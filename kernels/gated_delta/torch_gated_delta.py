@@ -88,8 +88,8 @@ def _decays(log_decay: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor
     """Of log_decay (B, H, n, C): from j to i (B, H, n, C, C), 0 for j > i; from the chunk's start to i and from i to its end
     (B, H, n, C, 1); of the whole chunk (B, H, n, 1, 1)."""
     total = log_decay.cumsum(-1)
-    C = total.shape[-1]
-    later = torch.ones(C, C, dtype=torch.bool, device=total.device).triu(1)
+    tokens = torch.arange(total.shape[-1], device=total.device)
+    later = tokens[:, None] < tokens  # (C, C)
     hidden = later if documents is None else later | (documents[:, :, None] != documents[:, None])  # (n, C, C)
     between = (total[..., :, None] - total[..., None, :]).masked_fill(hidden, -torch.inf).exp()
     last = total[..., -1:]

@@ -13,10 +13,11 @@ from graft.base.model import head
 from graft.base.model.config import ModelConfig, RopeScaling
 from graft.base.model.config_json import config_from_dict, config_to_dict
 from graft.base.model.huggingface import save_model
-from graft.base.model.init import DECAYED, parameter_roles
+from graft.base.model.init import parameter_roles
 from graft.base.model.norm import OffsetRMSNorm
 from graft.base.model.transformer import Transformer, initialize_
 from graft.base.plan import attention_flops_per_token
+from graft.base.run import DECAYED
 from graft.finetune.adapters.attach import attach_adapter
 from graft.finetune.adapters.config import LoraConfig
 from graft.finetune.align.logprobs import response_logprobs
