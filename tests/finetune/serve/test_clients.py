@@ -41,8 +41,10 @@ def test_the_openai_package(live: Any, alone: Any) -> None:
             client.chat.completions.create(**common, top_p=3)
 
 
-def test_litellm(live: Any, alone: Any) -> None:
+@pytest.mark.filterwarnings("ignore")  # litellm's own, at import and in use
+def test_litellm(live: Any, alone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parity with the bare engine through litellm: whole and streamed."""
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else it looks for prices on the network
     litellm = pytest.importorskip("litellm")
     common: dict[str, Any] = {"model": "openai/bee", "messages": MESSAGES, "temperature": 0, "max_tokens": 10,
                               "api_base": f"{live.url}/v1", "api_key": "none"}  # fmt: skip
