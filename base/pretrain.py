@@ -18,8 +18,10 @@ from .model.config_json import config_to_dict
 from .model.huggingface import save_model
 from .model.init import parameter_roles
 from .model.transformer import Transformer, initialize_
+from .optim.mup import check_width
 from .parallel.mesh import Mesh, is_copied, make_mesh
 from .parallel.ranks import join, ranks
+from .pretrain_config import PretrainConfig
 from .progress import step_progress
 from .run import Input, Run, TrainConfig, check_same_inputs, resumed_settings
 from .runlog import RunFolder
@@ -31,7 +33,7 @@ from .training.optimizers import check_optimizer
 from .training.result import Result
 from .training.sharded import mesh_optimizer
 
-PARTS = {"model": ModelConfig, "train": TrainConfig}  # whose keys `graft pretrain` takes
+PARTS = {"model": ModelConfig, "train": TrainConfig, "pretrain": PretrainConfig}  # whose keys `graft pretrain` takes
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -41,14 +43,14 @@ def resolve(settings: Mapping[str, Any], *, preset_name: str | None, vocab_size:
     Raises ValueError for unknown keys and sizes that don't fit each other.
     """
     checked = check_settings(settings, *PARTS.values())
-    sizes, loop = split_settings(checked, ModelConfig, TrainConfig)
+    sizes, loop, own = split_settings(checked, ModelConfig, TrainConfig, PretrainConfig)
     if sizes.pop("vocab_size", vocab_size) != vocab_size:
         raise ValueError(f"vocab_size={checked['vocab_size']} differs from the tokenizer's {vocab_size}; leave it out")
     model = with_sizes(replace(preset(preset_name or "micro"), vocab_size=vocab_size), **sizes)
     config_to_dict(model, dtype=torch.float32)  # raises for switches that no architecture has together
     train = TrainConfig(**loop)
     check_optimizer(train.optimizer)
-    return Run(train=train, model=model)
+    return Run(train=train, model=model, pretrain=PretrainConfig(**own))
 
 
 def check_size(config: ModelConfig, device: str) -> None:
@@ -153,10 +155,11 @@ def run_pretrain(
             print(explain_device(requested_device, device), file=sys.stderr)
         predicted = predict(config.model, loop, device) if predict and together.is_first else None
         model = Transformer(config.model).to(device)
-        initialize_(model, seed=loop.seed)
+        ratio = width_ratio(config.pretrain, model)
+        initialize_(model, seed=loop.seed, width_ratio=ratio)
         model.checkpointing = loop.checkpointing
         reset_peak(device)
-        result = _train(model, config, mesh, batches, val_tokens, run, device, progress)
+        result = _train(model, config, ratio, mesh, batches, val_tokens, run, device, progress)
         if together.is_first:
             with run.results() as folder:
                 save_model(model.cpu(), folder)
@@ -178,6 +181,7 @@ def run_pretrain(
 def _train(
     model: Transformer,
     config: Run,
+    ratio: float,  # muP's
     mesh: Mesh,
     batches: WindowBatches,
     val_tokens: TokenShards,
@@ -196,7 +200,7 @@ def _train(
         return {"val_loss": loss, "val_bits_per_byte": bpb}
 
     check_evaluation(loop, has_evaluation=bool(held_out))
-    optimizer = mesh_optimizer(model, loop, mesh, roles=parameter_roles(model))
+    optimizer = mesh_optimizer(model, loop, mesh, roles=parameter_roles(model), width_ratio=ratio)
     # All validation is done: only now may --force touch what a former run left.
     run.start(config.saved(), seed=loop.seed)
     ranks().wait()  # --force sets a former run's checkpoints aside in there: no rank may take them for its own
@@ -211,6 +215,15 @@ def _train(
             on_step=observe,
             device=device,
         )
+
+
+def width_ratio(config: PretrainConfig, model: Transformer) -> float:
+    """muP's r = d_model / base width; 1 without it. Raises ValueError for an architecture that it doesn't cover."""
+    if config.mup_base_width is None:
+        return 1.0
+    names = {name for name, _ in model.named_parameters()}
+    scales = model.config.scale_embeddings
+    return check_width(config.mup_base_width, model.config.d_model, names, scales_embeddings=scales)
 
 
 def with_special_ids(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:

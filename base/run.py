@@ -162,6 +162,7 @@ class Run:
     method: str = "full"  # which weights train: full, lora or qlora
     data: Any = None  # how rows become batches
     records: Any = None  # how records become rows
+    pretrain: Any = None  # what pretraining alone has
     lora: Any = None  # the adapter
     quant: Any = None  # how a frozen base is stored
     objective: Any = None  # what alignment minimizes; None: the next token's cross entropy
@@ -176,7 +177,7 @@ def settings_of(saved: Mapping[str, Any]) -> dict[str, Any]:
     """The flat settings of a saved config: field name -> value, over all its parts."""
     parts = [
         saved[name]
-        for name in ("model", "train", "data", "records", "lora", "quant", "objective")
+        for name in ("model", "train", "pretrain", "data", "records", "lora", "quant", "objective")
         if isinstance(saved.get(name), dict)
     ]
     return {key: value for part in parts for key, value in part.items() if key not in FROM_TOKENIZER}

@@ -21,7 +21,16 @@ from typing import Any
 
 # Flags whose names are shorter than their key's: a TOML file, --set and Python take both.
 SHORT_NAMES = {"lr": "learning_rate", "warmup": "warmup_steps", "save_every": "checkpoint_every"}
-TABLES = ("model", "train", "data", "records", "lora", "quant", "objective")  # of a TOML file: they only group keys
+TABLES = (
+    "model",
+    "train",
+    "pretrain",
+    "data",
+    "records",
+    "lora",
+    "quant",
+    "objective",
+)  # of a TOML file: they only group keys
 
 # What other libraries call our fields (transformers, PEFT, TRL, axolotl, Unsloth, nanoGPT), for messages.
 # Where one name can mean several fields, the first that the command has is meant.

@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..optim import mup
+
 Role = Literal[
     "embedding", "head", "hidden", "residual", "router", "conv", "gain", "offset", "bias", "log_rate", "time_step", "adapter"
 ]  # fmt: skip
@@ -45,8 +47,8 @@ def named_roles(model: nn.Module) -> Iterator[tuple[str, Tensor, Role]]:
         yield name, parameter, roles[name]
 
 
-def initialize_(model: nn.Module, *, seed: int, std: float, n_layers: int) -> None:
-    """Fill the weights in place, by role; depends on the seed only.
+def initialize_(model: nn.Module, *, seed: int, std: float, n_layers: int, width_ratio: float = 1.0) -> None:
+    """Fill the weights in place, by role; depends on the seed only. width_ratio: muP's r (base/optim/mup.py), 1 without it.
 
     embedding, head, hidden, router   N(0, std^2)
     residual                          N(0, std^2 / (2 n_layers)) (Radford et al. 2019, GPT-2, section 2.3)
@@ -59,13 +61,14 @@ def initialize_(model: nn.Module, *, seed: int, std: float, n_layers: int) -> No
     scales = {"embedding": std, "head": std, "hidden": std, "router": std, "residual": std / (2 * n_layers) ** 0.5}
     constants = {"gain": 1.0, "offset": 0.0, "bias": 0.0}
     with torch.no_grad():
-        for _, parameter, role in named_roles(model):
+        for name, parameter, role in named_roles(model):
             if role in constants:
-                parameter.fill_(constants[role])
+                parameter.fill_(mup.constant_at(name, role, constants[role], ratio=width_ratio))
             elif role in DRAWN:
                 parameter.copy_(DRAWN[role](torch.empty(parameter.shape).uniform_(generator=generator)))
             else:
-                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, scales[role], generator=generator))
+                scale = scales[role] * mup.std_factor(role, ratio=width_ratio)
+                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, scale, generator=generator))
 
 
 def _conv(u: Tensor) -> Tensor:

@@ -258,6 +258,7 @@ class Transformer(nn.Module):
         return PagePool(layers)
 
 
-def initialize_(model: Transformer, *, seed: int) -> None:
-    """Fill the weights in place by their roles (base/model/init.py). Depends on the seed only."""
-    init.initialize_(model, seed=seed, std=model.config.init_std, n_layers=model.config.n_layers)
+def initialize_(model: Transformer, *, seed: int, width_ratio: float = 1.0) -> None:
+    """Fill the weights in place by their roles (base/model/init.py). Depends on the seed only; width_ratio is muP's."""
+    std, n_layers = model.config.init_std, model.config.n_layers
+    init.initialize_(model, seed=seed, std=std, n_layers=n_layers, width_ratio=width_ratio)

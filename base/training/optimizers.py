@@ -8,6 +8,7 @@ from torch import Tensor
 from ..model.init import HIDDEN, Role
 from ..optim.adamw import AdamW
 from ..optim.muon import Muon
+from ..optim.mup import rate_factor
 from ..optim.soap import SOAP
 from ..run import VECTORS, TrainConfig
 
@@ -34,6 +35,7 @@ def make_optimizer(
     *,
     roles: Mapping[str, Role]
     | None = None,  # of the parameters by name (base/model/init.py); None: told by their shapes
+    width_ratio: float = 1.0,  # muP's r (base/optim/mup.py); needs roles
 ) -> Optimizer:
     """The config's optimizer over named parameters. Raises ValueError for a name that `makers` doesn't have."""
     check_optimizer(config.optimizer, makers)
@@ -44,7 +46,7 @@ def make_optimizer(
         eps=config.eps,
         weight_decay=config.weight_decay,
         **_own_options(config),
-        **({} if roles is None else _role_options(config, roles)),
+        **({} if roles is None else _role_options(config, roles, width_ratio)),
     )
 
 
@@ -62,12 +64,16 @@ def _own_options(config: TrainConfig) -> dict[str, Any]:
     return {}
 
 
-def _role_options(config: TrainConfig, roles: Mapping[str, Role]) -> dict[str, Any]:
+def _role_options(config: TrainConfig, roles: Mapping[str, Role], width_ratio: float) -> dict[str, Any]:
     """What follows from each parameter's role: its rate and decay, and whether Muon or SOAP has it."""
     rates, decayed = config.role_rates, frozenset(config.decayed_roles)
+
+    def mup_factor(name: str) -> float:
+        return rate_factor(name, roles[name], ratio=width_ratio, optimizer=config.optimizer)
+
     options: dict[str, Any] = {
-        "rate": lambda name, _: rates[roles[name]],
-        "decay": lambda name, _: roles[name] in decayed,
+        "rate": lambda name, _: rates[roles[name]] * mup_factor(name),
+        "decay": lambda name, _: (roles[name] in decayed) / mup_factor(name),
     }
     if config.optimizer == "muon":
         options["hidden"] = lambda name, _: roles[name] in HIDDEN

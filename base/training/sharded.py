@@ -19,6 +19,7 @@ def mesh_optimizer(
     *,
     roles: Mapping[str, Role],
     makers: Mapping[str, OptimizerMaker] = OPTIMIZERS,
+    width_ratio: float = 1.0,  # muP's
 ) -> Optimizer:
     """The config's optimizer over this rank's pieces of the model, which is divided in place first.
 
@@ -26,7 +27,8 @@ def mesh_optimizer(
     """
     if is_copied(mesh.shape, config):
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        return make_optimizer(trained, config, makers, roles=roles)
+        return make_optimizer(trained, config, makers, roles=roles, width_ratio=width_ratio)
     return ShardedOptimizer(
-        shard(model, config, mesh), lambda pieces: make_optimizer(pieces, config, makers, roles=roles)
+        shard(model, config, mesh),
+        lambda pieces: make_optimizer(pieces, config, makers, roles=roles, width_ratio=width_ratio),
     )
