@@ -217,7 +217,10 @@ def show_config(
 
 @app.command(rich_help_panel=PANEL["pretrain"])
 def pretrain(
-    data: Annotated[Path, typer.Option("--data", help="Folder of token shards, from graft data prepare.")],
+    data: Annotated[
+        list[str],
+        typer.Option("--data", help="Token shards, from graft data prepare; several: A=0.7 --data B=0.3,0.5@0.8."),
+    ],
     tokenizer: Annotated[Path, typer.Option("--tokenizer", help="Folder of the tokenizer.")],
     out: Out,
     config: Config = None,

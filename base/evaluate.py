@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .data.batches import evaluation_batches
 from .data.shards import TokenShards
 from .loss import n_labels, next_token_loss
 from .precision import autocast
@@ -28,6 +29,39 @@ def mean_loss(model: nn.Module, batches: Sequence[Batch], *, dtype: str = "float
 def bits_per_byte(loss: float, *, n_tokens: int, n_bytes: int) -> float:
     """Nats a token -> bits a byte of raw text, which compares models with different tokenizers."""
     return loss / math.log(2) * n_tokens / n_bytes
+
+
+class HeldOut:
+    """The validation splits of one or several sources, as batches that are the same at every call."""
+
+    def __init__(
+        self, names: Sequence[str], tokens: Sequence[TokenShards], *, seq_len: int, batch_size: int, n_batches: int
+    ) -> None:
+        parts = [
+            (name, one, evaluation_batches(one, seq_len=seq_len, batch_size=batch_size, n_batches=n_batches))
+            for name, one in zip(names, tokens, strict=True)
+        ]
+        self._parts = [part for part in parts if part[2]]
+        self._is_mixed = len(names) > 1
+
+    @property
+    def exists(self) -> bool:
+        """Whether anything validates."""
+        return bool(self._parts)
+
+    def figures(self, model: nn.Module, dtype: str, device: str) -> dict[str, float]:
+        """val_loss (nats a token) and val_bits_per_byte over all sources, each weighed by its tokens; then of each one."""
+        losses = [mean_loss(model, batches, dtype=dtype, device=device) for _, _, batches in self._parts]
+        n_tokens, n_bytes = (
+            sum(sizes) for sizes in zip(*((len(t), t.n_bytes) for _, t, _ in self._parts), strict=True)
+        )
+        loss = sum(loss * (len(t) / n_tokens) for loss, (_, t, _) in zip(losses, self._parts, strict=True))
+        found = {"val_loss": loss, "val_bits_per_byte": bits_per_byte(loss, n_tokens=n_tokens, n_bytes=n_bytes)}
+        if self._is_mixed:
+            for one, (name, tokens, _) in zip(losses, self._parts, strict=True):
+                found[f"val_{name}_loss"] = one
+                found[f"val_{name}_bits_per_byte"] = bits_per_byte(one, n_tokens=len(tokens), n_bytes=tokens.n_bytes)
+        return found
 
 
 def bigram_loss(train: TokenShards, val: TokenShards, *, vocab_size: int) -> float:

@@ -3,15 +3,16 @@
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .data.batches import WindowBatches, evaluation_batches
-from .data.shards import TokenShards, open_tokens
+from .data.batches import WindowBatches
+from .data.training_text import Specs, TrainingText, WindowOptions
 from .device import explain_device, memory_bytes, peak_bytes, reset_peak, resolve_device
-from .evaluate import bits_per_byte, mean_loss
+from .evaluate import HeldOut
 from .follower import open_run
 from .model.config import ModelConfig, preset, with_sizes
 from .model.config_json import config_to_dict
@@ -33,7 +34,12 @@ from .training.optimizers import check_optimizer
 from .training.result import Result
 from .training.sharded import mesh_optimizer
 
-PARTS = {"model": ModelConfig, "train": TrainConfig, "pretrain": PretrainConfig}  # whose keys `graft pretrain` takes
+PARTS = {
+    "model": ModelConfig,
+    "train": TrainConfig,
+    "data": WindowOptions,
+    "pretrain": PretrainConfig,
+}  # whose keys `graft pretrain` takes
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -43,14 +49,14 @@ def resolve(settings: Mapping[str, Any], *, preset_name: str | None, vocab_size:
     Raises ValueError for unknown keys and sizes that don't fit each other.
     """
     checked = check_settings(settings, *PARTS.values())
-    sizes, loop, own = split_settings(checked, ModelConfig, TrainConfig, PretrainConfig)
+    sizes, loop, windows, own = split_settings(checked, *PARTS.values())
     if sizes.pop("vocab_size", vocab_size) != vocab_size:
         raise ValueError(f"vocab_size={checked['vocab_size']} differs from the tokenizer's {vocab_size}; leave it out")
     model = with_sizes(replace(preset(preset_name or "micro"), vocab_size=vocab_size), **sizes)
     config_to_dict(model, dtype=torch.float32)  # raises for switches that no architecture has together
     train = TrainConfig(**loop)
     check_optimizer(train.optimizer)
-    return Run(train=train, model=model, pretrain=PretrainConfig(**own))
+    return Run(train=train, model=model, data=WindowOptions(**windows), pretrain=PretrainConfig(**own))
 
 
 def check_size(config: ModelConfig, device: str) -> None:
@@ -65,7 +71,7 @@ def check_size(config: ModelConfig, device: str) -> None:
 
 def pretrain(
     *,
-    data: Path | str,
+    data: Specs,
     tokenizer: Path | str,
     out: Path | str,
     preset: str | None = None,  # whose sizes hold where `settings` gives none: nano, micro, ...
@@ -73,7 +79,7 @@ def pretrain(
     force: bool = False,
     device: str = "auto",
     progress: bool = False,
-    **settings: Any,  # keys of ModelConfig and TrainConfig, as `graft config pretrain` lists them
+    **settings: Any,  # keys of ModelConfig, TrainConfig and WindowOptions, as `graft config pretrain` lists them
 ) -> dict[str, Any]:
     """`graft pretrain` from Python: trains a base on token shards into `out`; returns the summary's figures.
 
@@ -94,7 +100,7 @@ def pretrain(
 
 def run_pretrain(
     *,
-    data: Path | str,
+    data: Specs,  # folders of token shards, each perhaps with =WEIGHT (data/mixture.py)
     tokenizer: Path | str,
     out: Path | str,
     preset_name: str | None = None,
@@ -115,13 +121,11 @@ def run_pretrain(
     together, device = join(device)
     progress = progress and together.is_first
     tok = Tokenizer.load(tokenizer)
-    train_tokens, val_tokens = open_tokens(data, "train"), open_tokens(data, "val")
-    if train_tokens.meta["tokenizer"] != tok.fingerprint():
-        raise ValueError(f"{data} was prepared with another tokenizer than {tokenizer}; run graft data prepare again")
+    text = TrainingText(data, tok.fingerprint(), tokenizer)
     with open_run(together, out, stage="pretrain", resume=resume, force=force) as run:
         requested = check_settings(settings or {}, *PARTS.values())
         inputs = {
-            "data": Input.of(data, [*train_tokens.files, *val_tokens.files]),
+            "data": text.input(),
             "tokenizer": Input.of(
                 tokenizer, [path for name in TOKENIZER_FILES if (path := Path(tokenizer) / name).exists()]
             ),
@@ -143,23 +147,17 @@ def run_pretrain(
             raise ValueError(
                 f"mesh={mesh.shape} with zero={loop.zero}: sharded checkpoints are not there yet; use dp, zero=0"
             )
-        batches = WindowBatches(
-            train_tokens,
-            seq_len=seq_len,
-            batch_size=loop.batch_size,
-            micro_batch=loop.micro_batch,
-            seed=loop.seed,
-            n_readers=mesh.readers.n,
-        )
+        batches = text.batches(config.data, loop, seq_len=seq_len, n_readers=mesh.readers.n)
+        windows = text.figures(batches, loop.steps)
         if progress:
-            print(explain_device(requested_device, device), file=sys.stderr)
+            print(explain_device(requested_device, device), *text.notes(windows), sep="\n", file=sys.stderr)
         predicted = predict(config.model, loop, device) if predict and together.is_first else None
         model = Transformer(config.model).to(device)
         ratio = width_ratio(config.pretrain, model)
         initialize_(model, seed=loop.seed, width_ratio=ratio)
         model.checkpointing = loop.checkpointing
         reset_peak(device)
-        result = _train(model, config, ratio, mesh, batches, val_tokens, run, device, progress)
+        result = _train(model, config, ratio, mesh, batches, text, run, device, progress)
         if together.is_first:
             with run.results() as folder:
                 save_model(model.cpu(), folder)
@@ -167,8 +165,9 @@ def run_pretrain(
         summary = {
             "n_params": config.model.n_params,
             **result.summary(),
-            "n_train_tokens": len(train_tokens),
+            "n_train_tokens": text.n_tokens,
             "tokens_read": result.steps * loop.batch_size * seq_len,
+            **(text.figures(batches, result.steps) if result.steps != loop.steps else windows),
             "predicted_peak_bytes": predicted,
             **peak_bytes(device),
             "device": device,
@@ -184,22 +183,17 @@ def _train(
     ratio: float,  # muP's
     mesh: Mesh,
     batches: WindowBatches,
-    val_tokens: TokenShards,
+    text: TrainingText,
     run: RunFolder,
     device: str,
     progress: bool,
 ) -> Result:
     loop = config.train
-    held_out = evaluation_batches(
-        val_tokens, seq_len=batches.seq_len, batch_size=loop.batch_size, n_batches=loop.eval_batches
+    held_out = HeldOut(
+        text.names, text.val, seq_len=batches.seq_len, batch_size=loop.batch_size, n_batches=loop.eval_batches
     )
 
-    def evaluate() -> dict[str, float]:
-        loss = mean_loss(model, held_out, dtype=loop.dtype, device=device)
-        bpb = bits_per_byte(loss, n_tokens=len(val_tokens), n_bytes=val_tokens.n_bytes)
-        return {"val_loss": loss, "val_bits_per_byte": bpb}
-
-    check_evaluation(loop, has_evaluation=bool(held_out))
+    check_evaluation(loop, has_evaluation=held_out.exists)
     optimizer = mesh_optimizer(model, loop, mesh, roles=parameter_roles(model), width_ratio=ratio)
     # All validation is done: only now may --force touch what a former run left.
     run.start(config.saved(), seed=loop.seed)
@@ -211,7 +205,7 @@ def _train(
             batches.batch_at,
             loop,
             run,
-            evaluate=evaluate if held_out else None,
+            evaluate=partial(held_out.figures, model, loop.dtype, device) if held_out.exists else None,
             on_step=observe,
             device=device,
         )

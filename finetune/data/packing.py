@@ -9,7 +9,6 @@ A record of n tokens takes n - 1 positions: its last token is only ever a target
     cu_seqlens   0                   3        5   where each document begins, and the end
 """
 
-import heapq
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -18,40 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...base.data.best_fit import check_longest, pack
 from ...base.loss import IGNORE
 from .chat import Encoded
 from .row_store import row_lengths
-
-
-def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices of `lengths` in bins of at most `max_tokens`: best fit decreasing (Johnson et al. 1974: 11/9 of the
-    fewest bins, plus 4 at most).
-
-    Deterministic: longest first, equals by index, each into the fullest bin that still holds it. Inside a bin indices
-    ascend. Raises ValueError when one length alone is over max_tokens.
-    """
-    _check_longest(lengths, max_tokens)
-    bins: list[list[int]] = []
-    by_room: dict[int, list[int]] = {}  # free tokens -> a heap of the bins that have just so many
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        room = min((free for free, heap in by_room.items() if heap and free >= lengths[index]), default=None)
-        if room is None:
-            bins.append([])
-            where, room = len(bins) - 1, max_tokens
-        else:
-            where = heapq.heappop(by_room[room])
-        bins[where].append(index)
-        heapq.heappush(by_room.setdefault(room - lengths[index], []), where)
-    return [sorted(members) for members in bins]
-
-
-def _check_longest(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> None:
-    if len(lengths) and max(lengths) > max_tokens:
-        longest = int(np.argmax(lengths))
-        raise ValueError(
-            f"item {longest} has {lengths[longest]} tokens, a row holds max_tokens={max_tokens}; raise max_tokens or "
-            f"cut records with max_seq_len"
-        )
 
 
 def collate_packed(encoded: Sequence[Encoded], *, multiple_of: int = 1, pad_id: int = 0) -> dict[str, Tensor]:
@@ -132,7 +101,7 @@ class SFTBatches:
         self.encoded, self.batch_size, self.max_tokens, self.seed = encoded, batch_size, max_tokens, seed
         self.packed, self.multiple_of, self.pad_id = packed, multiple_of, pad_id
         self._lengths = row_lengths(encoded) - 1  # (n,) positions of each
-        _check_longest(self._lengths, max_tokens)
+        check_longest(self._lengths, max_tokens)
 
     @property
     def steps_per_epoch(self) -> int:

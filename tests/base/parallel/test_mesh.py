@@ -1,10 +1,13 @@
 """A mesh as text: what it means, and what is refused with what fits."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from graft.base.data.batches import WindowBatches
+from graft.base.data.shards import TokenShards
+from graft.base.data.windows import Windows, make_windows
 from graft.base.model.config import ModelConfig
 from graft.base.parallel import mesh as mesh_module
 from graft.base.parallel.mesh import MeshShape, check_mesh, make_mesh, parse_mesh, stage
@@ -108,11 +111,11 @@ def test_a_split_is_a_chunk() -> None:
             assert [list(range(*b)) for b in bounds if b[0] < b[1]] == chunks
 
 
-def test_every_reader_has_as_many_micro_batches(tiny_tokens: object) -> None:
+def test_every_reader_has_as_many_micro_batches(tiny_windows: Windows) -> None:
     """Law: a step reads the same windows whatever the number of readers, who have equally many where it can be divided."""
 
     def cut(n: int, batch: int, micro: int) -> list[list[int]]:
-        batches = WindowBatches(tiny_tokens, seq_len=4, batch_size=batch, micro_batch=micro, seed=1, n_readers=n)  # pyright: ignore
+        batches = WindowBatches([tiny_windows], batch_size=batch, micro_batch=micro, n_readers=n)
         made = batches.batch_at(3)
         return [[int(row[0]) for micro in made[rank::n] for row in micro["ids"]] for rank in range(n)]
 
@@ -125,7 +128,10 @@ def test_every_reader_has_as_many_micro_batches(tiny_tokens: object) -> None:
 
 
 @pytest.fixture
-def tiny_tokens() -> object:
+def tiny_windows(tmp_path: Path) -> Windows:
     import numpy as np
 
-    return np.arange(200)
+    np.arange(200, dtype=np.uint16).tofile(tmp_path / "train-00000.bin")
+    entry = {"n_tokens": 200, "n_bytes": 1, "n_documents": 1, "files": ["train-00000.bin"]}
+    tokens = TokenShards(tmp_path, "train", {"dtype": "uint16", "eos_token_id": 999, "splits": {"train": entry}})
+    return make_windows("stream", tokens, seq_len=4, seed=1)
