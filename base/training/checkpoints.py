@@ -5,11 +5,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from ..checkpoint import folder_beside, load_tensors, random_state, save_tensors, set_random_state, write_json
 from ..json_fields import read_json
+from ..parallel.checkpoint import read_state, read_weights, write_index, write_pieces, write_together
+from ..parallel.optimizer import ShardedOptimizer
 from ..precision import LossScaler
 from ..run import TrainConfig
 from .optimizers import Optimizer
@@ -37,14 +38,16 @@ def save_checkpoint(
     extra: ExtraState | None = None,
     export: Callable[[Path], None] | None = None,  # writes more files beside these
 ) -> Path:
-    """Write folder/step-N: trained weights, optimizer, random state, step, extra state; whole or not at all. Returns it."""
+    """Write folder/step-N: trained weights, optimizer, random state, step, extra state; whole or not at all. Returns it.
+
+    A ShardedOptimizer's ranks all call it, and each writes its own part; `extra` and `export` are rank 0's.
+    """
     target = folder / f"step-{step:08d}"
     if target.exists():
         return target
-    more = extra.state() if extra is not None else {}
-    with folder_beside(target) as temporary:
-        save_tensors(temporary / "weights.safetensors", dict(optimizer.named))
-        save_tensors(temporary / "optimizer.safetensors", optimizer.state_tensors())
+
+    def write_rest(temporary: Path) -> None:
+        more = extra.state() if extra is not None else {}
         save_tensors(temporary / "random.safetensors", random_state())
         if tensors := {name: value for name, value in more.items() if isinstance(value, Tensor)}:
             save_tensors(temporary / "extra.safetensors", tensors)
@@ -53,6 +56,20 @@ def save_checkpoint(
         write_json(temporary / "state.json", state | {"extra": rest})
         if export is not None:
             export(temporary)
+
+    if isinstance(optimizer, ShardedOptimizer):
+        together = optimizer.sharding.mesh.ranks
+
+        def finish(temporary: Path) -> None:
+            write_rest(temporary)
+            write_index(temporary, together.n)
+
+        write_together(target, together, lambda temporary: write_pieces(temporary, optimizer), finish)
+        return target
+    with folder_beside(target) as temporary:
+        save_tensors(temporary / "weights.safetensors", dict(optimizer.named))
+        save_tensors(temporary / "optimizer.safetensors", optimizer.state_tensors())
+        write_rest(temporary)
     return target
 
 
@@ -64,7 +81,7 @@ def load_checkpoint(folder: Path, optimizer: Optimizer, scaler: LossScaler, extr
     newest = found[-1]
     state = read_json(newest / "state.json", STATE)
     load_weights(newest, optimizer)
-    optimizer.load_state_tensors(load_tensors(newest / "optimizer.safetensors"))
+    optimizer.load_state_tensors(read_state(newest, optimizer))
     set_random_state(load_tensors(newest / "random.safetensors"))
     scaler.scale, scaler.n_good = state["loss_scale"], state["n_good_steps"]
     if extra is not None:
@@ -75,14 +92,7 @@ def load_checkpoint(folder: Path, optimizer: Optimizer, scaler: LossScaler, extr
 
 def load_weights(checkpoint: Path, optimizer: Optimizer) -> None:
     """Copy a checkpoint's weights into the parameters that the optimizer trains."""
-    weights = load_tensors(checkpoint / "weights.safetensors")
-    with torch.no_grad():
-        for name, parameter in optimizer.named:
-            if name not in weights or weights[name].shape != parameter.shape:
-                raise ValueError(
-                    f"{checkpoint} does not fit this model: weight {name}; resume with the run's own config"
-                )
-            parameter.copy_(weights[name])
+    read_weights(checkpoint, optimizer)
 
 
 def remove_checkpoints(folder: Path, config: TrainConfig, best: int | None) -> None:

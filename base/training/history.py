@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..callbacks import Callbacks
+from ..parallel.optimizer import ShardedOptimizer
 from ..parallel.ranks import ranks
 from ..precision import LossScaler
 from ..run import TrainConfig
@@ -107,8 +108,8 @@ class History:
         return last
 
     def save(self) -> None:
-        """Write a checkpoint of where the run stands, unless there is one. Rank 0 writes, all wait for it."""
-        if not ranks().is_first:
+        """Write a checkpoint of where the run stands, unless there is one. Rank 0 writes, or each its part; all wait for it."""
+        if not ranks().is_first and not isinstance(self.optimizer, ShardedOptimizer):
             ranks().wait()
             return
         step = self.result.steps

@@ -1,15 +1,22 @@
 """The optimizer of a run on a mesh of ranks."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..model.init import Role
+from ..model.init import HIDDEN, Role
 from ..parallel.mesh import Mesh, is_copied
 from ..parallel.optimizer import ShardedOptimizer
 from ..parallel.sharding import shard
 from ..run import TrainConfig
 from .optimizers import OPTIMIZERS, Optimizer, OptimizerMaker, make_optimizer
+
+# The roles of the matrices that an optimizer can't update piece by piece.
+WHOLE: Mapping[str, frozenset[Role]] = {
+    "muon": HIDDEN,
+    "soap": frozenset({"embedding", "head", "hidden", "residual", "router"}),
+}
 
 
 def mesh_optimizer(
@@ -28,7 +35,13 @@ def mesh_optimizer(
     if is_copied(mesh.shape, config):
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         return make_optimizer(trained, config, makers, roles=roles, width_ratio=width_ratio)
-    return ShardedOptimizer(
-        shard(model, config, mesh),
-        lambda pieces: make_optimizer(pieces, config, makers, roles=roles, width_ratio=width_ratio),
-    )
+    whole = {name for name, role in roles.items() if role in WHOLE.get(config.optimizer, ())}
+
+    def make(tensors: Sequence[tuple[str, Tensor]]) -> Optimizer:
+        named = (
+            replace(config, optimizer="adamw") if whole and not any(name in whole for name, _ in tensors) else config
+        )
+        # A rank that owns no matrix has AdamW's part alone.
+        return make_optimizer(tensors, named, makers, roles=roles, width_ratio=width_ratio)
+
+    return ShardedOptimizer(shard(model, config, mesh), make, whole=whole)
