@@ -20,7 +20,8 @@ from .model.huggingface import save_model
 from .model.init import parameter_roles
 from .model.transformer import Transformer, initialize_
 from .optim.mup import check_width
-from .parallel.mesh import Mesh, is_copied, make_mesh
+from .parallel.export import export_model
+from .parallel.mesh import Mesh, holds_model, make_mesh
 from .parallel.ranks import join, ranks
 from .pretrain_config import PretrainConfig
 from .progress import step_progress
@@ -29,6 +30,7 @@ from .runlog import RunFolder
 from .settings import check_settings, split_settings
 from .tokenizer.tokenizer import Tokenizer
 from .train import train
+from .training.checkpoints import checkpoint_of
 from .training.history import check_evaluation
 from .training.optimizers import check_optimizer
 from .training.result import Result
@@ -143,10 +145,6 @@ def run_pretrain(
         assert config.model is not None
         loop, seq_len = config.train, config.model.max_seq_len
         mesh = make_mesh(loop, config.model, together, device)
-        if not is_copied(mesh.shape, loop):
-            raise ValueError(
-                f"mesh={mesh.shape} with zero={loop.zero}: sharded checkpoints are not there yet; use dp, zero=0"
-            )
         batches = text.batches(config.data, loop, seq_len=seq_len, n_readers=mesh.readers.n)
         windows = text.figures(batches, loop.steps)
         if progress:
@@ -160,7 +158,11 @@ def run_pretrain(
         result = _train(model, config, ratio, mesh, batches, text, run, device, progress)
         if together.is_first:
             with run.results() as folder:
-                save_model(model.cpu(), folder)
+                if holds_model(mesh.shape, loop):
+                    save_model(model.cpu(), folder)
+                else:
+                    checkpoint = checkpoint_of(run.checkpoints, result.best_step or result.steps)
+                    export_model(checkpoint, config.model, [name for name, _ in model.named_parameters()], folder)
                 tok.save(folder)
         summary = {
             "n_params": config.model.n_params,

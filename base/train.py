@@ -11,7 +11,7 @@ from torch import nn
 from .callbacks import Callbacks
 from .parallel.mesh import check_mesh, parse_mesh
 from .parallel.optimizer import ShardedOptimizer
-from .parallel.ranks import ranks
+from .parallel.ranks import naming_lost_ranks, ranks
 from .precision import LossScaler
 from .run import TrainConfig
 from .runlog import RunFolder
@@ -70,7 +70,7 @@ def train(
     model.train()
     began = time.perf_counter()
     try:
-        with stop_on_signal() as stop:
+        with stop_on_signal() as stop, naming_lost_ranks(ranks()):
             for step in range(history.start, config.steps):
                 if is_out_of_patience(result.evals, config.patience, config.best_by):
                     break

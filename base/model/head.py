@@ -1,6 +1,7 @@
 """Logits with a soft cap, and their loss without holding them whole."""
 
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,15 @@ from torch import Tensor, nn
 from .recompute import recompute
 
 ROWS = 1024  # tokens whose logits are held at a time
+
+
+@runtime_checkable
+class TakesLoss(Protocol):
+    """A head that takes the loss itself: one whose vocabulary is divided over ranks."""
+
+    def summed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropy in nats of hidden (N, D) and targets (N,), summed, () float32; -100: no loss there."""
+        ...
 
 
 class CappedHead:

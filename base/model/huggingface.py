@@ -1,7 +1,7 @@
 """A base on disk: a Hugging Face model folder, read and written as it is. config_json.py knows the keys of its config."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -182,28 +182,48 @@ def write_config(config: ModelConfig, folder: Path, *, dtype: torch.dtype, extra
 
 def write_weights(folder: Path, tensors: dict[str, Tensor], config: ModelConfig) -> None:
     """model.safetensors, or numbered shards with an index when it would pass SHARD_BYTES. Experts become a key each."""
-    if config.n_experts:
-        tensors = unstack_experts(tensors, config, mixtral=family_of(config)[1].experts == "mixtral")
-    shards: list[dict[str, Tensor]] = [{}]
+    tensors = as_on_disk(tensors, config)
+    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
+    write_shards(folder, sizes, lambda names: {name: tensors[name] for name in names})
+
+
+def as_on_disk(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """A state dict, or some of it, with the file's keys: a mixture's experts have one each."""
+    if not config.n_experts:
+        return dict(tensors)
+    return unstack_experts(tensors, config, mixtral=family_of(config)[1].experts == "mixtral")
+
+
+def write_shards(
+    folder: Path,
+    sizes: Mapping[str, int],  # bytes of each tensor
+    read: Callable[
+        [Sequence[str]], dict[str, Tensor]
+    ],  # names -> what to write for them; one file's are held at a time
+    *,
+    limit: int = SHARD_BYTES,
+) -> None:
+    """model.safetensors, or numbered files of at most `limit` bytes (a larger tensor is one by itself) with an index."""
+    shards: list[list[str]] = [[]]
     size = 0
-    for name, tensor in tensors.items():
-        n_bytes = tensor.numel() * tensor.element_size()
-        if size + n_bytes > SHARD_BYTES and shards[-1]:
-            shards.append({})
+    for name, n_bytes in sizes.items():
+        if size + n_bytes > limit and shards[-1]:
+            shards.append([])
             size = 0
-        shards[-1][name] = tensor
+        shards[-1].append(name)
         size += n_bytes
     if len(shards) == 1:
-        save_tensors(folder / "model.safetensors", shards[0])
+        save_tensors(folder / "model.safetensors", read(shards[0]))
         # An index of a former, larger model would be read in place of this file.
         (folder / "model.safetensors.index.json").unlink(missing_ok=True)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_tensors(folder / name, shard)
-        weight_map |= dict.fromkeys(shard, name)
-    total = sum(t.numel() * t.element_size() for t in tensors.values())
+        tensors = read(shard)
+        save_tensors(folder / name, tensors)
+        weight_map |= dict.fromkeys(tensors, name)
+    total = sum(sizes.values())
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 

@@ -19,7 +19,7 @@ from .attention import Attention
 from .config import LayerSpec, ModelConfig
 from .delta_net import GatedDeltaNet
 from .experts import feed_forward
-from .head import CappedHead, summed_loss
+from .head import CappedHead, TakesLoss, summed_loss
 from .kv_cache import KVCache, LayerCache, StepContext
 from .norm import norm
 from .paged_cache import PAGE, PagedKVCache, PagedLayer, PagePool
@@ -223,6 +223,8 @@ class Transformer(nn.Module):
         """Summed cross entropy in nats of hidden (N, D) and targets (N,), () float32."""
         if type(self.head) is nn.Linear:
             return linear_cross_entropy(hidden, self.lm_head.weight, targets, ignore_index=IGNORE, reduction="sum")
+        if isinstance(self.lm_head, TakesLoss):
+            return self.lm_head.summed_loss(hidden, targets)
         # An adapted, quantized or capped head is a function, not a matrix; the loss itself is taken in float32.
         if isinstance(self.head, CappedHead):
             return summed_loss(self.head, hidden, targets, ignore_index=IGNORE)

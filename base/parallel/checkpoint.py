@@ -3,7 +3,7 @@
     step-00000200/
       weights-00001-of-00004.safetensors     each rank's pieces of the trained weights, under the parameters' names
       optimizer-00001-of-00004.safetensors   and of the optimizer's state
-      index.json                             {"n_ranks": 4, "weights": {name: {"shape", "pieces": [{"file", "start", "size"}]}}, ...}
+      index.json                             {"n_ranks": 4, "weights": {name: {"shape", "pieces": [{"file", "start", "size"}]}}}
 
 The folder has its name when every rank has written its files. It is read piece by piece, by any number of ranks.
 """

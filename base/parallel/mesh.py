@@ -29,7 +29,7 @@ AXES = {
     "cp": "context parallel: positions of a sequence",
     "tp": "tensor and sequence parallel: heads, feed-forward columns, vocabulary",
 }
-IMPLEMENTED = frozenset({"dp", "fsdp"})
+IMPLEMENTED = frozenset({"dp", "fsdp", "tp"})
 BATCH_AXES = ("dp", "fsdp", "ep")  # their ranks read different sequences
 LOSS_AXES = (*BATCH_AXES, "cp")  # their ranks have different parts of a step's labels
 
@@ -169,6 +169,11 @@ def is_copied(shape: MeshShape, config: TrainConfig) -> bool:
     return shape.n == shape.dp and stage(shape, config) == 0
 
 
+def holds_model(shape: MeshShape, config: TrainConfig) -> bool:
+    """Whether every rank holds all of the weights."""
+    return shape.n == shape.size("dp", "cp") and stage(shape, config) < 3
+
+
 # --- the ranks -----------------------------------------------------------------------------------------------------
 
 
@@ -225,7 +230,8 @@ class Mesh:
 
     def sum(self, *numbers: float) -> list[float]:
         """Each number summed over the ranks that hold different labels; the others hold the same."""
-        return self.ranks.sum(*numbers, group=self.group(*LOSS_AXES)) if self.axes else list(numbers)
+        group = self.group(*LOSS_AXES)
+        return self.ranks.sum(*numbers, group=group) if group is not None else list(numbers)
 
 
 def make_mesh(config: TrainConfig, model: ModelConfig | None, ranks: Ranks, device: str = "cpu") -> Mesh:

@@ -1,8 +1,8 @@
 """Matrices that an optimizer needs whole (Muon, SOAP), each updated by one of the ranks that hold its pieces.
 
 An owner has the whole matrix and its optimizer state; a step gathers the gradient's pieces to it and scatters the new weights back.
-Owners are dealt by size, so that memory and work are spread over the ranks (Liu et al. 2025, arXiv:2502.16982, section 2.3, gathers to
-every rank instead).
+Owners are dealt by size, so that memory and work are spread over the ranks (Liu et al. 2025, arXiv:2502.16982, section 2.3,
+gathers to every rank instead).
 """
 
 from collections.abc import Sequence

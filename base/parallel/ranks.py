@@ -97,13 +97,19 @@ class Ranks:
         return sum(gradient.numel() * gradient.element_size() for gradient in gradients)
 
 
+def _is_of_a_collective(error: RuntimeError) -> bool:
+    """Whether torch.distributed raised it: gloo raises plain RuntimeErrors, which are known by their text alone."""
+    words = ("gloo", "NCCL", "Connection", "Timed out", "Socket", "process group")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+
+
 @contextmanager
 def naming_lost_ranks(ranks: Ranks) -> Iterator[None]:
     """Turn what a collective raises when another rank has gone into a ConnectionError that says so."""
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if not _is_of_a_collective(error):
             raise
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise ConnectionError(

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..model.transformer import Transformer
 from ..run import TrainConfig
 from .mesh import LOSS_AXES, Mesh, stage
 from .ranks import buckets, naming_lost_ranks
@@ -210,6 +211,11 @@ class Sharding:
 def shard(model: nn.Module, config: TrainConfig, mesh: Mesh) -> Sharding:
     """Divide a model's trained parameters as the config says; changes the model in place at stage 3."""
     zero = stage(mesh.shape, config)
+    if mesh.shape.tp > 1:
+        from .tensor import split_tensors_
+
+        assert isinstance(model, Transformer)
+        split_tensors_(model, mesh)
     if zero == 3:
         fully_shard_(model, mesh)
     axis = "fsdp" if mesh.shape.fsdp > 1 else "dp"
@@ -238,6 +244,8 @@ def piece_of(
         start, end = splits[-1].bounds(local.shape[0])
         local = local[start:end]
     done = {summed, *([] if summed != "fsdp" else ["dp"])}  # torch's fully_shard sums over the copies too
+    if not any("tp" in (tensor.device_mesh.mesh_dim_names or ()) for tensor in [parameter] if is_dtensor(tensor)):
+        partial = (*partial, "tp")  # norms: each rank has a part of the sequence, or of the heads
     axes = tuple(axis for axis in mesh.axes if axis in partial and axis not in done)
     return Piece(name, parameter, local, tuple(parameter.shape), tuple(splits), partial=axes)
 

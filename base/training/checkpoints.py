@@ -42,7 +42,7 @@ def save_checkpoint(
 
     A ShardedOptimizer's ranks all call it, and each writes its own part; `extra` and `export` are rank 0's.
     """
-    target = folder / f"step-{step:08d}"
+    target = checkpoint_of(folder, step)
     if target.exists():
         return target
 
@@ -102,6 +102,11 @@ def remove_checkpoints(folder: Path, config: TrainConfig, best: int | None) -> N
         step = int(checkpoint.name.removeprefix("step-"))
         if not (config.kept_every and step % config.kept_every == 0) and not (config.keeps_best and step == best):
             remove_checkpoint(checkpoint)
+
+
+def checkpoint_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint after `step` updates lies."""
+    return folder / f"step-{step:08d}"
 
 
 def checkpoints_in(folder: Path) -> list[Path]:

@@ -95,10 +95,16 @@ def test_two_ranks_train_as_one_process(prepared: tuple[Path, Path], tmp_path: P
         torch.testing.assert_close(weights[1][name], tensor, atol=1e-5, rtol=0)
     assert json.loads((tmp_path / "pair/summary.json").read_text())["n_ranks"] == 2
     # Started over in the same folder: no rank takes the former run's checkpoints for its own.
-    again = finish(start(prepared, tmp_path / "pair", 2, "--force"))
+    # On another mesh, whose ranks hold halves of the model, the result is the same folder.
+    again = finish(start(prepared, tmp_path / "pair", 2, "--force", "--set", "mesh=fsdp:2"))
     assert [code for code, *_ in again] == [0, 0], again
-    for name, tensor in load_tensors(tmp_path / "pair/model.safetensors").items():
-        torch.testing.assert_close(tensor, weights[1][name], atol=0, rtol=0)
+    sharded = load_tensors(tmp_path / "pair/model.safetensors")
+    assert sharded.keys() == weights[0].keys()
+    for name, tensor in sharded.items():
+        torch.testing.assert_close(tensor, weights[1][name], atol=1e-5, rtol=0)
+    assert [line["loss"] for line in read_metrics(tmp_path / "pair/metrics.jsonl")] == pytest.approx(
+        [line["loss"] for line in lines["pair"]], abs=1e-5
+    )
 
 
 def test_a_rank_without_rows(prepared: tuple[Path, Path], tmp_path: Path) -> None:
@@ -115,7 +121,7 @@ def test_a_rank_without_rows(prepared: tuple[Path, Path], tmp_path: Path) -> Non
 
 def test_a_rank_that_dies_ends_the_other_and_loses_nothing(prepared: tuple[Path, Path], tmp_path: Path) -> None:
     """Law: the other rank ends with one line that says so and how to go on; one rank alone goes on from the checkpoint."""
-    processes = start(prepared, tmp_path / "run", 2, steps=100_000)
+    processes = start(prepared, tmp_path / "run", 2, "--set", "mesh=fsdp:2", steps=100_000)
     checkpoints = tmp_path / "run/checkpoints"
     deadline = time.monotonic() + 200
     while not list(checkpoints.glob("step-*")) and time.monotonic() < deadline:
@@ -129,6 +135,9 @@ def test_a_rank_that_dies_ends_the_other_and_loses_nothing(prepared: tuple[Path,
     assert "Traceback" not in errors
     done = max(int(path.name[5:]) for path in checkpoints.glob("step-*"))
     [(code, _, errors)] = finish(start(prepared, tmp_path / "run", 1, "--resume", steps=done + 1))
+    assert code == 1
+    assert "mesh='fsdp:2' needs 2 processes and there is one" in errors
+    [(code, _, errors)] = finish(start(prepared, tmp_path / "run", 1, "--resume", "--set", "mesh=dp", steps=done + 1))
     assert code == 0, errors
     assert read_metrics(tmp_path / "run/metrics.jsonl")[-1]["step"] == done + 1
 
