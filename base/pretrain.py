@@ -7,17 +7,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .data.batches import WindowBatches
 from .data.training_text import Specs, TrainingText, WindowOptions
 from .device import explain_device, memory_bytes, peak_bytes, reset_peak, resolve_device
 from .evaluate import HeldOut
 from .follower import open_run
 from .model.config import ModelConfig, preset, with_sizes
-from .model.config_json import config_to_dict
 from .model.huggingface import save_model
 from .model.init import parameter_roles
+from .model.own_json import own_layout_note
 from .model.transformer import Transformer, initialize_
 from .optim.mup import check_width
 from .parallel.export import export_model
@@ -55,7 +53,6 @@ def resolve(settings: Mapping[str, Any], *, preset_name: str | None, vocab_size:
     if sizes.pop("vocab_size", vocab_size) != vocab_size:
         raise ValueError(f"vocab_size={checked['vocab_size']} differs from the tokenizer's {vocab_size}; leave it out")
     model = with_sizes(replace(preset(preset_name or "micro"), vocab_size=vocab_size), **sizes)
-    config_to_dict(model, dtype=torch.float32)  # raises for switches that no architecture has together
     train = TrainConfig(**loop)
     check_optimizer(train.optimizer)
     return Run(train=train, model=model, data=WindowOptions(**windows), pretrain=PretrainConfig(**own))
@@ -149,6 +146,8 @@ def run_pretrain(
         windows = text.figures(batches, loop.steps)
         if progress:
             print(explain_device(requested_device, device), *text.notes(windows), sep="\n", file=sys.stderr)
+            if note := own_layout_note(config.model):
+                print(note, file=sys.stderr)
         predicted = predict(config.model, loop, device) if predict and together.is_first else None
         model = Transformer(config.model).to(device)
         ratio = width_ratio(config.pretrain, model)

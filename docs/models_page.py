@@ -22,6 +22,10 @@ def page() -> str:
         lines.append(f"| `{name}` | `{family.model_type}` | {'yes' if family.experts else ''} | {windows} |")
     lines += [
         "",
+        "A model that none of them describes, such as the decoder of 2017 (`--preset transformer-2017`) or switches that no "
+        "architecture has together, trains and is stored in graft's own layout (`model_type` graft), which only graft opens; "
+        "`graft pretrain` says so before it starts. Quantized GPT-2 models can't be saved.",
+        "",
         "## Sizes by name",
         "",
         "`graft plan`, `graft vram estimate` and `graft pretrain --preset` know these. The small ones take their vocabulary from "

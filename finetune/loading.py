@@ -138,6 +138,8 @@ def weight_reader(folder: Path | str) -> Callable[[str], Tensor]:
             file_of |= dict.fromkeys(opened.keys(), file)
 
     def read(name: str) -> Tensor:
+        if name not in file_of:
+            raise ValueError(f"{folder} has no weight named {name}, so it can't be calibrated; leave calibrate out")
         with safe_open(file_of[name], framework="pt") as opened:
             return opened.get_tensor(name)
 
@@ -156,7 +158,9 @@ def save_any(model: Transformer, folder: Path | str, *, stored: dict[str, Any] |
         if not (name == "lm_head.weight" and model.config.tie_embeddings)
     }
     write_weights(folder, tensors, model.config)
-    write_config(model.config, folder, dtype=model.model.norm.weight.dtype, extra={"quantization_config": stored})
+    write_config(
+        model.config, folder, dtype=model.model.embed_tokens.weight.dtype, extra={"quantization_config": stored}
+    )
 
 
 def weight_bytes(model: torch.nn.Module) -> int:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
-ACTIVATIONS = ("silu", "gelu_tanh")
+ACTIVATIONS = ("silu", "gelu_tanh", "relu")
+POSITIONS = ("rope", "sinusoidal", "learned")
 # Above these a config is a slip or damage; refused before anything is built.
 LARGEST = {
     "vocab_size": 2**26, "d_model": 2**20, "n_layers": 10_000, "n_heads": 2**16, "n_kv_heads": 2**16, "d_head": 2**16,
@@ -63,9 +64,10 @@ class LayerSpec:
     window: int | None = None  # keys that a query sees, its own included; None: all before it
     rotates: bool = True  # queries and keys carry their positions by RoPE
     attention: str = "grouped"  # grouped: grouped-query attention; linear: Gated DeltaNet
-    feed_forward: str = "gated"  # gated: SwiGLU or GeGLU; experts: a mixture of them
+    feed_forward: str = "gated"  # gated: SwiGLU or GeGLU; plain: without a gate; experts: a mixture of gated ones
     norm: str = (
-        "pre"  # pre: before attention and feed-forward; post: after them, before the residual is added; sandwich: both
+        "pre"  # pre: before attention and feed-forward; post: after them, before the residual is added; sandwich: both;
+        # add: after the residual is added
     )
     local_rope: bool = False  # RoPE's angles are those of rope_local_theta
 
@@ -99,6 +101,10 @@ class ModelConfig:
     attention_softcap: float | None = None  # scores <- cap * tanh(scores / cap) (Gemma 2); None: no cap
     logit_softcap: float | None = None  # the same of the logits
     query_pre_attn_scalar: int | None = None  # scores are divided by its square root; None: d_head
+    add_norm: bool = False  # norms after the residual is added, and none before the head (the model of 2017)
+    layer_norm: bool = False  # norms are LayerNorm with a bias, not RMSNorm
+    positions: str = "rope"  # rope, or vectors added to the embeddings: sinusoidal (2017) or learned (GPT-2)
+    gated: bool = True  # feed-forward layers have a gate; false: down_proj(act(up_proj(x)))
     tie_embeddings: bool = True  # lm_head shares embed_tokens' weight
     attention_bias: bool = False  # q, k, v projections have a bias (Qwen2)
     attention_out_bias: bool = False  # o_proj has a bias (Llama with attention_bias)
@@ -173,10 +179,18 @@ class ModelConfig:
                 raise ValueError(f"{name}={value!r} must be > 0 and finite, or none")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r} is not known; choose {' or '.join(ACTIVATIONS)}")
+        if self.positions not in POSITIONS:
+            raise ValueError(f"positions={self.positions!r} is not known; choose {', '.join(POSITIONS)}")
+        if self.activation == "relu" and self.gated:
+            raise ValueError("activation=relu is of feed-forward layers without a gate; set gated=false, or take silu")
+        if not self.gated and self.n_experts:
+            raise ValueError("gated=false is not covered for experts; leave it or n_experts out")
+        if self.layer_norm and self.offset_norm:
+            raise ValueError("layer_norm and offset_norm are two kinds of norms; choose one")
         if self.activation != "silu" and self.n_experts:
             raise ValueError(f"activation={self.activation} is not covered for experts, only silu")
-        if self.sandwich_norm and self.post_norm:
-            raise ValueError("sandwich_norm and post_norm are two places of the norms; choose one")
+        if self.sandwich_norm + self.post_norm + self.add_norm > 1:
+            raise ValueError("sandwich_norm, post_norm and add_norm are places of the norms; choose one")
         if self.rope_local_theta is not None and self.sliding_window is None:
             raise ValueError("rope_local_theta is of layers with a window; set sliding_window, or leave both out")
 
@@ -190,8 +204,10 @@ class ModelConfig:
                 f"n_linear_v_heads={self.linear.n_v_heads} is not divisible by n_linear_k_heads={self.linear.n_k_heads}; "
                 "each key head serves the same number of value heads"
             )
-        if self.linear_layers is not None and (self.post_norm or self.sandwich_norm):
-            raise ValueError("linear_layers is not covered with post_norm or sandwich_norm; leave one of them out")
+        if self.linear_layers is not None and (self.post_norm or self.sandwich_norm or self.add_norm):
+            raise ValueError(
+                "linear_layers is not covered with post_norm, sandwich_norm or add_norm; leave one of them out"
+            )
         fits = 0 < self.rope_fraction <= 1 and self.d_rotary >= 2 and self.d_rotary % 2 == 0
         if self.d_head % 2 == 0 and not fits:
             raise ValueError(
@@ -219,10 +235,10 @@ class ModelConfig:
         is_linear = self.linear_layers is not None and self.linear_layers[i]
         return LayerSpec(
             window=self.sliding_window if slides and not is_linear else None,
-            rotates=not is_linear and (self.rope_layers is None or self.rope_layers[i]),
+            rotates=self.positions == "rope" and not is_linear and (self.rope_layers is None or self.rope_layers[i]),
             attention="linear" if is_linear else "grouped",
-            feed_forward="experts" if mixes else "gated",
-            norm="sandwich" if self.sandwich_norm else "post" if self.post_norm else "pre",
+            feed_forward="experts" if mixes else "gated" if self.gated else "plain",
+            norm="sandwich" if self.sandwich_norm else "post" if self.post_norm else "add" if self.add_norm else "pre",
             local_rope=slides and not is_linear and self.rope_local_theta is not None,
         )
 
@@ -230,6 +246,11 @@ class ModelConfig:
     def attention_scale(self) -> float | None:
         """What scores are multiplied by; None: 1 / sqrt(d_head)."""
         return None if self.query_pre_attn_scalar is None else self.query_pre_attn_scalar**-0.5
+
+    @property
+    def decodes_short(self) -> bool:
+        """Whether one new token a row may go through kernels/decode: it knows RMSNorm on the residual stream alone."""
+        return not (self.layer_norm or self.add_norm)
 
     @property
     def linear(self) -> "LinearSizes":
@@ -265,7 +286,9 @@ class ModelConfig:
     def _count(self, layer_params: Callable[[LayerSpec], int]) -> int:
         embeddings = self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
         specs = Counter(self.layer(i) for i in range(self.n_layers))
-        return embeddings + sum(n * layer_params(spec) for spec, n in specs.items()) + self.d_model
+        embeddings += self.max_seq_len * self.d_model * (self.positions == "learned")
+        last = 0 if self.add_norm else self._norm_params(self.d_model)
+        return embeddings + sum(n * layer_params(spec) for spec, n in specs.items()) + last
 
     def layer_params(self, spec: LayerSpec, *, active: bool = False) -> int:
         """Parameters of one layer; with `active`, those that one token meets."""
@@ -276,7 +299,10 @@ class ModelConfig:
         norms = (q + kv if self.qk_norm_joint else 2 * self.d_head) * self.qk_norm
         if spec.attention == "linear":
             attention, norms = self.linear.n_params(self.d_model), 0
-        norms += (4 if spec.norm == "sandwich" else 2) * self.d_model
+        norms = self._norm_params(norms)
+        norms += (4 if spec.norm == "sandwich" else 2) * self._norm_params(self.d_model)
+        if spec.feed_forward == "plain":
+            return attention + 2 * self.d_model * self.d_ff + (self.d_ff + self.d_model) * self.mlp_bias + norms
         if spec.feed_forward == "gated":
             return attention + self._gated_params(self.d_ff) + norms
         read = self.n_experts_per_token if active else self.n_experts
@@ -284,6 +310,10 @@ class ModelConfig:
         if self.d_shared_expert:
             experts += self._gated_params(self.d_shared_expert) + self.d_model
         return attention + experts + norms
+
+    def _norm_params(self, n: int) -> int:
+        """Of norms over n values in all."""
+        return 2 * n if self.layer_norm else n
 
     def _gated_params(self, width: int) -> int:
         return 3 * self.d_model * width + (2 * width + self.d_model) * self.mlp_bias
@@ -346,7 +376,8 @@ def with_sizes(config: ModelConfig, **sizes: object) -> ModelConfig:
         share = config.n_heads // config.n_kv_heads
         sizes["n_kv_heads"] = n_heads // share if n_heads % share == 0 else n_heads
     if "d_model" in sizes and "d_ff" not in sizes:
-        sizes["d_ff"] = gated_width(sizes["d_model"])  # pyright: ignore[reportArgumentType]
+        gated = sizes.get("gated", config.gated)
+        sizes["d_ff"] = gated_width(sizes["d_model"]) if gated else 4 * sizes["d_model"]  # pyright: ignore  # pyright: ignore[reportArgumentType]
     return replace(config, **sizes)  # pyright: ignore[reportArgumentType]
 
 
@@ -411,6 +442,15 @@ PRESETS: dict[str, ModelConfig] = {
     "qwen3-14b": _qwen3(40, 5120, 40, 17_408, tied=False),
     "qwen3-32b": _qwen3(64, 5120, 64, 25_600, tied=False),
 }
+# The shapes of 2017 (arXiv:1706.03762, table 3, base, its decoder without the encoder's half) and of GPT-2.
+PRESETS["transformer-2017"] = ModelConfig(
+    1, 512, 6, 8, 8, 64, 2048, 512, norm_eps=1e-5, qk_norm=False, add_norm=True, layer_norm=True, positions="sinusoidal",
+    gated=False, activation="relu", scale_embeddings=True, attention_out_bias=True, attention_bias=True, mlp_bias=True,
+)  # fmt: skip
+PRESETS["gpt2"] = ModelConfig(
+    50_257, 768, 12, 12, 12, 64, 3072, 1024, norm_eps=1e-5, qk_norm=False, layer_norm=True, positions="learned", gated=False,
+    activation="gelu_tanh", attention_out_bias=True, attention_bias=True, mlp_bias=True,
+)  # fmt: skip
 PRESETS["llama-70b"] = PRESETS["llama-2-70b"]
 
 

@@ -10,9 +10,11 @@ import torch
 
 from ..json_fields import check, field
 from .config import LARGEST, ModelConfig, RopeScaling
-from .families import ARCHITECTURES, FAMILIES, Family, family_of
+from .families import ARCHITECTURES, FAMILIES, Family
 from .gemma_json import gemma_fields, gemma_to_dict, with_gemma_defaults
+from .gpt2 import config_from_gpt2, config_to_gpt2
 from .hybrid_json import hybrid_from_dict, hybrid_to_dict
+from .own_json import MODEL_TYPE, layout_of, own_from_dict, own_to_dict
 
 
 def config_from_dict(raw_config: dict[str, Any], *, where: str = "config.json") -> ModelConfig:
@@ -23,6 +25,8 @@ def config_from_dict(raw_config: dict[str, Any], *, where: str = "config.json") 
 
     names = get("architectures", list, [])
     architecture = check(names[0], str, f"{where}: architectures") if names else None
+    if get("model_type", str) == MODEL_TYPE:
+        return own_from_dict(raw_config, _special_ids(raw_config, where), where)
     model_type = get("model_type", str) or (ARCHITECTURES.get(architecture) if architecture else None)
     if (
         model_type is None
@@ -32,6 +36,8 @@ def config_from_dict(raw_config: dict[str, Any], *, where: str = "config.json") 
         raise ValueError(
             f"{where}: architecture {architecture or model_type!r} is not known; graft reads {', '.join(ARCHITECTURES)}"
         )
+    if model_type == "gpt2":
+        return config_from_gpt2(raw_config, _special_ids(raw_config, where), where)
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     missing = [key for key in sizes if key not in raw_config]
     if missing:
@@ -78,12 +84,15 @@ def config_from_dict(raw_config: dict[str, Any], *, where: str = "config.json") 
             rope_fraction=_rope_fraction(raw_config, 0.25 if family.hybrid else 1.0, where),
             **gemma_fields(raw_config, model_type, d_head, slides=window is not None, where=where),
             init_std=_number(raw_config, "initializer_range", where, 0.02),
-            bos_token_id=get("bos_token_id", int),
-            eos_token_id=end_ids(raw_config, where),
-            pad_token_id=get("pad_token_id", int),
+            **_special_ids(raw_config, where),
         )
     except ValueError as error:
         raise ValueError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
+
+
+def _special_ids(raw_config: dict[str, Any], where: str) -> dict[str, Any]:
+    begin, pad = (field(raw_config, key, int, where, default=None) for key in ("bos_token_id", "pad_token_id"))
+    return {"bos_token_id": begin, "eos_token_id": end_ids(raw_config, where), "pad_token_id": pad}
 
 
 def end_ids(section: dict[str, Any], where: object) -> int | tuple[int, ...] | None:
@@ -262,13 +271,17 @@ def _mscale(factor: float, scale: float = 1.0) -> float:
 
 
 def config_to_dict(config: ModelConfig, *, dtype: torch.dtype) -> dict[str, Any]:
-    """ModelConfig -> config.json's dict, with the keys of both older and newer readers.
-
-    Raises ValueError for switches that no known architecture has together.
-    """
-    architecture, family = family_of(config)
+    """ModelConfig -> config.json's dict, with the keys of both older and newer readers; switches that no known architecture has
+    together are written in graft's own layout."""
+    architecture, family = layout_of(config)
     scaling = _scaling_to_dict(config.rope_scaling)
     name = str(dtype).removeprefix("torch.")
+    ends = list(config.eos_token_id) if isinstance(config.eos_token_id, tuple) else config.eos_token_id
+    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": ends, "pad_token_id": config.pad_token_id}
+    if family.model_type == MODEL_TYPE:
+        return own_to_dict(config, ids, dtype=name)
+    if family.model_type == "gpt2":
+        return config_to_gpt2(config, ids, dtype=name)
     raw_config: dict[str, Any] = {
         "architectures": [architecture],
         "model_type": family.model_type,
@@ -291,9 +304,7 @@ def config_to_dict(config: ModelConfig, *, dtype: torch.dtype) -> dict[str, Any]
         "rope_theta": config.rope_theta,
         "rope_scaling": None if scaling["rope_type"] == "default" else scaling,
         "rope_parameters": {"rope_theta": config.rope_theta, **scaling},
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": list(config.eos_token_id) if isinstance(config.eos_token_id, tuple) else config.eos_token_id,
-        "pad_token_id": config.pad_token_id,
+        **ids,
         "torch_dtype": name,
         "dtype": name,
     }

@@ -17,6 +17,7 @@ from ...kernels.swiglu import swiglu
 from .config import LayerSpec, ModelConfig
 from .feed_forward import FeedForward
 from .kv_cache import StepContext
+from .plain_feed_forward import PlainFeedForward
 
 
 class Router(nn.Module):
@@ -104,8 +105,10 @@ class MixtureOfExperts(nn.Module):
         return c.balance_loss * balance + c.router_z_loss * logits.logsumexp(-1).square().mean()
 
 
-def feed_forward(config: ModelConfig, spec: LayerSpec) -> FeedForward | MixtureOfExperts:
+def feed_forward(config: ModelConfig, spec: LayerSpec) -> FeedForward | PlainFeedForward | MixtureOfExperts:
     """The layer's feed-forward part."""
+    if spec.feed_forward == "plain":
+        return PlainFeedForward(config)
     return MixtureOfExperts(config) if spec.feed_forward == "experts" else FeedForward(config)
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from . import gpt2
 from .config import ModelConfig
 
 
@@ -42,6 +43,7 @@ FAMILIES = {
         "gemma3_text", qk_norm="head", biases=("attention",), windows="some", gemma=3, ties=True
     ),
     "OlmoeForCausalLM": Family("olmoe", qk_norm="joint", biases=("attention",), experts="olmoe", norm_eps=1e-5),
+    "GPT2LMHeadModel": Family("gpt2"),  # gpt2.py knows it
 }
 ARCHITECTURES = {architecture: family.model_type for architecture, family in FAMILIES.items()}
 
@@ -49,7 +51,11 @@ ARCHITECTURES = {architecture: family.model_type for architecture, family in FAM
 def family_of(config: ModelConfig) -> tuple[str, Family]:
     """The first architecture that has all of a config's switches. Raises ValueError when there is none."""
     for architecture, family in FAMILIES.items():
-        fits = (_attention_fits, _hybrid_fits, _gemma_fits, _experts_fit)
+        if family.model_type == "gpt2":
+            if gpt2.fits(config):
+                return architecture, family
+            continue
+        fits = (_kinds_fit, _attention_fits, _hybrid_fits, _gemma_fits, _experts_fit)
         if all(fit(config, family) for fit in fits):
             return architecture, family
     names = (
@@ -64,6 +70,7 @@ def family_of(config: ModelConfig) -> tuple[str, Family]:
         ),
         *("sandwich_norm", "offset_norm", "scale_embeddings", "activation", "attention_softcap", "logit_softcap"),
         *("query_pre_attn_scalar", "rope_local_theta", "linear_layers", "attention_gate", "rope_fraction"),
+        *("positions", "layer_norm", "add_norm", "gated"),
         *("rope_layers", "n_experts", "d_expert", "d_shared_expert", "expert_layers", "normalize_experts"),
     )
     default = ModelConfig(1)
@@ -75,6 +82,10 @@ def family_of(config: ModelConfig) -> tuple[str, Family]:
     raise ValueError(
         f"no known architecture has {', '.join(chosen)} together; known are {', '.join(FAMILIES)}: leave some out"
     )
+
+
+def _kinds_fit(config: ModelConfig, family: Family) -> bool:
+    return config.positions == "rope" and config.gated and not (config.layer_norm or config.add_norm)
 
 
 def _attention_fits(config: ModelConfig, family: Family) -> bool:

@@ -17,7 +17,8 @@ from ..json_fields import check, field, read_json
 from .config import ModelConfig
 from .config_json import config_from_dict, config_to_dict, end_ids
 from .expert_files import stack_experts, unstack_experts
-from .families import family_of
+from .gpt2 import from_gpt2, to_gpt2
+from .own_json import layout_of
 from .transformer import Transformer
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -135,7 +136,7 @@ def load_weights(
     take: Callable[[str, Tensor], bool] | None = None,  # a caller that places a weight itself returns True
 ) -> None:
     """Fill a meta model from (name, tensor) pairs. Raises ValueError that names weights which are missing."""
-    for name, tensor in stack_experts(weights, model.config):
+    for name, tensor in stack_experts(from_gpt2(weights), model.config):
         if name == "model.embed_tokens.weight":
             model.fingerprint = fingerprint_of(model.config, tensor)
         if take is not None and take(name, tensor):
@@ -188,10 +189,13 @@ def write_weights(folder: Path, tensors: dict[str, Tensor], config: ModelConfig)
 
 
 def as_on_disk(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """A state dict, or some of it, with the file's keys: a mixture's experts have one each."""
+    """A state dict, or some of it, with the file's keys: a mixture's experts have one each; of GPT-2's q, k and v all or none."""
+    family = layout_of(config)[1]
+    if family.model_type == "gpt2":
+        return to_gpt2(tensors)
     if not config.n_experts:
         return dict(tensors)
-    return unstack_experts(tensors, config, mixtral=family_of(config)[1].experts == "mixtral")
+    return unstack_experts(tensors, config, mixtral=family.experts == "mixtral")
 
 
 def write_shards(

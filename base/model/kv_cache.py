@@ -41,6 +41,7 @@ class StepContext(NamedTuple):
     n_new: Tensor | None = None  # (B,) int64: each row's new tokens that are no padding; None: all are none
     local_cos: Tensor | None = None  # the angles of layers with a base of their own, in the shapes of cos and sin
     local_sin: Tensor | None = None
+    positions: Tensor | None = None  # (B or 1, T) int64, where they are added to the embeddings
 
     def angles(self, *, local: bool) -> tuple[Tensor, Tensor]:
         """cos and sin of a layer that rotates; `local`: its spec's local_rope."""

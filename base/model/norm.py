@@ -1,8 +1,9 @@
-"""RMSNorm as a module (Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4)."""
+"""Norms as modules: RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4)."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.rms_norm import rms_norm
@@ -44,6 +45,31 @@ class OffsetRMSNorm(RMSNorm):
         return 1.0 + self.weight.float()
 
 
-def norm(config: ModelConfig, size: int) -> RMSNorm:
-    """The config's kind of RMSNorm over `size` values."""
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis (Ba et al. 2016, arXiv:1607.06450, eq. 4)."""
+
+    ROLES: ClassVar = {"weight": "gain", "bias": "bias"}
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(size)), nn.Parameter(torch.zeros(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., size) -> (..., size), in x's dtype."""
+        size = self.weight.shape
+        if x.dtype == self.weight.dtype:
+            return F.layer_norm(x, size, self.weight, self.bias, self.eps)
+        return F.layer_norm(x.float(), size, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """As RMSNorm.add."""
+        total = x + residual
+        return self(total), total
+
+
+def norm(config: ModelConfig, size: int) -> Any:
+    """The config's kind of norm over `size` values."""
+    if config.layer_norm:
+        return LayerNorm(size, config.norm_eps)
     return (OffsetRMSNorm if config.offset_norm else RMSNorm)(size, config.norm_eps)

@@ -70,11 +70,14 @@ def rope_tables(
 
 def angle_tables(config: ModelConfig, positions: Tensor) -> dict[str, Any]:
     """The tables of StepContext by its names: cos and sin of `rope_tables`, and where layers with a window have a base of
-    their own, local_cos and local_sin. Each (B or 1, T, Dh/2) float32."""
+    their own, local_cos and local_sin. Each (B or 1, T, Dh/2) float32. Where positions
+    are added to the embeddings, `positions` (B or 1, T) too."""
     cos, sin = rope_tables(config, positions)
     tables: dict[str, Any] = {"cos": cos, "sin": sin}
     if config.rope_local_theta is not None:
         local = unscaled_frequencies(config.rope_local_theta, config.d_rotary, positions.device)
         angles = positions[..., None].float() * local
         tables |= {"local_cos": angles.cos(), "local_sin": angles.sin()}
+    if config.positions != "rope":
+        tables["positions"] = positions
     return tables

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...kernels.cross_entropy import linear_cross_entropy
 from ...kernels.decode import add_rms_norm_, can_run
 from . import init
+from .add_norm import AddNormLayer
 from .attention import Attention
 from .config import LayerSpec, ModelConfig
 from .delta_net import GatedDeltaNet
@@ -23,6 +24,7 @@ from .head import CappedHead, TakesLoss, summed_loss
 from .kv_cache import KVCache, LayerCache, StepContext
 from .norm import norm
 from .paged_cache import PAGE, PagedKVCache, PagedLayer, PagePool
+from .positions import POSITIONS
 from .recompute import recompute
 from .rope import angle_tables
 from .sandwich import SandwichLayer
@@ -85,8 +87,13 @@ class PostNormLayer(nn.Module):
         return self.post_feedforward_layernorm(self.mlp.decode(stream))
 
 
-Layer = DecoderLayer | PostNormLayer | SandwichLayer
-LAYERS: dict[str, type[Layer]] = {"pre": DecoderLayer, "post": PostNormLayer, "sandwich": SandwichLayer}
+Layer = DecoderLayer | PostNormLayer | SandwichLayer | AddNormLayer
+LAYERS: dict[str, type[Layer]] = {
+    "pre": DecoderLayer,
+    "post": PostNormLayer,
+    "sandwich": SandwichLayer,
+    "add": AddNormLayer,
+}
 
 
 def decoder_layer(config: ModelConfig, spec: LayerSpec) -> Layer:
@@ -111,7 +118,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
         self.layers: Layers = nn.ModuleList(decoder_layer(config, config.layer(i)) for i in range(config.n_layers))  # pyright: ignore
-        self.norm = norm(config, config.d_model)
+        if config.positions != "rope":
+            self.embed_positions = POSITIONS[config.positions](config)
+        self.norm: Any = nn.Identity() if config.add_norm else norm(config, config.d_model)
 
 
 class Transformer(nn.Module):
@@ -169,12 +178,12 @@ class Transformer(nn.Module):
         cap = self.config.logit_softcap
         return self.lm_head if cap is None else CappedHead(self.lm_head, cap)
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """ids (B, T) -> the first layer's input (B, T, D)."""
+    def embed(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        """ids (B, T) and, where they are added, positions (B or 1, T) -> the first layer's input (B, T, D)."""
         x = self.model.embed_tokens(ids)
-        if not self.config.scale_embeddings:
-            return x
-        return x * x.new_full((), self.config.d_model**0.5)  # rounded to the weights' dtype, as Gemma was trained
+        if self.config.scale_embeddings:
+            x = x * x.new_full((), self.config.d_model**0.5)  # rounded to the weights' dtype, as Gemma was trained
+        return x if positions is None else x + self.model.embed_positions(positions, x.dtype)
 
     def hidden_states(
         self,
@@ -187,7 +196,6 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """The final norm's output (B, T, D), which lm_head turns into logits."""
         B, T = ids.shape
-        x = self.embed(ids)  # (B, T, D)
         if cache is not None:
             context = cache.begin(B, T)
         else:
@@ -195,7 +203,8 @@ class Transformer(nn.Module):
                 positions = torch.arange(T, device=ids.device)[None]  # (1, T)
             angles = angle_tables(self.config, positions)
             context = StepContext(**angles, cu_seqlens=cu_seqlens, router_losses=router_losses)
-        if isinstance(cache, KVCache) and context.start and T == 1 and self.fused_decoding and can_run(x):
+        x = self.embed(ids, context.positions)  # (B, T, D)
+        if isinstance(cache, KVCache) and context.start and T == 1 and self.decodes_short and can_run(x):
             return self._decode(x[:, 0], context, cache)
         for i, layer in enumerate(self.model.layers):
             layer_cache = cache.layers[i] if cache is not None else None
@@ -206,6 +215,11 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.advance(T)
         return self.model.norm(x)
+
+    @property
+    def decodes_short(self) -> bool:
+        """Whether one new token a row may go through kernels/decode."""
+        return self.fused_decoding and self.config.decodes_short
 
     def _decode(self, stream: Tensor, context: StepContext, cache: KVCache) -> Tensor:
         """The layers and the final norm for one new token a row, (B, D) -> (B, 1, D)."""

@@ -614,8 +614,6 @@ def test_pretrain_refuses(prepared: tuple[Path, Path], tmp_path: Path) -> None:
         run_pretrain(**arguments, settings={"vocab_size": 9})
     with pytest.raises(ValueError, match=r"one window of max_seq_len=100000 needs 100001"):
         run_pretrain(**arguments | {"out": tmp_path / "y"}, settings={"max_seq_len": 100_000, "n_layers": 1})
-    with pytest.raises(ValueError, match="no known architecture has qk_norm=True, attention_bias=True"):
-        run_pretrain(**arguments | {"out": tmp_path / "z"}, settings={"attention_bias": True})
     with pytest.raises(ValueError, match="unknown device 'tpux'"):
         run_pretrain(**arguments | {"device": "tpux"})
     (tmp_path / "other.txt").write_text("another text with other words, other words and more words " * 20)

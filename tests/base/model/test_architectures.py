@@ -14,6 +14,7 @@ from graft.base.model.config_json import config_from_dict, config_to_dict
 from graft.base.model.experts import sort_by_expert
 from graft.base.model.huggingface import load_config, save_model
 from graft.base.model.init import HIDDEN, parameter_roles
+from graft.base.model.own_json import own_layout_note
 from graft.base.model.transformer import Transformer
 from graft.base.optim.muon import orthogonalize
 from graft.base.plan import attention_flops_per_token, flops_per_token
@@ -255,11 +256,15 @@ def test_sizes_that_do_not_fit(sizes: dict[str, object], message: str) -> None:
         replace(DENSE, **sizes)
 
 
-def test_switches_that_no_architecture_has_together() -> None:
-    with pytest.raises(
-        ValueError, match=r"no known architecture has qk_norm=False, post_norm=True, n_experts=6 together"
-    ):
-        config_to_dict(replace(MOE, post_norm=True), dtype=torch.float32)
+def test_switches_that_no_architecture_has_together(tmp_path: Path) -> None:
+    """Law: graft's own layout holds them, experts included, and a note says that only graft opens it."""
+    model = random_model(replace(MOE, post_norm=True))
+    assert "no known architecture has qk_norm=False, post_norm=True, n_experts=6 together" in (
+        own_layout_note(model.config) or ""
+    )
+    assert own_layout_note(MOE) is None
+    save_model(model, tmp_path)
+    assert torch.equal(load_model(tmp_path)(IDS), model(IDS))
 
 
 @pytest.mark.parametrize(

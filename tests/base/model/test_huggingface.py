@@ -222,8 +222,8 @@ def test_sizes_that_do_not_fit(sizes: dict[str, int], message: str) -> None:
 def test_unknown_names() -> None:
     with pytest.raises(ValueError, match="unknown preset 'llama-8t'"):
         preset("llama-8t")
-    with pytest.raises(ValueError, match="architecture 'GPT2LMHeadModel' is not known; graft reads LlamaForCausalLM"):
-        config_from_dict({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"})
+    with pytest.raises(ValueError, match="architecture 'GPTNeoForCausalLM' is not known; graft reads LlamaForCausalLM"):
+        config_from_dict({"architectures": ["GPTNeoForCausalLM"], "model_type": "gpt_neo"})
     with pytest.raises(ValueError, match="lacks intermediate_size"):
         config_from_dict(
             {"model_type": "llama", "vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
