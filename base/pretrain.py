@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .data.batches import WindowBatches
+from .data.ramp import BatchRamp
 from .data.training_text import Specs, TrainingText, WindowOptions
 from .device import explain_device, memory_bytes, peak_bytes, reset_peak, resolve_device
 from .evaluate import HeldOut
@@ -142,7 +143,8 @@ def run_pretrain(
         assert config.model is not None
         loop, seq_len = config.train, config.model.max_seq_len
         mesh = make_mesh(loop, config.model, together, device)
-        batches = text.batches(config.data, loop, seq_len=seq_len, n_readers=mesh.readers.n)
+        ramp = BatchRamp(loop.batch_size, config.pretrain.batch_warmup_start, config.pretrain.batch_warmup_steps)
+        batches = text.batches(config.data, loop, seq_len=seq_len, n_readers=mesh.readers.n, ramp=ramp)
         windows = text.figures(batches, loop.steps)
         if progress:
             print(explain_device(requested_device, device), *text.notes(windows), sep="\n", file=sys.stderr)
@@ -167,7 +169,7 @@ def run_pretrain(
             "n_params": config.model.n_params,
             **result.summary(),
             "n_train_tokens": text.n_tokens,
-            "tokens_read": result.steps * loop.batch_size * seq_len,
+            "tokens_read": ramp.before(result.steps) * seq_len,
             **(text.figures(batches, result.steps) if result.steps != loop.steps else windows),
             "predicted_peak_bytes": predicted,
             **peak_bytes(device),

@@ -52,6 +52,9 @@ class TrainConfig:
     beta1: float = 0.9  # decay rate of the gradient's mean
     beta2: float = 0.95  # decay rate of the squared gradient's mean
     eps: float = 1e-8  # added to the root of the squared gradient's mean
+    ema_decay: float = 0.0  # exponential average of the weights, evaluated beside them and exported; 0: none
+    ema_result: bool = True  # with ema_decay: the average is the run's result, not the last step's weights
+    noise_scale_every: int = 0  # steps between two measurements of the gradient noise scale; 0: never
     grad_clip: float = 1.0  # global 2-norm; 0: never clip
     dtype: str = "float32"  # of the arithmetic: float32, bfloat16 or float16; weights and moments stay float32
     checkpointing: bool = False  # recompute activations layer by layer in the backward pass
@@ -76,7 +79,15 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be >= 1")
         for name in (
-            *("warmup_steps", "checkpoint_every", "eval_every", "eval_batches", "patience", "seed"),
+            *(
+                "noise_scale_every",
+                "warmup_steps",
+                "checkpoint_every",
+                "eval_every",
+                "eval_batches",
+                "patience",
+                "seed",
+            ),
             *("weight_decay", "grad_clip", "learning_rate", "final_lr_fraction", "eps"),
             *("embedding_rate", "head_rate", "hidden_rate", "gain_rate"),
         ):
@@ -91,11 +102,16 @@ class TrainConfig:
             raise ValueError(f"unknown schedule {self.schedule!r}; choose {', '.join(SCHEDULES)}")
         if not 0 < self.decay_fraction <= 1:
             raise ValueError(f"decay_fraction={self.decay_fraction} must lie in (0, 1]")
-        for name in ("beta1", "beta2", "muon_momentum"):
+        for name in ("beta1", "beta2", "muon_momentum", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1)")
         if self.zero not in (0, 1, 2, 3):
             raise ValueError(f"zero={self.zero} is no ZeRO stage; choose 0, 1, 2 or 3")
+        if self.noise_scale_every and self.micro_batch >= self.batch_size:
+            raise ValueError(
+                f"noise_scale_every={self.noise_scale_every} compares a micro-batch with the whole batch, which is one of "
+                f"{self.batch_size}; set micro_batch={max(1, self.batch_size // 2)} or less"
+            )
         if unknown := sorted(set(self.decayed_roles) - set(ROLES)):
             raise ValueError(f"decayed_roles: {unknown[0]!r} is none of {', '.join(ROLES)}")
         self.kept_every  # noqa: B018 (raises for a `keep` that can't be read)

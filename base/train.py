@@ -45,13 +45,16 @@ def train(
 ) -> Result:
     """Train in place; checkpoint, log and evaluate in `run`. Starts after the newest checkpoint there, if any.
 
-    Ends after config.steps, or earlier by config.patience. With keep=best the model then has the best step's weights.
+    Ends after config.steps, or earlier by config.patience. With keep=best the model then has the best step's weights, with
+    ema_decay their average.
     Raises Interrupted after SIGINT or SIGTERM, ValueError when the loss is no longer finite or too many updates in a row
     had gradients that were not, OSError when the disk refuses; each names the way to go on.
     """
     scaler = LossScaler(config.dtype)
     if isinstance(optimizer, ShardedOptimizer):
         together = optimizer.sharding
+        if config.noise_scale_every:
+            raise ValueError("noise_scale_every is not covered where gradients are sharded; use mesh dp with zero=0")
     else:  # every rank holds everything
         together = ranks()
         check_mesh(parse_mesh(config.mesh, together.n), config, None)
@@ -100,7 +103,7 @@ def train(
         raise type(error)(f"{error}; {history.way_back()}") from error
     finally:
         run.close_metrics()
-    history.take_best()
+    history.take_result()
     result.seconds = time.perf_counter() - began
     model.eval()
     return result

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..loss import IGNORE
 from .mixture import Mixture
+from .ramp import BatchRamp, as_ramp
 from .shards import TokenShards
 from .windows import Windows
 
@@ -24,7 +25,7 @@ class WindowBatches:
         self,
         sources: Sequence[Windows],
         *,
-        batch_size: int,
+        batch_size: int | BatchRamp,
         micro_batch: int,
         n_readers: int = 1,
         mixture: Mixture | None = None,  # of several sources
@@ -32,7 +33,8 @@ class WindowBatches:
     ) -> None:
         self.sources, self.mixture, self.document_mask = list(sources), mixture, document_mask
         self.seq_len = self.sources[0].seq_len
-        self.batch_size, self.n_readers = batch_size, n_readers
+        self.ramp, self.n_readers = as_ramp(batch_size), n_readers
+        batch_size = self.ramp.end
         self.micro_batch = min(micro_batch, -(-batch_size // n_readers))  # each reader has a share of every step
         shares = [1.0] if mixture is None else mixture.largest
         for source, share in zip(self.sources, shares, strict=True):
@@ -45,12 +47,12 @@ class WindowBatches:
                 )
 
     def rows_at(self, step: int) -> list[tuple[int, list[tuple[int, int]]]]:
-        """The step's windows: (source, ranges of its tokens), batch_size of them."""
+        """The step's windows: (source, ranges of its tokens), as many as the batch has."""
         if self.mixture is None:
-            index = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+            index = np.arange(self.ramp.before(step), self.ramp.before(step + 1))
             return [(0, ranges) for ranges in self.sources[0].ranges(index)]
         of_source, counts = self.mixture.sources_at(step), self.mixture.counts_before(step)
-        rows: list[tuple[int, list[tuple[int, int]]]] = [(0, [])] * self.batch_size
+        rows: list[tuple[int, list[tuple[int, int]]]] = [(0, [])] * len(of_source)
         for i, source in enumerate(self.sources):
             mine = np.flatnonzero(of_source == i)
             for where, ranges in zip(mine, source.ranges(counts[i] + np.arange(len(mine))), strict=True):
@@ -63,7 +65,7 @@ class WindowBatches:
         With a document mask one row (1, micro_batch * T) with positions and cu_seqlens, as packed fine-tuning has.
         """
         rows = self.rows_at(step)
-        even = self.batch_size % self.n_readers == 0
+        even = len(rows) % self.n_readers == 0
         n_shares = self.n_readers if even else 1
         share = len(rows) // n_shares
         return [

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .ramp import BatchRamp, as_ramp
+
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: multiples of it fill the circle evenly (Knuth, TAOCP 3, section 6.4)
 AT_ONCE = 1 << 22  # windows that are counted together
 
@@ -68,9 +70,9 @@ class Mixture:
     """
 
     def __init__(
-        self, weights: Sequence[Sequence[tuple[float, float]]], *, batch_size: int, steps: int, seed: int
+        self, weights: Sequence[Sequence[tuple[float, float]]], *, batch_size: int | BatchRamp, steps: int, seed: int
     ) -> None:
-        self.batch_size, self.steps = batch_size, steps
+        self.ramp, self.steps = as_ramp(batch_size), steps
         shares = sorted({share for one in weights for share, _ in one})
         self._from = np.array([math.ceil(share * steps) for share in shares])  # first step of each part
         table = np.array([[_at(one, share) for one in weights] for share in shares])  # (parts, sources)
@@ -89,14 +91,15 @@ class Mixture:
         return self._shares.max(0).tolist()
 
     def sources_at(self, step: int) -> np.ndarray:
-        """The source of each of the step's windows, (batch_size,) int64."""
-        return self._sources(np.arange(step * self.batch_size, (step + 1) * self.batch_size))
+        """The source of each of the step's windows, (batch size,) int64."""
+        return self._sources(np.arange(self.ramp.before(step), self.ramp.before(step + 1)))
 
     def counts_before(self, step: int) -> np.ndarray:
         """How many windows of each source all earlier steps took, (n_sources,) int64."""
         known, counts = self._seen if self._seen[0] <= step else (0, np.zeros_like(self._seen[1]))
-        for first in range(known * self.batch_size, step * self.batch_size, AT_ONCE):
-            index = np.arange(first, min(first + AT_ONCE, step * self.batch_size))
+        end = self.ramp.before(step)
+        for first in range(self.ramp.before(known), end, AT_ONCE):
+            index = np.arange(first, min(first + AT_ONCE, end))
             counts = counts + np.bincount(self._sources(index), minlength=len(counts))
         self._seen = (step, counts)
         return counts
@@ -104,7 +107,7 @@ class Mixture:
     def _sources(self, index: np.ndarray) -> np.ndarray:
         at = index.astype(np.uint64) * np.uint64(GOLDEN) + np.uint64(self._offset)  # modulo 2^64
         where = (at >> np.uint64(11)).astype(np.float64) / 2.0**53  # below 1, exactly
-        part = np.searchsorted(self._from, index // self.batch_size, side="right") - 1
+        part = np.searchsorted(self._from, self.ramp.step_of(index), side="right") - 1
         return (where[:, None] >= self._edges[part][:, :-1]).sum(1)
 
 

@@ -10,6 +10,7 @@ from ..run import Input, TrainConfig
 from .batches import WindowBatches
 from .bounds import shared_documents
 from .mixture import Mixture, Source, parse_sources
+from .ramp import BatchRamp
 from .shards import open_tokens
 from .windows import WindowKind, make_windows
 
@@ -63,17 +64,25 @@ class TrainingText:
             return found
         return Input(found.path, hashlib.sha256(f"{found.sha256} {weights}".encode()).hexdigest())
 
-    def batches(self, options: WindowOptions, loop: TrainConfig, *, seq_len: int, n_readers: int = 1) -> WindowBatches:
+    def batches(
+        self,
+        options: WindowOptions,
+        loop: TrainConfig,
+        *,
+        seq_len: int,
+        n_readers: int = 1,
+        ramp: BatchRamp | None = None,  # of the batch size; None: always loop.batch_size
+    ) -> WindowBatches:
         """Raises ValueError when a source has less than its share of one batch."""
         windows = [make_windows(options.windows, one, seq_len=seq_len, seed=loop.seed) for one in self.train]
         mixture = None
         if len(self.sources) > 1:
             by_size = [((0.0, float(one.n_windows)),) for one in windows]
             weights = [source.weights or size for source, size in zip(self.sources, by_size, strict=True)]
-            mixture = Mixture(weights, batch_size=loop.batch_size, steps=loop.steps, seed=loop.seed)
+            mixture = Mixture(weights, batch_size=ramp or loop.batch_size, steps=loop.steps, seed=loop.seed)
         return WindowBatches(
             windows,
-            batch_size=loop.batch_size,
+            batch_size=ramp or loop.batch_size,
             micro_batch=loop.micro_batch,
             n_readers=n_readers,
             mixture=mixture,
@@ -83,7 +92,7 @@ class TrainingText:
     def figures(self, batches: WindowBatches, steps: int) -> dict[str, Any]:
         """What `steps` steps read: epochs, and what the windows do to the documents; for each source if there are several."""
         mixture = batches.mixture
-        counts = [steps * batches.batch_size] if mixture is None else mixture.counts_before(steps).tolist()
+        counts = [batches.ramp.before(steps)] if mixture is None else mixture.counts_before(steps).tolist()
         found: dict[str, Any] = {}
         for name, windows, n in zip(self.names, batches.sources, counts, strict=True):
             shares = windows.shares()

@@ -81,13 +81,18 @@ def load_checkpoint(folder: Path, optimizer: Optimizer, scaler: LossScaler, extr
     newest = found[-1]
     state = read_json(newest / "state.json", STATE)
     load_weights(newest, optimizer)
-    optimizer.load_state_tensors(read_state(newest, optimizer))
+    load_optimizer(newest, optimizer)
     set_random_state(load_tensors(newest / "random.safetensors"))
     scaler.scale, scaler.n_good = state["loss_scale"], state["n_good_steps"]
     if extra is not None:
         tensors = newest / "extra.safetensors"
         extra.restore(state["extra"] | (load_tensors(tensors) if tensors.exists() else {}))
     return state["step"]
+
+
+def load_optimizer(checkpoint: Path, optimizer: Optimizer) -> None:
+    """Put a checkpoint's optimizer state back. Raises ValueError where it doesn't fit."""
+    optimizer.load_state_tensors(read_state(checkpoint, optimizer))
 
 
 def load_weights(checkpoint: Path, optimizer: Optimizer) -> None:

@@ -5,14 +5,23 @@ from pathlib import Path
 from typing import Any
 
 from ..callbacks import Callbacks
+from ..optim.average import averaged_weights, averages_in, exchange_averages_
 from ..parallel.optimizer import ShardedOptimizer
 from ..parallel.ranks import ranks
 from ..precision import LossScaler
 from ..run import TrainConfig
 from ..runlog import RunFolder
-from .checkpoints import ExtraState, checkpoints_in, load_checkpoint, load_weights, remove_checkpoints, save_checkpoint
+from .checkpoints import (
+    ExtraState,
+    checkpoints_in,
+    load_checkpoint,
+    load_optimizer,
+    load_weights,
+    remove_checkpoints,
+    save_checkpoint,
+)
 from .optimizers import Optimizer
-from .result import best_step, is_out_of_patience, resumed_result
+from .result import best_step, is_out_of_patience, noise_of, resumed_result
 from .signals import Stop
 
 MAX_SKIPPED_IN_A_ROW = 20  # updates; float16's loss scale falls from 65,536 to 1 in 16
@@ -58,6 +67,9 @@ class History:
         """The figures of an evaluation now, for the step's line: rank 0's, so that all ranks decide alike."""
         assert self._evaluate is not None
         figures, together = self._evaluate(), ranks()
+        if averages_in(self.optimizer):
+            with averaged_weights(self.optimizer):
+                figures = {**figures, **{f"{name}_ema": value for name, value in self._evaluate().items()}}
         values = together.sum(*(value if together.is_first else 0.0 for value in figures.values()))
         return dict(zip(figures, values, strict=True))
 
@@ -78,6 +90,7 @@ class History:
         step = line["step"] - 1
         result.steps, result.loss = step + 1, line["loss"]
         result.n_tokens += line["n_tokens"]
+        result.noise += noise_of(line)
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if line.get("skipped") else 0
         result.n_skipped += bool(line.get("skipped"))
         last = step + 1 == config.steps
@@ -135,12 +148,17 @@ class History:
                 f"best_by={config.best_by!r} is no figure of this run's evaluation, which has {', '.join(figures)}"
             )
 
-    def take_best(self) -> None:
-        """With keep=best, put the best step's weights in place of the last ones."""
+    def take_result(self) -> None:
+        """Put the run's result into the model: with keep=best the best step's weights, with ema_result their average."""
         best = best_step(self.result.evals, self.config.best_by)
         if self.config.keeps_best and best is not None:
-            load_weights(self.run.checkpoints / f"step-{best:08d}", self.optimizer)
+            folder = self.run.checkpoints / f"step-{best:08d}"
+            load_weights(folder, self.optimizer)
+            if averages_in(self.optimizer):
+                load_optimizer(folder, self.optimizer)
             self.result.best_step = best
+        if averages_in(self.optimizer) and self.config.ema_result:
+            exchange_averages_(self.optimizer)
 
     def way_back(self) -> str:
         """What a run that can't go on leaves, and how to use it."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..model.init import HIDDEN, Role
 from ..optim.adamw import AdamW
+from ..optim.average import Averaged
 from ..optim.muon import Muon
 from ..optim.mup import rate_factor
 from ..optim.soap import SOAP
@@ -39,7 +40,7 @@ def make_optimizer(
 ) -> Optimizer:
     """The config's optimizer over named parameters. Raises ValueError for a name that `makers` doesn't have."""
     check_optimizer(config.optimizer, makers)
-    return makers[config.optimizer](
+    optimizer = makers[config.optimizer](
         parameters,
         learning_rate=config.learning_rate,
         betas=(config.beta1, config.beta2),
@@ -48,6 +49,7 @@ def make_optimizer(
         **_own_options(config),
         **({} if roles is None else _role_options(config, roles, width_ratio)),
     )
+    return Averaged(optimizer, decay=config.ema_decay) if config.ema_decay else optimizer
 
 
 def _own_options(config: TrainConfig) -> dict[str, Any]:

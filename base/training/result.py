@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .noise import NOISE_KEYS, critical_batch
+
 
 @dataclass
 class Result:
@@ -19,6 +21,7 @@ class Result:
     n_skipped: int = 0  # updates left out because a gradient was not finite
     best_step: int | None = None  # keep=best: whose weights the model has now
     best_by: str = "val_loss"
+    noise: list[tuple[float, float]] = field(default_factory=list)  # signal and noise of gradients (noise.py)
 
     def summary(self) -> dict[str, Any]:
         """The figures that every training command reports."""
@@ -34,7 +37,14 @@ class Result:
         if self.best_step is not None:
             best = next(line for line in self.evals if line["step"] == self.best_step)
             figures |= {"best_step": self.best_step, f"best_{self.best_by}": best[self.best_by]}
+        if self.noise:
+            figures["critical_batch_labels"] = critical_batch(self.noise)
         return figures
+
+
+def noise_of(line: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """The measurement of gradient noise in a line of metrics.jsonl, if it has one."""
+    return [(line[NOISE_KEYS[0]], line[NOISE_KEYS[1]])] if NOISE_KEYS[0] in line else []
 
 
 def resumed_result(start: int, lines: Sequence[Mapping[str, Any]]) -> Result:
@@ -46,7 +56,8 @@ def resumed_result(start: int, lines: Sequence[Mapping[str, Any]]) -> Result:
     ]
     loss = lines[-1].get("loss", math.nan) if lines else math.nan
     n_skipped = sum(bool(line.get("skipped")) for line in lines)
-    return Result(start, loss, evals[-1]["val_loss"] if evals else None, 0, 0.0, evals, n_skipped)
+    noise = [pair for line in lines for pair in noise_of(line)]
+    return Result(start, loss, evals[-1]["val_loss"] if evals else None, 0, 0.0, evals, n_skipped, noise=noise)
 
 
 def best_step(evals: Sequence[Mapping[str, float]], by: str = "val_loss") -> int | None:
@@ -55,7 +66,7 @@ def best_step(evals: Sequence[Mapping[str, float]], by: str = "val_loss") -> int
     Of a loss, a perplexity and bits per byte the lowest is best, of any other figure the highest.
     """
     numbers = [line for line in evals if _is_number(line.get(by))]
-    sign = 1 if by.endswith(("loss", "perplexity", "per_byte")) else -1
+    sign = 1 if by.removesuffix("_ema").endswith(("loss", "perplexity", "per_byte")) else -1
     return int(min(numbers, key=lambda line: sign * line[by])["step"]) if numbers else None
 
 

@@ -16,6 +16,7 @@ from ..parallel.ranks import Ranks
 from ..parallel.sharding import Sharding
 from ..precision import LossScaler, autocast
 from ..run import TrainConfig
+from .noise import noise_figures, square_norm
 from .objective import Batch, Figures, n_ids
 from .optimizers import Optimizer
 
@@ -49,6 +50,8 @@ def one_step(
         raise ValueError(f"step {step + 1}: no token of the batch carries loss; check the data's completions")
     summed, read = 0.0, 0
     figures: dict[str, Tensor | float] = {}
+    measures_noise = config.noise_scale_every > 0 and step % config.noise_scale_every == 0
+    first = 0.0, 0  # squared norm of the first micro-batch's part of the gradient, and its labels
     for batch in micro_batches:
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         with autocast(config.dtype, device):
@@ -56,6 +59,8 @@ def one_step(
             value, more = found if isinstance(found, tuple) else (found, {})
             value = value / total
         (value * scaler.scale).backward()
+        if measures_noise and not read:
+            first = square_norm(p for _, p in optimizer.named) / scaler.scale**2, count(batch)
         summed += value.detach()
         for name, figure in more.items():
             figures[name] = figures.get(name, 0.0) + (figure.detach() if isinstance(figure, Tensor) else figure) / total
@@ -68,6 +73,8 @@ def one_step(
                 parameter.grad /= scaler.scale
     norm = float(clip_gradients_(parameters, config.grad_clip, norm=together.norm(parameters)))
     line = update(optimizer, config, scaler, step, loss=summed, norm=norm)
+    if measures_noise and math.isfinite(norm):
+        line |= noise_figures(*first, norm, total, together)
     seconds = time.perf_counter() - began
     line |= {
         "n_labels": total,

@@ -145,6 +145,9 @@ def check_config(config: Run) -> None:
     assert config.lora is not None
     if config.train.optimizer != "adamw":
         raise ValueError(f"optimizer={config.train.optimizer} does not train many adapters at once; use adamw")
+    for name in ("ema_decay", "noise_scale_every"):
+        if value := getattr(config.train, name):
+            raise ValueError(f"{name}={value} is not covered for jobs that train together; train this one alone")
     if "adapter" not in config.train.decayed_roles:
         raise ValueError(
             "decayed_roles without adapter is not covered for jobs that train together; set weight_decay=0"

@@ -185,7 +185,7 @@ class Trainer:
         assert job.history is not None
         try:
             job.run.close_metrics()
-            job.history.take_best()
+            job.history.take_result()
             result = job.history.result
             result.seconds = time.perf_counter() - job.began
             with job.run.results() as folder:

@@ -148,6 +148,7 @@ def predict_run(
         lora=lora,
         double_quant=double_quant,
         stage=stage,
+        averages=train.ema_decay > 0,
     )
     return estimate(config, settings, device=device, work=work).peak_bytes
 

@@ -34,6 +34,7 @@ class MemorySettings:
     double_quant: bool = True
     lora: LoraConfig | None = None  # the adapter in full, in place of rank and targets
     stage: str = "sft"  # sft, dpo, reward, grpo or ppo
+    averages: bool = False  # an exponential average of the weights is kept (ema_decay)
 
     def __post_init__(self) -> None:
         from ...base.dtypes import DTYPES  # not above: `graft plan` reads this file and needs no torch

@@ -12,6 +12,7 @@ from ...base.loss import n_labels, next_token_loss
 from ...base.model.config import ModelConfig
 from ...base.model.kv_cache import KVCache
 from ...base.model.transformer import Transformer
+from ...base.optim.average import Averaged
 from ...base.optim.soap import SOAP
 from ...base.precision import LossScaler
 from ...base.run import TrainConfig
@@ -107,9 +108,11 @@ def replace_tensors_(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None
 def make_optimizer(model: nn.Module, settings: MemorySettings) -> Optimizer:
     """The optimizer that the setting names, over what trains. SOAP's is one whose next update refreshes its bases: its largest."""
     lora = settings.adapter if settings.method in ("lora", "qlora") else None
-    optimizer = trained_optimizer(model, TrainConfig(optimizer=settings.optimizer, soap_every=1), lora=lora)
-    if isinstance(optimizer, SOAP):
-        optimizer.steps = [1] * len(optimizer.steps)
+    config = TrainConfig(optimizer=settings.optimizer, soap_every=1, ema_decay=0.5 if settings.averages else 0.0)
+    optimizer = trained_optimizer(model, config, lora=lora)
+    soap = optimizer.inner if isinstance(optimizer, Averaged) else optimizer
+    if isinstance(soap, SOAP):
+        soap.steps = [1] * len(soap.steps)
     return optimizer
 
 

@@ -291,6 +291,7 @@ def test_bad_jobs_are_named(base_dir: Path, data: list[Path], tmp_path: Path) ->
             r"job .*b: lora targets \{'q_proj2'\} match no linear; this model has q_proj",
         ),
         ([a | {"optimizer": "adamw8bit"}], r"job .*a: optimizer=adamw8bit does not train many adapters at once"),
+        ([a | {"ema_decay": 0.9}], r"job .*a: ema_decay=0\.9 is not covered for jobs that train together"),
         ([a | {"decayed_roles": ["hidden"]}], r"job .*a: decayed_roles without adapter is not covered"),
         ([a | {"dropout": 0.1, "checkpointing": True}], r"job .*a: dropout=0\.1 with checkpointing=true"),
         ([a | {"streaming": True}], r"job .*a: streaming=true is not covered for jobs that train together"),

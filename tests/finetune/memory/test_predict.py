@@ -189,6 +189,17 @@ def test_an_optimizers_matrices_are_counted(optimizer: str) -> None:
     assert abs(found.error) < (0.006 if optimizer == "soap" else 1e-9)
 
 
+def test_an_average_of_the_weights_is_counted() -> None:
+    """By hand: ema_decay keeps 4 bytes a trained parameter more than AdamW's 8, and the prediction of a run knows."""
+    found = estimate(SMALL, MemorySettings("full", seq_len=16, averages=True), device="cpu")
+    assert found.optimizer == 12 * SMALL.n_params
+    one, other = (
+        predict_run(SMALL, method="full", train=TrainConfig(batch_size=1, ema_decay=d), seq_len=16, device="cpu")
+        for d in (0.9, 0.0)
+    )
+    assert one - other >= 4 * SMALL.n_params
+
+
 def test_an_8_bit_optimizer_is_smaller() -> None:
     pytest.importorskip("graft.quant.adamw8bit")
     config = SIZES["128 wide, 6 layers"]
