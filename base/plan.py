@@ -47,8 +47,8 @@ def training_flops(n_params: float, n_tokens: float) -> float:
 def attention_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """Forward and backward products of queries with keys and of weights with values, a token of a causal sequence.
 
-    Two products of 2 H Dh FLOPs for each key, T / 2 keys on average (the window's at most), 3 passes' worth, all layers. Of linear
-    attention its recurrence: 3 products of 2 Hv Dk Dv FLOPs (what the state knows, what is written, what is read).
+    Products of 2 H Dh and 2 H Dv FLOPs for each key, T / 2 keys on average (the window's at most), 3 passes' worth, all layers. Of
+    linear attention its recurrence: 3 products of 2 Hv Dk Dv FLOPs (what the state knows, what is written, what is read).
     """
     specs = Counter(config.layer(i) for i in range(config.n_layers))
     keys = sum(
@@ -56,7 +56,7 @@ def attention_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     )  # of all layers
     s = config.linear
     state = 6 * config.n_linear_layers * s.n_v_heads * s.d_k * s.d_v
-    return 3 * (2 * 2 * config.n_heads * config.d_head * keys + state)
+    return 3 * (2 * config.n_heads * (config.d_head + config.value_width) * keys + state)
 
 
 def _keys_seen(window: int | None, seq_len: int) -> float:

@@ -70,7 +70,7 @@ def run_quantize(
             raise ValueError(f"{base}: {name}: {error}") from None
     if rows is not None:
         calibrate_model_(model, base, rows)
-    keep = (*KEEP, "shared_expert_gate") if config.d_shared_expert else KEEP
+    keep = (*KEEP, "shared_expert_gate") if config.d_shared_expert and config.gate_shared_expert else KEEP
     settings = quantization_config(double_quant=double_quant, compute_dtype=torch.bfloat16, keep=keep)
     with replaced_folder(out) as folder:
         tokenizer.save(folder)

@@ -53,6 +53,15 @@ class Attention(nn.Module):
         # What every token sees beside the row's own keys, if anything gives it: dtype -> Before, or None.
         self.prefix: Callable[[torch.dtype], Before | None] | None = None
 
+    @property
+    def cache_width(self) -> int:
+        """Values that the cache keeps of a token."""
+        return 2 * self.config.n_kv_heads * self.config.d_head
+
+    def new_pages(self, n: int, page: int, dtype: torch.dtype, device: torch.device | str) -> PagedLayer:
+        """n empty pages of `page` tokens."""
+        return PagedLayer(*self.new_cache(n, page, dtype, device).tensors())
+
     def new_cache(self, n_rows: int, capacity: int, dtype: torch.dtype, device: torch.device | str) -> LayerCache:
         """An empty cache of this layer's shapes."""
         shape = (n_rows, self.config.n_kv_heads, capacity, self.config.d_head)

@@ -35,6 +35,17 @@ class RopeScaling:
     beta_slow: float = 1.0  # yarn: those that turn less often are divided by factor
     attention_factor: float = 1.0  # yarn: cos and sin are multiplied by it
     truncate: bool = True  # yarn: the bounds between them are whole dimensions
+    mscale: float = (
+        0.0  # yarn, DeepSeek's: what attention_factor was made from, and with a latent the scores' factor too
+    )
+    mscale_all_dim: float = 0.0
+
+    @property
+    def score_factor(self) -> float:
+        """What latent attention multiplies scores by, beyond 1 / sqrt(d_head): mscale of all dimensions, squared."""
+        if self.rope_type != "yarn" or not self.mscale_all_dim or self.factor <= 1:
+            return 1.0
+        return (0.1 * self.mscale_all_dim * math.log(self.factor) + 1.0) ** 2
 
     def __post_init__(self) -> None:
         if self.rope_type not in ROPE_TYPES:
@@ -51,6 +62,9 @@ class RopeScaling:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name}={value!r} must be > 0 and finite")
+        for name in ("mscale", "mscale_all_dim"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be >= 0 and finite")
         if self.rope_type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
             raise ValueError(
                 f"low_freq_factor={self.low_freq_factor} must be less than high_freq_factor={self.high_freq_factor}"
@@ -63,7 +77,9 @@ class LayerSpec:
 
     window: int | None = None  # keys that a query sees, its own included; None: all before it
     rotates: bool = True  # queries and keys carry their positions by RoPE
-    attention: str = "grouped"  # grouped: grouped-query attention; linear: Gated DeltaNet
+    attention: str = (
+        "grouped"  # grouped: grouped-query attention; latent: multi-head latent attention; linear: Gated DeltaNet
+    )
     feed_forward: str = "gated"  # gated: SwiGLU or GeGLU; plain: without a gate; experts: a mixture of gated ones
     norm: str = (
         "pre"  # pre: before attention and feed-forward; post: after them, before the residual is added; sandwich: both;
@@ -105,6 +121,13 @@ class ModelConfig:
     layer_norm: bool = False  # norms are LayerNorm with a bias, not RMSNorm
     positions: str = "rope"  # rope, or vectors added to the embeddings: sinusoidal (2017) or learned (GPT-2)
     gated: bool = True  # feed-forward layers have a gate; false: down_proj(act(up_proj(x)))
+    d_latent: int | None = (
+        None  # R, keys and values are made from so wide a latent (MLA); None: grouped-query attention
+    )
+    d_query_latent: int | None = None  # queries from one so wide; None: from the hidden state
+    d_rope: int = 0  # with a latent: of d_head's dimensions those that RoPE turns, whose key all heads share
+    d_value: int | None = None  # with a latent: width of a head's values; None: d_head
+    rope_interleaved: bool = True  # with a latent: RoPE turns neighbours, not halves (DeepSeek)
     tie_embeddings: bool = True  # lm_head shares embed_tokens' weight
     attention_bias: bool = False  # q, k, v projections have a bias (Qwen2)
     attention_out_bias: bool = False  # o_proj has a bias (Llama with attention_bias)
@@ -116,6 +139,13 @@ class ModelConfig:
     n_experts_per_token: int = 2  # of which each token is read by so many
     d_expert: int | None = None  # an expert's width; None: d_ff
     d_shared_expert: int = 0  # width of an expert that reads every token; 0: none
+    gate_shared_expert: bool = True  # that expert has a gate of its own for each token (Qwen2-MoE)
+    router: str = "softmax"  # scores of the experts: softmax, or sigmoid of each alone (DeepSeek-V3)
+    router_bias: bool = False  # a bias that choosing sees and weighing doesn't keeps experts equally busy
+    bias_rate: float = 0.0  # by which that bias moves after each training step; 0: it stays
+    n_expert_groups: int = 1  # groups of experts, of which each token reads from a few
+    n_groups_per_token: int = 1  # from so many
+    routed_scale: float = 1.0  # times the experts' sum, the shared one left out
     expert_layers: tuple[bool, ...] | None = None  # which layers have the mixture; None: all of them
     linear_layers: tuple[bool, ...] | None = (
         None  # which have Gated DeltaNet in place of attention (Qwen3-Next); None: none
@@ -152,6 +182,7 @@ class ModelConfig:
         if self.sliding_layers is not None and self.sliding_window is None:
             raise ValueError("sliding_layers is given without sliding_window; set the window, or leave both out")
         self._check_gemma()
+        self._check_latent()
         if self.expert_layers is not None and not self.n_experts:
             raise ValueError("expert_layers is given without n_experts; set it, or leave both out")
         self._check_linear()
@@ -215,6 +246,40 @@ class ModelConfig:
                 "an even number from 2 to d_head"
             )
 
+    def _check_latent(self) -> None:
+        if self.d_latent is None:
+            given = [name for name in ("d_query_latent", "d_rope", "d_value") if getattr(self, name)]
+            if given:
+                raise ValueError(f"{given[0]} is given without d_latent; set the latent's width, or leave both out")
+            return
+        for name, least in (("d_latent", 1), ("d_query_latent", 1), ("d_value", 1), ("d_rope", 2)):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or not least <= value <= LARGEST["d_model"]):
+                raise ValueError(f"{name}={value!r} must be a whole number from {least} to {LARGEST['d_model']:,}")
+        if self.d_rope % 2 or self.d_rope >= self.d_head:
+            raise ValueError(
+                f"d_rope={self.d_rope} must be even and less than d_head={self.d_head}, which holds it and the part without RoPE"
+            )
+        if self.value_width > self.d_head:
+            raise ValueError(
+                f"d_value={self.d_value} is more than d_head={self.d_head}; kernels take values up to that width"
+            )
+        if self.n_kv_heads != self.n_heads:
+            raise ValueError(
+                f"n_kv_heads={self.n_kv_heads}: with d_latent every head has its own keys; use n_heads={self.n_heads}"
+            )
+        others = (
+            self.rope_local_theta is not None
+            or self.attention_gate
+            or self.rope_fraction != 1
+            or self.positions != "rope"
+        )
+        if self.qk_norm or others:
+            raise ValueError(
+                "qk_norm, rope_local_theta, attention_gate, rope_fraction and positions are not covered with d_latent; leave "
+                "them out (qk_norm=false)"
+            )
+
     def _check_experts(self) -> None:
         for name, least in (("n_experts", 2), ("d_shared_expert", 0), ("d_expert", 1)):
             value = getattr(self, name)
@@ -224,9 +289,31 @@ class ModelConfig:
             raise ValueError(
                 f"n_experts_per_token={self.n_experts_per_token} must lie between 1 and n_experts={self.n_experts}"
             )
-        for name in ("balance_loss", "router_z_loss"):
+        if self.router not in ("softmax", "sigmoid"):
+            raise ValueError(f"router={self.router!r} is not known; choose softmax or sigmoid")
+        if self.bias_rate and not self.router_bias:
+            raise ValueError(
+                f"bias_rate={self.bias_rate} moves the router's bias; set router_bias=true, or leave it out"
+            )
+        self._check_groups()
+        for name in ("balance_loss", "router_z_loss", "bias_rate", "routed_scale"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be >= 0 and finite")
+
+    def _check_groups(self) -> None:
+        n, most = self.n_expert_groups, self.n_groups_per_token
+        if n < 1 or self.n_experts % n:
+            raise ValueError(f"n_experts={self.n_experts} is not divisible into n_expert_groups={n}; choose a divisor")
+        if not 1 <= most <= n:
+            raise ValueError(f"n_groups_per_token={most} must lie between 1 and n_expert_groups={n}")
+        size = self.n_experts // n
+        if most * size < self.n_experts_per_token:
+            raise ValueError(
+                f"n_experts_per_token={self.n_experts_per_token} is more than the {most * size} experts of "
+                f"n_groups_per_token={most} groups; raise it"
+            )
+        if self.router_bias and n > 1 and size < 2:
+            raise ValueError(f"n_expert_groups={n} leaves {size} expert a group; a group is scored by its two best")
 
     def layer(self, i: int) -> LayerSpec:
         """What layer i is made of, i in [0, n_layers)."""
@@ -236,7 +323,7 @@ class ModelConfig:
         return LayerSpec(
             window=self.sliding_window if slides and not is_linear else None,
             rotates=self.positions == "rope" and not is_linear and (self.rope_layers is None or self.rope_layers[i]),
-            attention="linear" if is_linear else "grouped",
+            attention="linear" if is_linear else "grouped" if self.d_latent is None else "latent",
             feed_forward="experts" if mixes else "gated" if self.gated else "plain",
             norm="sandwich" if self.sandwich_norm else "post" if self.post_norm else "add" if self.add_norm else "pre",
             local_rope=slides and not is_linear and self.rope_local_theta is not None,
@@ -244,8 +331,16 @@ class ModelConfig:
 
     @property
     def attention_scale(self) -> float | None:
-        """What scores are multiplied by; None: 1 / sqrt(d_head)."""
-        return None if self.query_pre_attn_scalar is None else self.query_pre_attn_scalar**-0.5
+        """What scores are multiplied by; None: 1 / sqrt(d_head). DeepSeek multiplies by YaRN's factor twice, once a side."""
+        yarn = self.rope_scaling.score_factor if self.d_latent is not None else 1.0
+        if self.query_pre_attn_scalar is None and yarn == 1.0:
+            return None
+        return yarn * (self.query_pre_attn_scalar or self.d_head) ** -0.5
+
+    @property
+    def value_width(self) -> int:
+        """Dv, of one head's values."""
+        return self.d_head if self.d_value is None else self.d_value
 
     @property
     def decodes_short(self) -> bool:
@@ -266,7 +361,7 @@ class ModelConfig:
     @property
     def d_rotary(self) -> int:
         """Dimensions of a query or key that RoPE turns."""
-        return int(self.d_head * self.rope_fraction)
+        return self.d_rope if self.d_latent is not None else int(self.d_head * self.rope_fraction)
 
     @property
     def expert_width(self) -> int:
@@ -301,6 +396,8 @@ class ModelConfig:
             attention, norms = self.linear.n_params(self.d_model), 0
         norms = self._norm_params(norms)
         norms += (4 if spec.norm == "sandwich" else 2) * self._norm_params(self.d_model)
+        if spec.attention == "latent":
+            attention = self._latent_params()
         if spec.feed_forward == "plain":
             return attention + 2 * self.d_model * self.d_ff + (self.d_ff + self.d_model) * self.mlp_bias + norms
         if spec.feed_forward == "gated":
@@ -308,12 +405,21 @@ class ModelConfig:
         read = self.n_experts_per_token if active else self.n_experts
         experts = self.d_model * self.n_experts + read * 3 * self.d_model * self.expert_width
         if self.d_shared_expert:
-            experts += self._gated_params(self.d_shared_expert) + self.d_model
+            experts += self._gated_params(self.d_shared_expert) + self.d_model * self.gate_shared_expert
+        experts += self.n_experts * self.router_bias
         return attention + experts + norms
 
     def _norm_params(self, n: int) -> int:
         """Of norms over n values in all."""
         return 2 * n if self.layer_norm else n
+
+    def _latent_params(self) -> int:
+        assert self.d_latent is not None
+        D, H, R, Rq = self.d_model, self.n_heads, self.d_latent, self.d_query_latent
+        queries = D * H * self.d_head if Rq is None else Rq * (D + 1 + H * self.d_head + self.attention_bias)
+        entries = (D + self.attention_bias) * (R + self.d_rope) + R
+        made = R * H * (self.d_head - self.d_rope + self.value_width)
+        return queries + entries + made + D * (H * self.value_width + self.attention_out_bias)
 
     def _gated_params(self, width: int) -> int:
         return 3 * self.d_model * width + (2 * width + self.d_model) * self.mlp_bias

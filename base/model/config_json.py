@@ -10,6 +10,7 @@ import torch
 
 from ..json_fields import check, field
 from .config import LARGEST, ModelConfig, RopeScaling
+from .deepseek_json import deepseek_fields, deepseek_to_dict
 from .families import ARCHITECTURES, FAMILIES, Family
 from .gemma_json import gemma_fields, gemma_to_dict, with_gemma_defaults
 from .gpt2 import config_from_gpt2, config_to_gpt2
@@ -57,13 +58,13 @@ def config_from_dict(raw_config: dict[str, Any], *, where: str = "config.json") 
     try:
         window, sliding = _windows(raw_config, model_type, n_layers, where)
         d_head = get("head_dim", int, d_model // n_heads)
+        heads = {"n_kv_heads": get("num_key_value_heads", int, n_heads), "d_head": d_head}
         return ModelConfig(
             vocab_size=vocab_size,
             d_model=d_model,
             n_layers=n_layers,
             n_heads=n_heads,
-            n_kv_heads=get("num_key_value_heads", int, n_heads),
-            d_head=d_head,
+            **(heads | deepseek_fields(raw_config, model_type, n_heads, n_layers, where)),
             d_ff=d_ff,
             max_seq_len=get("max_position_embeddings", int, 2048),
             rope_theta=_rope_theta(raw_config, where),
@@ -79,7 +80,7 @@ def config_from_dict(raw_config: dict[str, Any], *, where: str = "config.json") 
             sliding_window=window,
             sliding_layers=sliding,
             rope_layers=_rope_layers(raw_config, n_layers, where) if family.chooses_rope else None,
-            **(_experts(raw_config, family, n_layers, where) if family.experts else {}),
+            **(_experts(raw_config, family, n_layers, where) if family.experts not in (None, "deepseek") else {}),
             **(hybrid_from_dict(raw_config, n_layers, where) if family.hybrid else {}),
             rope_fraction=_rope_fraction(raw_config, 0.25 if family.hybrid else 1.0, where),
             **gemma_fields(raw_config, model_type, d_head, slides=window is not None, where=where),
@@ -263,6 +264,8 @@ def _yarn(scaling: dict[str, Any], raw_config: dict[str, Any], where: str) -> Ro
         beta_slow=_number(scaling, "beta_slow", where, 1.0),
         attention_factor=_number(scaling, "attention_factor", where, attention_factor),
         truncate=field(scaling, "truncate", bool, where, default=True),
+        mscale=mscale,
+        mscale_all_dim=mscale_all,
     )
 
 
@@ -313,6 +316,7 @@ def config_to_dict(config: ModelConfig, *, dtype: torch.dtype) -> dict[str, Any]
         raw_config["no_rope_layers"] = [int(has_rope) for has_rope in rotates]
     raw_config |= _windows_to_dict(config, family) | _experts_to_dict(config, family)
     raw_config |= hybrid_to_dict(config, raw_config["rope_parameters"]) if family.hybrid else {}
+    raw_config |= deepseek_to_dict(config, family.model_type)
     return raw_config | gemma_to_dict(config, family.model_type, scaling)
 
 
@@ -324,6 +328,7 @@ def _scaling_to_dict(scaling: RopeScaling) -> dict[str, Any]:
         found |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
     if scaling.rope_type == "yarn":
         found |= {key: getattr(scaling, key) for key in ("beta_fast", "beta_slow", "attention_factor", "truncate")}
+        found |= {key: getattr(scaling, key) for key in ("mscale", "mscale_all_dim") if getattr(scaling, key)}
     if scaling.rope_type in ("llama3", "yarn"):
         found["original_max_position_embeddings"] = scaling.original_max_seq_len
     return found
@@ -343,7 +348,7 @@ def _windows_to_dict(config: ModelConfig, family: Family) -> dict[str, Any]:
 
 
 def _experts_to_dict(config: ModelConfig, family: Family) -> dict[str, Any]:
-    if family.experts is None:
+    if family.experts in (None, "deepseek"):
         return {}
     if not config.n_experts:
         return {"num_experts": 0}

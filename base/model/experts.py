@@ -19,25 +19,53 @@ from .feed_forward import FeedForward
 from .kv_cache import StepContext
 from .plain_feed_forward import PlainFeedForward
 
+TINY = 1e-20  # keeps weights finite where all of a token's scores are 0
+
 
 class Router(nn.Module):
-    """Scores of the experts for each token: softmax(x W^T), the k highest."""
+    """Scores of the experts for each token: softmax(x W^T) or sigmoid, the k highest.
 
-    ROLES: ClassVar = {"weight": "router"}
+    With a bias (Wang et al. 2024, arXiv:2408.15664) the k highest of score + bias are chosen, and weighed by their scores. With
+    groups, only experts of the highest-scored groups are chosen among: a group's score is its highest (DeepSeek-V2,
+    arXiv:2405.04434, section 2.1.3), or with a bias the sum of its two highest (DeepSeek-V3, arXiv:2412.19437, section 2.1.2).
+    """
+
+    ROLES: ClassVar = {"weight": "router", "e_score_correction_bias": "balance"}
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.n_per_token, self.normalize = config.n_experts_per_token, config.normalize_experts
+        self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_experts, config.d_model))
+        if config.router_bias:  # moved by the experts' load (balance.py), never by a gradient
+            bias = torch.zeros(config.n_experts, dtype=torch.float32)
+            self.e_score_correction_bias = nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(N, D) -> logits (N, E) float32, weights (N, k) float32, experts (N, k) int64."""
         with torch.autocast(x.device.type, enabled=False):  # in float32: a rounded score sends a token elsewhere
             logits = F.linear(x.float(), self.weight.float())
-        weights, experts = logits.softmax(-1).topk(self.n_per_token, dim=-1)
-        if self.normalize:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return logits, weights, experts
+        c, scores = self.config, self.scores(logits)
+        choice = scores + self.e_score_correction_bias.float() if c.router_bias else scores
+        if c.n_expert_groups > 1:
+            choice = choice.masked_fill(~self._of_chosen_groups(choice), -torch.inf)
+        experts = choice.topk(c.n_experts_per_token, dim=-1).indices
+        weights = scores.gather(-1, experts)
+        if c.normalize_experts:
+            weights = weights / (weights.sum(-1, keepdim=True) + TINY)
+        return logits, weights * c.routed_scale if c.routed_scale != 1 else weights, experts
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Logits (N, E) float32 -> scores (N, E) in (0, 1)."""
+        return logits.sigmoid() if self.config.router == "sigmoid" else logits.softmax(-1)
+
+    def _of_chosen_groups(self, choice: Tensor) -> Tensor:
+        """(N, E) bool: the experts of each token's highest-scored groups."""
+        c = self.config
+        grouped = choice.detach().unflatten(-1, (c.n_expert_groups, -1))  # (N, G, E / G)
+        score = grouped.topk(2, dim=-1).values.sum(-1) if c.router_bias else grouped.amax(-1)  # (N, G)
+        best = score.topk(c.n_groups_per_token, dim=-1).indices
+        chosen = torch.zeros_like(score, dtype=torch.bool).scatter_(1, best, True)
+        return chosen.repeat_interleave(grouped.shape[-1], dim=-1)
 
 
 class ExpertWeights(nn.Module):
@@ -70,8 +98,11 @@ class MixtureOfExperts(nn.Module):
         self.gate = Router(config)
         self.experts = ExpertWeights(config)
         if config.d_shared_expert:
-            self.shared_expert = FeedForward(config, config.d_shared_expert)
-            self.shared_expert_gate = SharedGate(config.d_model)
+            shared = FeedForward(config, config.d_shared_expert)
+            if config.gate_shared_expert:
+                self.shared_expert, self.shared_expert_gate = shared, SharedGate(config.d_model)
+            else:
+                self.shared_experts = shared
 
     def forward(self, x: Tensor, context: StepContext | None = None) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])  # (N, D)
@@ -82,8 +113,10 @@ class MixtureOfExperts(nn.Module):
         made = self.experts(Spread.apply(tokens, order, inverse, experts.shape[1]), ends)  # (N k, D)
         made = Permute.apply(made, inverse, order).view(*experts.shape, -1)  # (N, k, D)
         out = (made * weights[..., None].to(made.dtype)).sum(1)
-        if self.config.d_shared_expert:
+        if self.config.d_shared_expert and self.config.gate_shared_expert:
             out = out + self.shared_expert_gate(tokens) * self.shared_expert(tokens)
+        elif self.config.d_shared_expert:
+            out = out + self.shared_experts(tokens)
         return out.view(x.shape)
 
     def decode(self, x: Tensor) -> Tensor:
@@ -101,7 +134,10 @@ class MixtureOfExperts(nn.Module):
         chosen = torch.zeros(c.n_experts, device=logits.device).index_add_(
             0, experts.flatten(), torch.ones_like(experts, dtype=torch.float32).flatten()
         )
-        balance = c.n_experts * (chosen / len(logits) * logits.softmax(-1).mean(0)).sum()
+        probabilities = self.gate.scores(logits)
+        if c.router == "sigmoid":  # arXiv:2412.19437, eq. 19
+            probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+        balance = c.n_experts * (chosen / len(logits) * probabilities.mean(0)).sum()
         return c.balance_loss * balance + c.router_z_loss * logits.logsumexp(-1).square().mean()
 
 

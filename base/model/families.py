@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from . import gpt2
 from .config import ModelConfig
+from .deepseek_json import deepseek_fits
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ FAMILIES = {
     "Qwen3MoeForCausalLM": Family("qwen3_moe", qk_norm="head", biases=("attention",), windows="all", experts="qwen"),
     "Qwen2MoeForCausalLM": Family("qwen2_moe", biases=("qkv",), experts="qwen"),
     "Qwen3NextForCausalLM": Family("qwen3_next", qk_norm="head", biases=("attention",), experts="qwen", hybrid=True),
+    "DeepseekV2ForCausalLM": Family("deepseek_v2", biases=("attention",), experts="deepseek"),
+    "DeepseekV3ForCausalLM": Family("deepseek_v3", biases=("attention",), experts="deepseek"),
     "GemmaForCausalLM": Family("gemma", biases=("attention",), gemma=1, ties=True),
     "Gemma2ForCausalLM": Family("gemma2", biases=("attention",), windows="some", gemma=2, ties=True),
     "Gemma3ForCausalLM": Family(
@@ -55,7 +58,7 @@ def family_of(config: ModelConfig) -> tuple[str, Family]:
             if gpt2.fits(config):
                 return architecture, family
             continue
-        fits = (_kinds_fit, _attention_fits, _hybrid_fits, _gemma_fits, _experts_fit)
+        fits = (_kinds_fit, _attention_fits, _hybrid_fits, _gemma_fits, deepseek_fits, _experts_fit)
         if all(fit(config, family) for fit in fits):
             return architecture, family
     names = (
@@ -71,6 +74,7 @@ def family_of(config: ModelConfig) -> tuple[str, Family]:
         *("sandwich_norm", "offset_norm", "scale_embeddings", "activation", "attention_softcap", "logit_softcap"),
         *("query_pre_attn_scalar", "rope_local_theta", "linear_layers", "attention_gate", "rope_fraction"),
         *("positions", "layer_norm", "add_norm", "gated"),
+        *("d_latent", "router", "router_bias", "n_expert_groups", "gate_shared_expert"),
         *("rope_layers", "n_experts", "d_expert", "d_shared_expert", "expert_layers", "normalize_experts"),
     )
     default = ModelConfig(1)
@@ -126,6 +130,8 @@ def _gemma_fits(config: ModelConfig, family: Family) -> bool:
 
 
 def _experts_fit(config: ModelConfig, family: Family) -> bool:
+    if family.experts == "deepseek":
+        return True  # deepseek_json.py knows
     if not config.n_experts or family.experts is None:
         return not config.n_experts and (family.experts is None or family.hybrid)
     if bool(config.d_shared_expert) != (family.model_type in ("qwen2_moe", "qwen3_next")):

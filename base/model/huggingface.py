@@ -22,6 +22,7 @@ from .own_json import layout_of
 from .transformer import Transformer
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+KEPT_WIDE = "e_score_correction_bias"  # in float32 whatever the others' dtype: it moves by thousandths
 SHARD_BYTES = 5_000_000_000  # Hugging Face's own limit per file
 
 
@@ -145,7 +146,8 @@ def load_weights(
             continue
         if name == "lm_head.weight" and model.config.tie_embeddings:
             continue
-        place_parameter(model, name, tensor.to(device=device, dtype=dtype or tensor.dtype))
+        wanted = torch.float32 if name.endswith(KEPT_WIDE) else dtype or tensor.dtype
+        place_parameter(model, name, tensor.to(device=device, dtype=wanted))
     if model.config.tie_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     missing = [name for name, p in [*model.named_parameters(), *model.named_buffers()] if p.is_meta]
@@ -163,7 +165,7 @@ def save_model(model: Transformer, folder: Path | str, *, dtype: str | None = No
     target = dtype_named(dtype) if dtype else next(model.parameters()).dtype
     config_to_dict(model.config, dtype=target)  # raises before anything is written
     tensors = {
-        name: tensor.detach().to(target)
+        name: tensor.detach().to(torch.float32 if name.endswith(KEPT_WIDE) else target)
         for name, tensor in model.state_dict().items()
         if not (name == "lm_head.weight" and model.config.tie_embeddings)
     }

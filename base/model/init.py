@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from ..optim import mup
 
 Role = Literal[
-    "embedding", "head", "hidden", "residual", "router", "conv", "gain", "offset", "bias", "log_rate", "time_step", "adapter"
+    "embedding", "head", "hidden", "residual", "router", "conv", "gain", "offset", "bias", "balance", "log_rate", "time_step",
+    "adapter",
 ]  # fmt: skip
 """embedding (V, D); head (V, D); hidden: a matrix between hidden states; residual: such a matrix whose output is added to the
 residual stream; router (E, D): scores of experts, gates; conv: a short convolution; gain: a norm's weight; offset: one that is
-added to 1; bias; log_rate, time_step: a state's decay (Gated DeltaNet's A_log and dt_bias); adapter: a low-rank factor."""
+added to 1; bias; balance: a router's, moved by the experts' load; log_rate, time_step: a state's decay (Gated DeltaNet's A_log
+and dt_bias); adapter: a low-rank factor."""
 
 HIDDEN: frozenset[Role] = frozenset({"hidden", "residual"})  # Muon's matrices
 
@@ -52,14 +54,14 @@ def initialize_(model: nn.Module, *, seed: int, std: float, n_layers: int, width
 
     embedding, head, hidden, router   N(0, std^2)
     residual                          N(0, std^2 / (2 n_layers)) (Radford et al. 2019, GPT-2, section 2.3)
-    gain, offset, bias                1, 0, 0
+    gain, offset, bias, balance       1, 0, 0, 0
     conv (C, 1, K)                    U(-1, 1) / sqrt(K), PyTorch's for convolutions
     log_rate                          log U(1, 16)                                       } Mamba-2's (Dao & Gu 2024,
     time_step                         softplus^-1 of e^U(log 0.001, log 0.1)             } arXiv:2405.21060)
     """
     generator = torch.Generator().manual_seed(seed)
     scales = {"embedding": std, "head": std, "hidden": std, "router": std, "residual": std / (2 * n_layers) ** 0.5}
-    constants = {"gain": 1.0, "offset": 0.0, "bias": 0.0}
+    constants = {"gain": 1.0, "offset": 0.0, "bias": 0.0, "balance": 0.0}
     with torch.no_grad():
         for name, parameter, role in named_roles(model):
             if role in constants:

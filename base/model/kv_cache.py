@@ -71,15 +71,24 @@ class LayerCache:
 
     def read(self, n_rows: int, context: StepContext, window: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """All keys and values up to the step's last column, and the mask of that window (None: all is seen)."""
-        mask = context.masks[window] if context.masks else None
-        first = 0
-        if window is not None and mask is None:  # one query a row and equal lengths: the window is a slice
-            first = max(0, context.stop - window)
+        first, mask = self.seen(context, window)
         return self.keys[:n_rows, :, first : context.stop], self.values[:n_rows, :, first : context.stop], mask
+
+    @staticmethod
+    def seen(context: StepContext, window: int | None) -> tuple[int, Tensor | None]:
+        """The first column that a step's queries see, and the mask of those from there on."""
+        mask = context.masks[window] if context.masks else None
+        if window is not None and mask is None:  # one query a row and equal lengths: the window is a slice
+            return max(0, context.stop - window), None
+        return 0, mask
 
     def tensors(self) -> tuple[Tensor, ...]:
         """What the cache holds, each with rows on its first axis and columns on its third."""
         return self.keys, self.values
+
+    def replace(self, tensors: list[Tensor]) -> None:
+        """Hold others in place of `tensors()`, in its order."""
+        self.keys, self.values = tensors
 
     def resize(self, capacity: int, n_rows: int, end: int, drop: int) -> None:
         """Move to new memory of `capacity` columns, without the first `drop` (negative: with that many empty ones before)."""
@@ -89,7 +98,7 @@ class LayerCache:
             source, target = max(0, drop), max(0, -drop)
             new[:n_rows, :, target : target + end - source] = old[:n_rows, :, source:end]
             moved.append(new)
-        self.keys, self.values = moved
+        self.replace(moved)
 
     def insert(self, row: int, end: int, other: "LayerCache", other_row: int, start: int, length: int) -> None:
         """Copy `length` columns of another cache's row, from its column `start`, so that they end at column `end` here."""

@@ -54,7 +54,7 @@ class PagePool:
     """All pages of a model and how many users each has. Page 0 belongs to nobody."""
 
     def __init__(self, layers: Sequence[PagedLayer]) -> None:
-        first = layers[0].keys
+        first = layers[0].tensors()[0]
         self.layers, self.n_pages, self.device = list(layers), first.shape[0], first.device
         self.page_bytes = sum(t[0].numel() * t.element_size() for layer in layers for t in layer.tensors())
         self.users = [0] * self.n_pages

@@ -22,6 +22,7 @@ from .delta_net import GatedDeltaNet
 from .experts import feed_forward
 from .head import CappedHead, TakesLoss, summed_loss
 from .kv_cache import KVCache, LayerCache, StepContext
+from .latent_attention import LatentAttention
 from .norm import norm
 from .paged_cache import PAGE, PagedKVCache, PagedLayer, PagePool
 from .positions import POSITIONS
@@ -42,7 +43,7 @@ class DecoderLayer(nn.Module):
         if spec.attention == "linear":
             self.linear_attn = GatedDeltaNet(config)
         else:
-            self.self_attn = Attention(config, spec)
+            self.self_attn = self_attention(config, spec)
         self.post_attention_layernorm = norm(config, config.d_model)
         self.mlp = feed_forward(config, spec)
 
@@ -63,6 +64,11 @@ class DecoderLayer(nn.Module):
 def mixer_of(layer: nn.Module) -> Any:
     """What mixes a layer's tokens: attention, or linear attention under its own name on disk."""
     return layer._modules.get("linear_attn") or layer._modules["self_attn"]
+
+
+def self_attention(config: ModelConfig, spec: LayerSpec) -> Attention | LatentAttention:
+    """The layer's attention."""
+    return LatentAttention(config, spec) if spec.attention == "latent" else Attention(config, spec)
 
 
 class PostNormLayer(nn.Module):
@@ -258,20 +264,17 @@ class Transformer(nn.Module):
     def new_pages(self, max_bytes: int) -> PagePool:
         """Pages for the keys and values of `PagedKVCache`s, of at most so many bytes in all."""
         weight = self.model.embed_tokens.weight
-        config, n_layers = self.config, len(self.model.layers)
-        if config.n_linear_layers:
+        if self.config.n_linear_layers:
             raise ValueError(f"the key-value cache can't be kept in pages: {NO_WAY_BACK}; leave cache_bytes out")
-        one = 2 * config.n_kv_heads * PAGE * config.d_head * n_layers * weight.element_size()
+        one = sum(layer.self_attn.cache_width for layer in self.model.layers) * PAGE * weight.element_size()
         n = max_bytes // one
         if n < 2:
             raise ValueError(
                 f"{max_bytes} bytes hold no page of {PAGE} tokens, which takes {one}; give at least {2 * one}"
             )
-        layers = []
-        for layer in self.model.layers:
-            made = layer.self_attn.new_cache(n, PAGE, weight.dtype, weight.device)
-            layers.append(PagedLayer(made.keys, made.values))
-        return PagePool(layers)
+        return PagePool(
+            [layer.self_attn.new_pages(n, PAGE, weight.dtype, weight.device) for layer in self.model.layers]
+        )
 
 
 def initialize_(model: Transformer, *, seed: int, width_ratio: float = 1.0) -> None:

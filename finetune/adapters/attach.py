@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...base.model.attention import Attention
 from ...base.model.norm import RMSNorm
 from ...base.model.transformer import Transformer
 from .adapter import EMBEDDING, HEAD, Adapter
@@ -203,6 +204,10 @@ def check_prefix(model: Transformer) -> None:
         raise ValueError(
             "adapter_kind=prefix is not covered for linear attention layers, which have no keys; use adapter_kind=lora"
         )
+    if model.config.d_latent is not None:
+        raise ValueError(
+            "adapter_kind=prefix is not covered for latent attention, which keeps no keys; use adapter_kind=lora or bottleneck"
+        )
 
 
 def install_prefix(model: Transformer, name: str, layers: Sequence[tuple[Tensor, Tensor]], *, trained: bool) -> None:
@@ -227,7 +232,9 @@ def activations(model: Transformer, n: int, seed: int) -> list[tuple[Tensor, Ten
     for layer in model.model.layers:
         pair: list[Tensor] = []
         found.append(pair)
-        for linear in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+        attention = layer.self_attn
+        assert isinstance(attention, Attention)  # check_prefix
+        for linear in (attention.k_proj, attention.v_proj):
             handles.append(linear.register_forward_hook(_keep(pair)))
     try:
         with choosing(registry_of(model), None):
@@ -239,6 +246,7 @@ def activations(model: Transformer, n: int, seed: int) -> list[tuple[Tensor, Ten
     layers = []
     for layer, (keys, values) in zip(model.model.layers, found, strict=True):
         if model.config.qk_norm:
+            assert isinstance(layer.self_attn, Attention)
             keys = layer.self_attn.k_norm(keys if model.config.qk_norm_joint else keys.view(shape)).view(shape)
         layers.append((keys.float().reshape(shape).clone(), values.float().reshape(shape).clone()))
     return layers

@@ -123,6 +123,8 @@ def _check_prefix(adapter: Adapter, model: nn.Module) -> None:
         raise ValueError(f"adapter {adapter.where} is a prefix, which is not covered for layers with a sliding window")
     if config.n_linear_layers:
         raise ValueError(f"adapter {adapter.where} is a prefix, which is not covered for linear attention layers")
+    if config.d_latent is not None:
+        raise ValueError(f"adapter {adapter.where} is a prefix, which is not covered for latent attention")
 
 
 def _check_bottlenecks(adapter: Adapter, model: nn.Module) -> None:

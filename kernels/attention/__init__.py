@@ -10,6 +10,7 @@ from ..checks import readable
 from ..dispatch import Backend, choose_backend, name_of
 from .reference import attention_reference
 from .sdpa import attention_torch
+from .widths import widened
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -17,7 +18,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def attention(
     q: Tensor,  # (B, H, T, Dh)
     k: Tensor,  # (B, K, S, Dh), H a multiple of K
-    v: Tensor,  # (B, K, S, Dh)
+    v: Tensor,  # (B, K, S, Dv), Dv <= Dh
     *,
     causal: bool = True,  # aligned to the bottom right: the last query sees every key, also where T != S
     scale: float | None = None,  # of the scores; None is 1 / sqrt(Dh)
@@ -26,11 +27,12 @@ def attention(
     cu_seqlens: Tensor | None = None,  # (n_docs + 1,) int32, from 0: borders of packed documents, B = 1 and T = S
     key_lengths: Tensor | None = None,  # (B,) int32: row b has keys [0, key_lengths[b]), and causal ends there
     backend: Backend = "auto",
-) -> Tensor:  # (B, H, T, Dh)
+) -> Tensor:  # (B, H, T, Dv)
     """softmax(q k^T * scale) v by FlashAttention-2 (Dao 2023, arXiv:2307.08691, algorithms 1 and 2), or by SDPA.
 
     A row that may see nothing is zero, and so are its gradients. Equal neighbours in cu_seqlens are empty documents;
-    tokens past its last entry belong to none. Under autocast q, k and v are cast to autocast's dtype first.
+    tokens past its last entry belong to none. Narrower values are filled up with zeros, since kernels know one width. Under
+    autocast q, k and v are cast to autocast's dtype first.
     Raises ValueError for shapes, dtypes and options that don't fit.
     """
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
@@ -43,10 +45,10 @@ def attention(
         from .triton_attention import attention_triton as run
     else:
         run = attention_reference if chosen == "reference" else attention_torch
-    return run(
+    out = run(
         q,
         k,
-        v,
+        widened(v, k.shape[-1]),
         causal=causal,
         scale=scale,
         window=window,
@@ -54,6 +56,7 @@ def attention(
         cu_seqlens=cu_seqlens,
         key_lengths=key_lengths,
     )
+    return out if v.shape[-1] == k.shape[-1] else out[..., : v.shape[-1]]
 
 
 def _triton_limits(d_head: int, scale: float) -> str | None:
@@ -76,9 +79,11 @@ def _check(
     key_lengths: Tensor | None,
 ) -> None:
     """Shapes, dtypes and options, before any backend sees them. Values of tensors are looked at on the CPU only."""
-    if q.ndim != 4 or k.ndim != 4 or v.shape != k.shape:
+    if q.ndim != 4 or k.ndim != 4 or v.shape[:-1] != k.shape[:-1] or v.shape[-1] > k.shape[-1]:
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-        raise ValueError(f"attention takes q (B, H, T, Dh) and k, v (B, K, S, Dh) of one shape, got {shapes}")
+        raise ValueError(
+            f"attention takes q (B, H, T, Dh) and k, v (B, K, S, Dh) of one shape, or narrower v, got {shapes}"
+        )
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(
             f"q {tuple(q.shape)} and k {tuple(k.shape)} differ in batch or head size; "

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import accumulator
+from .widths import widened
 
 
 def attention_masked(
@@ -21,10 +22,13 @@ def attention_masked(
     B, H, T, Dh = q.shape
     K = k.shape[1]
     if softcap is None:
+        d_value, v = v.shape[-1], widened(v, Dh)
         if T > 1:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
-        grouped = q.reshape(B, K, H // K, Dh)
-        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale).reshape(B, H, T, v.shape[-1])
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+        else:
+            grouped = q.reshape(B, K, H // K, Dh)
+            out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale).reshape(B, H, T, -1)
+        return out[..., :d_value]
     wide = accumulator(q.dtype)
     queries = q.to(wide).reshape(B, K, H // K * T, Dh) * (Dh**-0.5 if scale is None else scale)
     scores = softcap * torch.tanh(queries @ k.to(wide).transpose(2, 3) / softcap)  # (B, K, H/K * T, S)

@@ -31,6 +31,23 @@ DENSE = ModelConfig(
 )
 MOE = replace(DENSE, d_ff=24, n_experts=6, n_experts_per_token=2, balance_loss=0.001)
 GEMMA = replace(DENSE, offset_norm=True, scale_embeddings=True, activation="gelu_tanh")
+MLA = replace(
+    DENSE, n_kv_heads=4, d_head=20, d_latent=12, d_query_latent=14, d_rope=8, d_value=16, tie_embeddings=False
+)
+DEEPSEEK = replace(
+    MLA,
+    n_experts=8,
+    d_expert=24,
+    d_shared_expert=48,
+    gate_shared_expert=False,
+    router="sigmoid",
+    router_bias=True,
+    n_expert_groups=4,
+    n_groups_per_token=2,
+    routed_scale=2.5,
+    expert_layers=(False, True, True),
+    balance_loss=0.001,
+)
 KINDS = {
     "smollm3": replace(DENSE, rope_layers=(True, False, True), d_head=16),
     "smollm3 windows": replace(
@@ -50,6 +67,30 @@ KINDS = {
         MOE, qk_norm=True, d_expert=12, expert_layers=(False, True, True), normalize_experts=False
     ),
     "qwen2 moe": replace(MOE, attention_bias=True, d_expert=24, d_shared_expert=20, normalize_experts=False),
+    "latent attention": MLA,
+    "latent attention, halves, queries from the state": replace(
+        MLA, d_query_latent=None, rope_interleaved=False, d_value=None, router_bias=False
+    ),
+    "deepseek v3": DEEPSEEK,
+    "deepseek v3, yarn": replace(
+        DEEPSEEK,
+        normalize_experts=False,
+        n_experts_per_token=4,
+        expert_layers=None,
+        n_layers=2,
+        attention_bias=True,
+        attention_out_bias=True,
+        rope_scaling=RopeScaling("yarn", 4.0, original_max_seq_len=24, mscale=1.0, mscale_all_dim=0.7),
+    ),
+    "deepseek v2": replace(
+        DEEPSEEK,
+        router="softmax",
+        router_bias=False,
+        normalize_experts=False,
+        n_expert_groups=1,
+        n_groups_per_token=1,
+    ),
+    "deepseek v2 in groups": replace(DEEPSEEK, router="softmax", router_bias=False, normalize_experts=False),
     "gemma": GEMMA,
     "gemma2": replace(
         GEMMA,
@@ -143,7 +184,9 @@ def test_active_parameters() -> None:
     )  # the embedding is looked up, and experts unread cost nothing
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen2 moe", "olmo2", "smollm3", "gemma2", "gemma3"])
+@pytest.mark.parametrize(
+    "kind", ["mixtral", "qwen2 moe", "olmo2", "smollm3", "gemma2", "gemma3", "deepseek v3", "deepseek v2"]
+)
 def test_gradients_equal_transformers(kind: str, tmp_path: Path) -> None:
     """The loss without the router's and its gradients, by the names on disk."""
     config = replace(KINDS[kind], balance_loss=0.0)
