@@ -17,7 +17,7 @@ from .settings import plain
 # What may change between a run and its resumption. (`steps` moves the rest of the schedule: that is asked for.)
 RESUMABLE = frozenset({"steps", "checkpoint_every", "eval_every", "eval_batches", "keep", "patience", "mesh", "zero"})
 # What parameters are for, as base/model/init.py's Role has them (that module imports torch, this one doesn't).
-VECTORS = ("gain", "offset", "bias", "log_rate", "time_step")
+VECTORS = ("gain", "offset", "bias", "balance", "log_rate", "time_step")
 ROLES = ("embedding", "head", "hidden", "residual", "router", "conv", *VECTORS, "adapter")
 DECAYED = tuple(role for role in ROLES if role not in VECTORS)  # weight decay acts on these
 # The model's fields that follow from the tokenizer, so that no setting gives them.

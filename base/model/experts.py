@@ -36,9 +36,8 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_experts, config.d_model))
-        if config.router_bias:  # moved by the experts' load (balance.py), never by a gradient
-            bias = torch.zeros(config.n_experts, dtype=torch.float32)
-            self.e_score_correction_bias = nn.Parameter(bias, requires_grad=False)
+        if config.router_bias:  # choosing has no gradient: the experts' load moves it (base/training/balance.py)
+            self.e_score_correction_bias = nn.Parameter(torch.zeros(config.n_experts, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(N, D) -> logits (N, E) float32, weights (N, k) float32, experts (N, k) int64."""
@@ -95,6 +94,9 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.load: Tensor | None = (
+            None  # (E,) tokens that chose each expert; None: not counted (base/training/balance.py)
+        )
         self.gate = Router(config)
         self.experts = ExpertWeights(config)
         if config.d_shared_expert:
@@ -110,6 +112,8 @@ class MixtureOfExperts(nn.Module):
         if context is not None and context.router_losses is not None and self.gate.weight.requires_grad:
             context.router_losses.append(self.router_loss(logits, experts))
         order, inverse, ends = sort_by_expert(experts, self.config.n_experts)
+        if self.training and self.load is not None:
+            self.load.add_(ends.diff(prepend=ends.new_zeros(1)))
         made = self.experts(Spread.apply(tokens, order, inverse, experts.shape[1]), ends)  # (N k, D)
         made = Permute.apply(made, inverse, order).view(*experts.shape, -1)  # (N, k, D)
         out = (made * weights[..., None].to(made.dtype)).sum(1)

@@ -16,6 +16,7 @@ from ..parallel.ranks import Ranks
 from ..parallel.sharding import Sharding
 from ..precision import LossScaler, autocast
 from ..run import TrainConfig
+from .balance import balance, start_counting
 from .noise import noise_figures, square_norm
 from .objective import Batch, Figures, n_ids
 from .optimizers import Optimizer
@@ -48,6 +49,7 @@ def one_step(
     total = int(together.sum(sum(count(batch) for batch in micro_batches))[0])
     if total == 0:
         raise ValueError(f"step {step + 1}: no token of the batch carries loss; check the data's completions")
+    mixtures = start_counting(model)
     summed, read = 0.0, 0
     figures: dict[str, Tensor | float] = {}
     measures_noise = config.noise_scale_every > 0 and step % config.noise_scale_every == 0
@@ -75,6 +77,7 @@ def one_step(
     line = update(optimizer, config, scaler, step, loss=summed, norm=norm)
     if measures_noise and math.isfinite(norm):
         line |= noise_figures(*first, norm, total, together)
+    line |= balance(mixtures, together.sum, updated="skipped" not in line)
     seconds = time.perf_counter() - began
     line |= {
         "n_labels": total,
