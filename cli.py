@@ -20,6 +20,8 @@ import typer.core
 
 from . import __version__
 from .base.data.commands import app as data_app
+from .base.parallel.commands import launch
+from .base.parallel.launcher import tells_launcher
 from .base.text.printable import markup, printable
 from .base.tokenizer.tools.commands import app as tokenizer_app
 from .finetune.adapters.commands import app as adapter_app
@@ -36,7 +38,7 @@ from .finetune.sft_commands import Config, Device, Force, Resume, Seed, Settings
 ORDER = {
     "1. Try it": ("demo",),
     "2. Text to tokens": ("tokenizer", "data"),
-    "3. Train": ("plan", "config", "pretrain", "sft", "quantize"),
+    "3. Train": ("plan", "config", "pretrain", "sft", "quantize", "launch"),
     "4. Align": ("dpo", "reward", "grpo", "ppo"),
     "5. Use": ("generate", "chat", "serve", "adapter", "eval", "arena"),
     "6. Look": ("vram", "plot", "doctor"),
@@ -105,6 +107,8 @@ app.command("serve", rich_help_panel=PANEL["serve"])(serve)
 app.command("ppo", rich_help_panel=PANEL["ppo"])(align.ppo)
 app.command("reward", rich_help_panel=PANEL["reward"])(align.reward)
 app.command("arena", rich_help_panel=PANEL["arena"])(arena)
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+app.command("launch", rich_help_panel=PANEL["launch"], context_settings=PASSED_ON)(launch)
 
 Out = Annotated[Path, typer.Option("--out", help="Folder for the result; must be new, or use --resume or --force.")]
 Base = Annotated[Path, typer.Option("--base", help="Model folder in Hugging Face's layout.")]
@@ -386,8 +390,10 @@ def main() -> None:
 
 
 def _end(message: str, code: int) -> NoReturn:
-    """One line on standard error, then the exit code."""
-    typer.echo(f"graft: {printable(message.replace(chr(10), ' '))}", err=True)
+    """One line on standard error, then the exit code; under graft launch the line is left to the launcher."""
+    line = printable(message.replace(chr(10), " "))
+    if not tells_launcher(line, code):
+        typer.echo(f"graft: {line}", err=True)
     sys.exit(code)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from .json_fields import read_json
 from .parallel.ranks import Ranks
+from .parallel.same import check_visible
 from .runlog import METRICS_FILE, RUN_FILE, RunFolder, read_metrics
 
 
@@ -45,7 +46,8 @@ class FollowerFolder(RunFolder):
 
 
 def open_run(ranks: Ranks, folder: Path | str, *, stage: str, resume: bool, force: bool) -> RunFolder:
-    """RunFolder for rank 0, then the others' view of it. Raises ValueError on the others when rank 0 was refused."""
+    """RunFolder for rank 0, then the others' view of it. Raises ValueError on the others when rank 0 was refused, and
+    on all when one can't see the folder."""
     if ranks.is_first:
         try:
             run = RunFolder(folder, stage=stage, resume=resume, force=force)
@@ -53,7 +55,13 @@ def open_run(ranks: Ranks, folder: Path | str, *, stage: str, resume: bool, forc
             ranks.sum(1)
             raise
         ranks.sum(0)
+        try:
+            check_visible(ranks, run.folder)
+        except BaseException:
+            run.close()
+            raise
         return run
     if ranks.sum(0) != [0.0]:
         raise ValueError("rank 0 was refused; its message says why")
+    check_visible(ranks, Path(folder))
     return FollowerFolder(folder, stage=stage, resume=resume)

@@ -22,10 +22,12 @@ from .optim.mup import check_width
 from .parallel.export import export_model
 from .parallel.mesh import Mesh, holds_model, make_mesh
 from .parallel.ranks import join, ranks
+from .parallel.restart import resumes_itself
+from .parallel.same import check_same, source_fingerprint
 from .pretrain_config import PretrainConfig
 from .progress import step_progress
-from .run import Input, Run, TrainConfig, check_same_inputs, resumed_settings
-from .runlog import RunFolder
+from .run import Input, Run, TrainConfig, check_same_inputs, resumed_settings, settings_of
+from .runlog import RunFolder, versions
 from .settings import check_settings, split_settings
 from .tokenizer.tokenizer import Tokenizer
 from .train import train
@@ -122,6 +124,8 @@ def run_pretrain(
     progress = progress and together.is_first
     tok = Tokenizer.load(tokenizer)
     text = TrainingText(data, tok.fingerprint(), tokenizer)
+    if together.most(int(together.is_first and resumes_itself(out))):
+        resume, force, preset_name = True, False, None
     with open_run(together, out, stage="pretrain", resume=resume, force=force) as run:
         requested = check_settings(settings or {}, *PARTS.values())
         inputs = {
@@ -140,6 +144,7 @@ def run_pretrain(
         assert config.model is not None
         check_size(config.model, device)
         config = replace(config, model=with_special_ids(config.model, tok), inputs=inputs)
+        check_same(together, {**versions(), "graft's sources": source_fingerprint(), **_facts(config)})
         assert config.model is not None
         loop, seq_len = config.train, config.model.max_seq_len
         mesh = make_mesh(loop, config.model, together, device)
@@ -221,6 +226,11 @@ def width_ratio(config: PretrainConfig, model: Transformer) -> float:
     names = {name for name, _ in model.named_parameters()}
     scales = model.config.scale_embeddings
     return check_width(config.mup_base_width, model.config.d_model, names, scales_embeddings=scales)
+
+
+def _facts(config: Run) -> dict[str, Any]:
+    """What must be equal on all ranks: every setting, and the inputs by content wherever they lie."""
+    return settings_of(config.saved()) | {name: given.sha256[:12] for name, given in config.inputs.items()}
 
 
 def with_special_ids(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:

@@ -35,10 +35,17 @@ def step_progress(label: str, total: int, *, shown: bool = True) -> Iterator[Cal
                 smooth[key] = line[key] if key not in smooth else 0.9 * smooth[key] + 0.1 * line[key]
             if "val_loss" in line:
                 val = f" val {line['val_loss']:.3f}"
-            figures = f"loss {smooth['loss']:.3f}{val}  {smooth['tokens_per_s']:,.0f} tokens/s"
+            figures = f"loss {smooth['loss']:.3f}{val}  {smooth['tokens_per_s']:,.0f} tokens/s{_slow(line)}"
             progress.update(task, completed=line["step"], figures=figures)
 
         yield observe
+
+
+def _slow(line: dict[str, Any]) -> str:
+    """Which rank keeps the others waiting, if one does (base/parallel/stragglers.py)."""
+    if "slow_rank" not in line:
+        return ""
+    return f"  rank {line['slow_rank']} takes {line['slow_rank_s'] / line['median_rank_s']:.1f}x the others' time"
 
 
 @contextmanager

@@ -24,6 +24,7 @@ except ImportError:  # Windows
 
 from .checkpoint import flush, naming, write_file, write_json
 from .json_fields import read_json
+from .parallel.restart import launch_id
 from .settings import plain
 
 # Files that some reader loads from a folder by their names alone: an older one would be read beside or in place of new ones.
@@ -150,6 +151,7 @@ class RunFolder:
             "versions": versions(),
             "config": plain(config),
             **({"forced": True} if self.forced else {}),  # what the folder held before goes at the end
+            **({"launch": launch} if (launch := launch_id()) else {}),
         }
         replaced = self.folder / REPLACED / RUN_FILE
         if self.previous is None or self.previous.get("status") == "starting":

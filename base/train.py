@@ -11,7 +11,8 @@ from torch import nn
 from .callbacks import Callbacks
 from .parallel.mesh import check_mesh, parse_mesh
 from .parallel.optimizer import ShardedOptimizer
-from .parallel.ranks import naming_lost_ranks, ranks
+from .parallel.ranks import at, naming_lost_ranks, ranks
+from .parallel.stragglers import Stragglers
 from .precision import LossScaler
 from .run import TrainConfig
 from .runlog import RunFolder
@@ -69,7 +70,7 @@ def train(
         export=export,
     )
     callbacks.call("on_start", run.folder, plain(config), history.start)
-    result = history.result
+    result, stragglers = history.result, Stragglers()
     model.train()
     began = time.perf_counter()
     try:
@@ -78,6 +79,7 @@ def train(
                 if is_out_of_patience(result.evals, config.patience, config.best_by):
                     break
                 step_began = time.perf_counter()
+                at(f"step {step + 1}")
                 try:
                     line = one_step(
                         *(model, optimizer, together.share(batch_at(step)), config, scaler, step),
@@ -85,6 +87,7 @@ def train(
                         n_tokens=objective.n_tokens,
                         began=step_began,
                         together=together,
+                        stragglers=stragglers,
                     )
                 except NotFiniteError as error:
                     raise ValueError(f"{error}; {history.way_back()}") from None
@@ -105,5 +108,6 @@ def train(
         run.close_metrics()
     history.take_result()
     result.seconds = time.perf_counter() - began
+    result.slow_steps = stragglers.steps
     model.eval()
     return result

@@ -15,9 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .restart import restarts
+from .watch import ANSWER_S, Watch, patience
+
 BUCKET_BYTES = 25 * 2**20  # of gradients that travel together
-PATIENCE = timedelta(minutes=10)  # for a rank that doesn't answer; then the others end with an error
 T = TypeVar("T")
+_watch: Watch | None = None  # of the process group, which torch.distributed keeps for the whole process too
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,10 @@ class Ranks:
         total = torch.tensor(numbers, dtype=torch.float64)
         self._reduce_(total, group=group)
         return total.tolist()
+
+    def each(self, number: float) -> list[float]:
+        """Every rank's number, by rank."""
+        return self.sum(*(number if rank == self.rank else 0.0 for rank in range(self.n)))
 
     def most(self, number: int) -> int:
         """The largest of the ranks' numbers."""
@@ -111,10 +118,24 @@ def naming_lost_ranks(ranks: Ranks) -> Iterator[None]:
     except RuntimeError as error:
         if not _is_of_a_collective(error):
             raise
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        place, absent = (_watch.place, _watch.missing()) if _watch else ("a collective", "")
         raise ConnectionError(
-            f"rank {ranks.rank} of {ranks.n}: another rank ended or was silent for {PATIENCE.seconds // 60} minutes ({reason})"
+            f"rank {ranks.rank} of {ranks.n}: another rank ended or was silent for {patience().total_seconds():g} s in "
+            f"{place}: {absent}{'; ' if absent else ''}{reason}"
         ) from None
+
+
+def at(place: str) -> None:
+    """Tell the other ranks where this one is, such as step 12: what they are told should it not come."""
+    if _watch is not None:  # alone, or in a group that others have started, there is none
+        _watch.at(place)
+
+
+def watch() -> Watch:
+    """What this rank tells the others of itself; it must have joined."""
+    assert _watch is not None, "join comes first"
+    return _watch
 
 
 def buckets(tensors: Sequence[Tensor], limit: int = BUCKET_BYTES) -> list[list[Tensor]]:
@@ -159,8 +180,30 @@ def join(device: str) -> tuple[Ranks, str]:
     if not dist.is_initialized():
         # Gradients are summed on the GPUs; the few numbers that ranks agree on lie on the CPU, which NCCL doesn't serve.
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=PATIENCE)
+        _meet(backend)
     return ranks(), device
+
+
+def _meet(backend: str) -> None:
+    """Start the process group as init_process_group does from torchrun's settings, keeping the store for `watch`.
+
+    The elastic agent's store outlives its ranks, and gloo would connect to the addresses that the dead ones left there: each
+    start has keys of its own. Raises ConnectionError when the ranks don't meet in time.
+    """
+    global _watch
+    try:
+        store, rank, n = next(dist.rendezvous("env://", timeout=patience()))
+        store = dist.PrefixStore(f"graft/{restarts()}", store)
+        group = dist.PrefixStore("group", store)
+        dist.init_process_group(backend, store=group, rank=rank, world_size=n, timeout=patience())
+    except RuntimeError as error:
+        raise ConnectionError(
+            f"rank {os.environ['RANK']}: the {os.environ['WORLD_SIZE']} ranks did not meet within "
+            f"{patience().total_seconds():g} s ({str(error).strip().splitlines()[0][:200]}); are all of them running?"
+        ) from None
+    word = dist.PrefixStore("watch", store)
+    word.set_timeout(timedelta(seconds=ANSWER_S))
+    _watch = Watch(word, rank, n)
 
 
 def leave() -> None:

@@ -22,6 +22,7 @@ class Result:
     best_step: int | None = None  # keep=best: whose weights the model has now
     best_by: str = "val_loss"
     noise: list[tuple[float, float]] = field(default_factory=list)  # signal and noise of gradients (noise.py)
+    slow_steps: Mapping[int, int] = field(default_factory=dict)  # rank -> steps in which it kept the others waiting
 
     def summary(self) -> dict[str, Any]:
         """The figures that every training command reports."""
@@ -34,6 +35,8 @@ class Result:
             "seconds": round(self.seconds, 2),
             "tokens_per_s": round(self.n_tokens / self.seconds, 1) if self.n_tokens and self.seconds else None,
         }
+        if self.slow_steps:
+            figures["slow_ranks"] = ", ".join(f"rank {rank} in {n} steps" for rank, n in self.slow_steps.items())
         if self.best_step is not None:
             best = next(line for line in self.evals if line["step"] == self.best_step)
             figures |= {"best_step": self.best_step, f"best_{self.best_by}": best[self.best_by]}

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..optim.clip import clip_gradients_
 from ..optim.schedule import learning_rate_at
-from ..parallel.ranks import Ranks
+from ..parallel.ranks import Ranks, ranks
 from ..parallel.sharding import Sharding
+from ..parallel.stragglers import Stragglers
 from ..precision import LossScaler, autocast
 from ..run import TrainConfig
 from .balance import balance, start_counting
@@ -40,13 +41,16 @@ def one_step(
     n_tokens: Callable[[Batch], int] = n_ids,
     began: float | None = None,  # time.perf_counter() when the batch's making began; None: now
     together: Ranks | Sharding = Ranks(),  # noqa: B008 (it is frozen); the micro-batches are this rank's
+    stragglers: Stragglers | None = None,  # told every rank's seconds
 ) -> dict[str, Any]:
     """One update; returns its line of metrics. An update whose gradients are not finite is left out: `skipped`.
 
     Raises NotFiniteError when the loss itself is not finite, ValueError when nothing in the batch carries loss.
     """
     began = time.perf_counter() if began is None else began
+    own_s = time.perf_counter() - began  # this rank's own time, without waiting for others
     total = int(together.sum(sum(count(batch) for batch in micro_batches))[0])
+    all_here = time.perf_counter()
     if total == 0:
         raise ValueError(f"step {step + 1}: no token of the batch carries loss; check the data's completions")
     mixtures = start_counting(model)
@@ -67,8 +71,10 @@ def one_step(
         for name, figure in more.items():
             figures[name] = figures.get(name, 0.0) + (figure.detach() if isinstance(figure, Tensor) else figure) / total
         read += n_tokens(batch)
+    summed = float(summed)  # waits for a GPU
+    own_s += time.perf_counter() - all_here
     parameters = together.finish_gradients(optimizer.named)
-    summed, read = together.sum(float(summed), read)
+    summed, read = together.sum(summed, read)
     if scaler.active:
         for parameter in parameters:
             if parameter.grad is not None:
@@ -84,6 +90,7 @@ def one_step(
         "n_tokens": int(read),
         "tokens_per_s": round(read / seconds, 1),
         "step_s": round(seconds, 5),
+        **(stragglers.see(ranks().each(own_s)) if stragglers is not None else {}),
     }
     if taken := line.keys() & figures.keys():
         raise ValueError(f"the objective's figures {sorted(taken)} have names of the loop's own; rename them")

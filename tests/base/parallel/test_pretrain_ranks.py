@@ -131,6 +131,7 @@ def test_a_rank_that_dies_ends_the_other_and_loses_nothing(prepared: tuple[Path,
     assert killed == -signal.SIGKILL
     assert code == 1
     assert "rank 0 of 2: another rank ended" in errors
+    assert "rank 1 has ended, last seen in step " in errors
     assert "run the same command with --resume" in errors
     assert "Traceback" not in errors
     done = max(int(path.name[5:]) for path in checkpoints.glob("step-*"))
