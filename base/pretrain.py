@@ -32,6 +32,7 @@ from .settings import check_settings, split_settings
 from .tokenizer.tokenizer import Tokenizer
 from .train import train
 from .training.checkpoints import checkpoint_of
+from .training.compiled import compile_layers
 from .training.history import check_evaluation
 from .training.optimizers import check_optimizer
 from .training.result import Result
@@ -203,6 +204,8 @@ def _train(
 
     check_evaluation(loop, has_evaluation=held_out.exists)
     optimizer = mesh_optimizer(model, loop, mesh, roles=parameter_roles(model), width_ratio=ratio)
+    if loop.compile:
+        compile_layers(model, loop)
     # All validation is done: only now may --force touch what a former run left.
     run.start(config.saved(), seed=loop.seed)
     ranks().wait()  # --force sets a former run's checkpoints aside in there: no rank may take them for its own

@@ -58,6 +58,7 @@ class TrainConfig:
     grad_clip: float = 1.0  # global 2-norm; 0: never clip
     dtype: str = "float32"  # of the arithmetic: float32, bfloat16 or float16; weights and moments stay float32
     checkpointing: bool = False  # recompute activations layer by layer in the backward pass
+    compile: bool = False  # pretraining and SFT: torch.compile of the layers, once; needs a C++ compiler
     checkpoint_every: int = 200  # steps; 0: only at the end
     keep: str = "last"  # which checkpoints stay: last, best (see best_by) and every=N, joined by commas
     best_by: str = (

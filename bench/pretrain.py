@@ -5,7 +5,9 @@ The same weights, the same batch: forward, backward and fused AdamW of a Llama-s
 round runs every candidate once, in turns; a ratio is that of two neighbours in one round, so that what else the machine
 does hits both alike. `without loops` is graft with PyTorch's operators in place of its compiled CPU loops. The clock is the
 processor time of all threads; --wall takes the wall clock. Memory is the highest sum of live tensors above weights, moments
-and batch. --compiled adds torch.compile of both.
+and batch. --compiled compiles all, graft as `--set compile=true` does.
+`litgpt` has the same weights (its loss is compared too; left out where it isn't installed), `nanochat` is its model at this size
+(bench/pretrain_peers.py): fused AdamW for both.
 """
 
 import argparse
@@ -15,8 +17,10 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from pretrain_peers import has_litgpt, litgpt_of, nanochat_like
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -24,6 +28,8 @@ from graft.base.loss import n_labels, next_token_loss
 from graft.base.model.config import ModelConfig
 from graft.base.model.transformer import Transformer, initialize_
 from graft.base.optim.adamw import AdamW
+from graft.base.run import TrainConfig
+from graft.base.training.compiled import compile_layers
 from graft.finetune.memory.count import LiveBytes
 from graft.kernels import cpu_loops
 
@@ -70,6 +76,7 @@ class Pair:
     """One batch, and the losses of both libraries on it."""
 
     def __init__(self, config: ModelConfig, batch_size: int, compiled: bool) -> None:
+        self.compiled = compiled
         self.ours = Transformer(config).train()
         initialize_(self.ours, seed=0)
         self.theirs = peer_of(self.ours)
@@ -78,11 +85,12 @@ class Pair:
         last = torch.full((batch_size, 1), -100)
         self.batch = {"ids": ids, "targets": torch.cat([ids[:, 1:], last], 1)}
         self.n = n_labels(self.batch)
-        self.our_loss = torch.compile(next_token_loss) if compiled else next_token_loss
+        if compiled:
+            compile_layers(self.ours, TrainConfig(compile=True))
         self.their_model = torch.compile(self.theirs) if compiled else self.theirs
 
     def loss_of_ours(self) -> Tensor:
-        return self.our_loss(self.ours, self.batch) / self.n
+        return next_token_loss(self.ours, self.batch) / self.n
 
     def loss_of_theirs(self) -> Tensor:
         return self.their_model(input_ids=self.batch["ids"], labels=self.batch["ids"]).loss
@@ -125,7 +133,32 @@ class Pair:
             theirs.step()
             theirs.zero_grad()
 
-        return {"graft": graft, "without loops": graft_without_loops, "transformers": transformers}
+        return {"graft": graft, "without loops": graft_without_loops, "transformers": transformers} | self.others()
+
+    def others(self) -> dict[str, Callable[[], None]]:
+        """The steps of other libraries' models."""
+        ids, targets = self.batch["ids"], self.batch["targets"]
+        nanochat = nanochat_like(self.ours)
+        losses: dict[str, tuple[nn.Module, Callable[[nn.Module, Tensor, Tensor], Tensor]]] = {
+            "nanochat": (nanochat, lambda run, ids, targets: run(ids, targets))
+        }
+        if has_litgpt():
+            losses["litgpt"] = litgpt_of(self.ours)
+            litgpt, loss = losses["litgpt"]
+            torch.testing.assert_close(loss(litgpt, ids, targets), self.loss_of_ours(), rtol=2e-6, atol=0)
+        return {name: self.step_of(model, loss) for name, (model, loss) in losses.items()}
+
+    def step_of(self, model: nn.Module, loss: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> Callable[[], None]:
+        """A whole step of a peer."""
+        run: Any = torch.compile(model) if self.compiled else model
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=DECAY, fused=True)
+
+        def step() -> None:
+            loss(run, self.batch["ids"], self.batch["targets"]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
 
 
 def peak_bytes(model: nn.Module, step: Callable[[], None]) -> int:

@@ -22,6 +22,7 @@ from ..base.runlog import RunFolder
 from ..base.settings import check_settings
 from ..base.tokenizer.tokenizer import Tokenizer
 from ..base.train import train
+from ..base.training.compiled import compile_layers
 from ..base.training.history import check_evaluation
 from ..base.training.result import Result
 from .adapters.config import LoraConfig
@@ -258,6 +259,8 @@ def _train(
     def evaluate() -> dict[str, float]:
         return {"val_loss": mean_loss(model, val, dtype=loop.dtype, device=device), **_scores(model, job, device)}
 
+    if loop.compile:
+        compile_layers(model, loop)
     # All validation is done: only now may --force touch what a former run left.
     run.start(config.saved(), seed=loop.seed)
     with step_progress(label, loop.steps, shown=progress) as observe:

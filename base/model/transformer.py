@@ -138,6 +138,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.checkpointing = False
+        self.compiled: Callable[..., Tensor] | None = None  # of hidden_states, in training (base/training/compiled.py)
         self.fingerprint: str | None = None  # of the files it was loaded from; see huggingface.fingerprint
         # What gives each row of a batch its own adapter, if anything does: names -> a block to run the model in.
         self.row_selector: Callable[[Sequence[str | None]], AbstractContextManager[object]] | None = None
@@ -166,7 +167,8 @@ class Transformer(nn.Module):
         once for each of these targets.
         """
         router_losses: list[Tensor] | None = [] if targets is not None and self.training else None
-        hidden = self.hidden_states(
+        compiled = self.compiled if self.training and cache is None and torch.is_grad_enabled() else None
+        hidden = (compiled or self.hidden_states)(
             ids, positions=positions, cu_seqlens=cu_seqlens, cache=cache, router_losses=router_losses
         )
         if targets is not None:

@@ -49,6 +49,10 @@ def resolve(
     loop.setdefault("warmup_steps", min(20, loop["steps"] // 10))
     made = {name: kind(**split[name]) for name, kind in kinds.items() if not (name == "lora" and method == "full")}
     check_optimizer(made["train"].optimizer, OPTIMIZERS)
+    if made["train"].compile:
+        raise ValueError(
+            "compile=true is of pretraining and SFT; alignment's forward passes differ from step to step, leave it out"
+        )
     return Run(method=method, inputs=inputs, **made)
 
 
