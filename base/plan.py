@@ -51,6 +51,7 @@ def attention_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     linear attention its recurrence: 3 products of 2 Hv Dk Dv FLOPs (what the state knows, what is written, what is read).
     """
     specs = Counter(config.layer(i) for i in range(config.n_layers))
+    specs[config.layer(config.n_layers - 1)] += config.n_predict
     keys = sum(
         n * _keys_seen(spec.window, seq_len) for spec, n in specs.items() if spec.attention != "linear"
     )  # of all layers
@@ -68,9 +69,12 @@ def _keys_seen(window: int | None, seq_len: int) -> float:
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """Training FLOPs a token: 6 for each parameter that multiplies (the embedding's look-up and experts that don't read the
-    token do not), plus attention."""
-    lookup = 0 if config.tie_embeddings else config.vocab_size * config.d_model
-    return 6.0 * (config.n_active_params - lookup) + attention_flops_per_token(config, seq_len)
+    token do not, the head once for each predicted token), plus attention."""
+    head = config.vocab_size * config.d_model
+    lookup = 0 if config.tie_embeddings else head
+    return 6.0 * (config.n_active_params - lookup + config.n_predict * head) + attention_flops_per_token(
+        config, seq_len
+    )
 
 
 def training_seconds(flops: float, *, n_devices: int = 1, device_flops: float, mfu: float) -> float:

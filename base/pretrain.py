@@ -14,7 +14,7 @@ from .device import explain_device, memory_bytes, peak_bytes, reset_peak, resolv
 from .evaluate import HeldOut
 from .follower import open_run
 from .model.config import ModelConfig, preset, with_sizes
-from .model.huggingface import save_model
+from .model.huggingface import left_out, save_model
 from .model.init import parameter_roles
 from .model.own_json import own_layout_note
 from .model.transformer import Transformer, initialize_
@@ -177,6 +177,7 @@ def run_pretrain(
             "n_train_tokens": text.n_tokens,
             "tokens_read": ramp.before(result.steps) * seq_len,
             **(text.figures(batches, result.steps) if result.steps != loop.steps else windows),
+            **left_out(model),
             "predicted_peak_bytes": predicted,
             **peak_bytes(device),
             "device": device,

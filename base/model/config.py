@@ -160,6 +160,8 @@ class ModelConfig:
     normalize_experts: bool = True  # the weights of a token's experts add up to 1
     balance_loss: float = 0.01  # times the loss that keeps experts equally busy, added to the cross entropy in training
     router_z_loss: float = 0.0  # times the mean square of the router's log-sum-exp, the same
+    n_predict: int = 0  # further tokens that training predicts, by a layer each (DeepSeek-V3); 0: none
+    predict_loss: float = 0.3  # times the mean of their losses, added to the next token's
     init_std: float = 0.02  # standard deviation of the initial weights
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None  # generation stops at any of them
@@ -183,6 +185,10 @@ class ModelConfig:
             raise ValueError("sliding_layers is given without sliding_window; set the window, or leave both out")
         self._check_gemma()
         self._check_latent()
+        if type(self.n_predict) is not int or not 0 <= self.n_predict < self.max_seq_len - 1:
+            raise ValueError(f"n_predict={self.n_predict!r} must be a whole number from 0, and below max_seq_len - 1")
+        if not (math.isfinite(self.predict_loss) and self.predict_loss >= 0):
+            raise ValueError(f"predict_loss={self.predict_loss!r} must be >= 0 and finite")
         if self.expert_layers is not None and not self.n_experts:
             raise ValueError("expert_layers is given without n_experts; set it, or leave both out")
         self._check_linear()
@@ -382,8 +388,10 @@ class ModelConfig:
         embeddings = self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
         specs = Counter(self.layer(i) for i in range(self.n_layers))
         embeddings += self.max_seq_len * self.d_model * (self.positions == "learned")
-        last = 0 if self.add_norm else self._norm_params(self.d_model)
-        return embeddings + sum(n * layer_params(spec) for spec, n in specs.items()) + last
+        last = 0 if self.add_norm else self.norm_params(self.d_model)
+        D, of_last = self.d_model, layer_params(self.layer(self.n_layers - 1))
+        further = self.n_predict * (2 * D * D + 3 * self.norm_params(D) + of_last)  # multi_token.py
+        return embeddings + sum(n * layer_params(spec) for spec, n in specs.items()) + last + further
 
     def layer_params(self, spec: LayerSpec, *, active: bool = False) -> int:
         """Parameters of one layer; with `active`, those that one token meets."""
@@ -394,8 +402,8 @@ class ModelConfig:
         norms = (q + kv if self.qk_norm_joint else 2 * self.d_head) * self.qk_norm
         if spec.attention == "linear":
             attention, norms = self.linear.n_params(self.d_model), 0
-        norms = self._norm_params(norms)
-        norms += (4 if spec.norm == "sandwich" else 2) * self._norm_params(self.d_model)
+        norms = self.norm_params(norms)
+        norms += (4 if spec.norm == "sandwich" else 2) * self.norm_params(self.d_model)
         if spec.attention == "latent":
             attention = self._latent_params()
         if spec.feed_forward == "plain":
@@ -409,7 +417,7 @@ class ModelConfig:
         experts += self.n_experts * self.router_bias
         return attention + experts + norms
 
-    def _norm_params(self, n: int) -> int:
+    def norm_params(self, n: int) -> int:
         """Of norms over n values in all."""
         return 2 * n if self.layer_norm else n
 

@@ -113,7 +113,7 @@ def deepseek_to_dict(config: ModelConfig, model_type: str) -> dict[str, Any]:
         "rope_interleave": c.rope_interleaved,
         "first_k_dense_replace": layers.index(True) if c.n_experts else c.n_layers,
         "moe_layer_freq": 1,
-        "num_nextn_predict_layers": 0,
+        "num_nextn_predict_layers": c.n_predict,
     }
     if not c.n_experts:
         return found

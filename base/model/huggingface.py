@@ -18,6 +18,7 @@ from .config import ModelConfig
 from .config_json import config_from_dict, config_to_dict, end_ids
 from .expert_files import stack_experts, unstack_experts
 from .gpt2 import from_gpt2, to_gpt2
+from .multi_token import export_figures, exported, is_of_predictor
 from .own_json import layout_of
 from .transformer import Transformer
 
@@ -146,6 +147,8 @@ def load_weights(
             continue
         if name == "lm_head.weight" and model.config.tie_embeddings:
             continue
+        if is_of_predictor(name, model.config):  # only training uses them
+            continue
         wanted = torch.float32 if name.endswith(KEPT_WIDE) else dtype or tensor.dtype
         place_parameter(model, name, tensor.to(device=device, dtype=wanted))
     if model.config.tie_embeddings:
@@ -190,9 +193,16 @@ def write_weights(folder: Path, tensors: dict[str, Tensor], config: ModelConfig)
     write_shards(folder, sizes, lambda names: {name: tensors[name] for name in names})
 
 
+def left_out(model: Transformer) -> dict[str, int]:
+    """Named figures of weights that a folder doesn't hold, or holds for other readers than graft."""
+    return export_figures(model, deepseek=layout_of(model.config)[1].experts == "deepseek")
+
+
 def as_on_disk(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """A state dict, or some of it, with the file's keys: a mixture's experts have one each; of GPT-2's q, k and v all or none."""
     family = layout_of(config)[1]
+    if config.n_predict:
+        tensors = exported(tensors, config, deepseek=family.experts == "deepseek")
     if family.model_type == "gpt2":
         return to_gpt2(tensors)
     if not config.n_experts:

@@ -1,5 +1,6 @@
 """graft's own config.json, for models that no architecture of transformers describes: ModelConfig's fields as they are."""
 
+from dataclasses import replace
 from typing import Any
 
 from ..json_fields import field
@@ -31,7 +32,7 @@ def own_layout_note(config: ModelConfig) -> str | None:
 
 def own_to_dict(config: ModelConfig, ids: dict[str, Any], *, dtype: str) -> dict[str, Any]:
     """The whole config.json."""
-    fields = plain(config)
+    fields = plain(replace(config, n_predict=0))  # only training has the layers of further tokens
     return {
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,

@@ -23,6 +23,7 @@ from .experts import feed_forward
 from .head import CappedHead, TakesLoss, summed_loss
 from .kv_cache import KVCache, LayerCache, StepContext
 from .latent_attention import LatentAttention
+from .multi_token import Predictor, further_losses
 from .norm import norm
 from .paged_cache import PAGE, PagedKVCache, PagedLayer, PagePool
 from .positions import POSITIONS
@@ -149,6 +150,9 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+        if config.n_predict:
+            last = config.layer(config.n_layers - 1)
+            self.mtp = nn.ModuleList(Predictor(config, decoder_layer(config, last)) for _ in range(config.n_predict))
 
     def forward(
         self,
@@ -164,8 +168,10 @@ class Transformer(nn.Module):
 
         With targets: the cross entropy in nats, summed over the targets that are not -100, () float32. The logits are then
         never held whole (kernels/cross_entropy). In training the mean of the routers' losses, where there are any, is added
-        once for each of these targets.
+        once for each of these targets, and predict_loss times the loss of further tokens, where n_predict asks for it.
         """
+        if targets is not None and self.training and self.config.n_predict and cache is None:
+            return self._loss_of_several(ids, targets, positions, cu_seqlens)
         router_losses: list[Tensor] | None = [] if targets is not None and self.training else None
         compiled = self.compiled if self.training and cache is None and torch.is_grad_enabled() else None
         hidden = (compiled or self.hidden_states)(
@@ -204,25 +210,53 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """The final norm's output (B, T, D), which lm_head turns into logits."""
         B, T = ids.shape
-        if cache is not None:
-            context = cache.begin(B, T)
-        else:
-            if positions is None:
-                positions = torch.arange(T, device=ids.device)[None]  # (1, T)
-            angles = angle_tables(self.config, positions)
-            context = StepContext(**angles, cu_seqlens=cu_seqlens, router_losses=router_losses)
+        context = (
+            cache.begin(B, T)
+            if cache is not None
+            else self._context(ids, positions, cu_seqlens, router_losses=router_losses)
+        )
         x = self.embed(ids, context.positions)  # (B, T, D)
         if isinstance(cache, KVCache) and context.start and T == 1 and self.decodes_short and can_run(x):
             return self._decode(x[:, 0], context, cache)
-        for i, layer in enumerate(self.model.layers):
-            layer_cache = cache.layers[i] if cache is not None else None
-            if self.checkpointing and self.training and cache is None:
-                x = recompute(layer, x, context, None)
-            else:
-                x = layer(x, context, layer_cache)
+        x = self._through_layers(x, context, cache)
         if cache is not None:
             cache.advance(T)
         return self.model.norm(x)
+
+    def _through_layers(self, x: Tensor, context: StepContext, cache: KVCache | PagedKVCache | None) -> Tensor:
+        """The first layer's input (B, T, D) -> the last one's output, before the final norm."""
+        for i, layer in enumerate(self.model.layers):
+            x = self._run(layer, x, context, None) if cache is None else layer(x, context, cache.layers[i])
+        return x
+
+    def _run(self, module: Callable[..., Tensor], *args: Any) -> Tensor:
+        """module(*args), recomputed in the backward pass where `checkpointing` asks for it."""
+        return recompute(module, *args) if self.checkpointing and self.training else module(*args)
+
+    def _loss_of_several(
+        self, ids: Tensor, targets: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        """`forward`'s loss in training with n_predict > 0, () float32."""
+        context = self._context(ids, positions, cu_seqlens, router_losses=[])
+        x = self._through_layers(self.embed(ids, context.positions), context, None)
+        loss = self._summed_loss(self.model.norm(x).flatten(0, 1), targets.flatten())
+        further = further_losses(
+            self.mtp, x, ids, targets, context=context, embed=self.embed, loss=self._summed_loss, run=self._run,
+            ignore_index=IGNORE,
+        )  # fmt: skip
+        loss = loss + self.config.predict_loss * further
+        if context.router_losses:
+            loss = loss + (targets != IGNORE).sum() * torch.stack(context.router_losses).mean()
+        return loss
+
+    def _context(
+        self, ids: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None, *, router_losses: list[Tensor] | None
+    ) -> StepContext:
+        """What the layers share where there is no cache."""
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
+        angles = angle_tables(self.config, positions)
+        return StepContext(**angles, cu_seqlens=cu_seqlens, router_losses=router_losses)
 
     @property
     def decodes_short(self) -> bool:

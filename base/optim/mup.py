@@ -18,14 +18,15 @@ Weight decay is divided by the same factor, so that each step shrinks the weight
 heads are added: then the table's 1 / d_head for attention is the usual 1 / sqrt(d_head) up to a constant.
 """
 
+import re
 from collections.abc import Collection
 
-OUTPUT_NORM = ("model.norm.weight", "model.norm.bias")
+OUTPUT_NORM = re.compile(r"(model|mtp\.\d+)\.norm\.(weight|bias)")  # before the head, also for further tokens
 
 
 def rate_factor(name: str, role: str, *, ratio: float, optimizer: str) -> float:
     """What a parameter's learning rate is multiplied by."""
-    if name in OUTPUT_NORM or role == "router":
+    if OUTPUT_NORM.fullmatch(name) or role == "router":
         return 1 / ratio
     if role in ("hidden", "residual"):
         return ratio**-0.5 if optimizer == "muon" else 1 / ratio
@@ -39,7 +40,7 @@ def std_factor(role: str, *, ratio: float) -> float:
 
 def constant_at(name: str, role: str, constant: float, *, ratio: float) -> float:
     """A norm's or bias' initial value: the final norm's gain is that over r, of which an `offset` lacks 1."""
-    if name not in OUTPUT_NORM or role == "bias":
+    if not OUTPUT_NORM.fullmatch(name) or role == "bias":
         return constant
     return (1 + constant) / ratio - 1 if role == "offset" else constant / ratio
 
@@ -48,7 +49,7 @@ def check_width(base_width: int, d_model: int, parameters: Collection[str], *, s
     """r = d_model / base_width. Raises ValueError for an architecture whose logits can't be scaled by its final norm."""
     if base_width < 1:
         raise ValueError(f"mup_base_width={base_width} must be >= 1: the width at which the rates were chosen")
-    if OUTPUT_NORM[0] not in parameters:
+    if "model.norm.weight" not in parameters:
         raise ValueError(
             "mup_base_width needs a final norm, whose gain scales the logits; this architecture has none, leave it out"
         )
