@@ -288,14 +288,20 @@ def quantize(
 
 
 @app.command(rich_help_panel=PANEL["plot"])
-def plot(run: Annotated[Path, typer.Argument(help="Folder of a training run.")]) -> None:
-    """Draw a run's loss curve to RUN/loss.png.
+def plot(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of training runs; several go into one picture.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help=r"Picture file. \[default: RUN/loss.png, or runs.png of several]")
+    ] = None,
+) -> None:
+    """Draw a run's loss curve to RUN/loss.png, or several runs in one picture: loss, rate, norms, throughput, spikes.
 
     Example: graft plot runs/demo/base
     """
+    from .base.plot_runs import plot_runs
     from .base.plots import plot_run
 
-    typer.echo(plot_run(run))
+    typer.echo(plot_run(runs[0]) if len(runs) == 1 and out is None else plot_runs(runs, out or Path("runs.png")))
 
 
 @app.command(rich_help_panel=PANEL["doctor"])

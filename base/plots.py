@@ -23,7 +23,7 @@ def new_figure(**options: Any) -> Any:
     return figure
 
 
-def _number(line: Mapping[str, Any], key: str, where: Path) -> float:
+def number_of(line: Mapping[str, Any], key: str, where: Path) -> float:
     """A line's number; NaN for null, a missing key and what no axis can show. Raises ValueError for another kind."""
     value = field(line, key, float, where, default=math.nan)
     return float(value) if abs(value) < LARGEST else math.nan
@@ -43,26 +43,34 @@ def running_mean(values: Sequence[float], weight: float = 0.9) -> list[float]:
     return means
 
 
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    """A run's lines. Raises FileNotFoundError without a log, ValueError for an empty one."""
+    if not (folder / METRICS_FILE).exists():
+        raise FileNotFoundError(f"{folder} holds no {METRICS_FILE}; give the folder of a training run")
+    metrics = read_metrics(folder / METRICS_FILE)
+    if not metrics:
+        raise ValueError(f"{folder / METRICS_FILE} is empty; the run has made no step yet")
+    return metrics
+
+
 def plot_run(folder: Path | str, *, lines: Mapping[str, float] | None = None, title: str | None = None) -> Path:
     """Draw FOLDER/loss.png: training loss, its running mean, validation loss, learning rate and gradient norm.
 
     lines: horizontal references in nats by name, such as a bigram model's loss. Raises FileNotFoundError without metrics.
     """
     folder = Path(folder)
-    if not (folder / METRICS_FILE).exists():
-        raise FileNotFoundError(f"{folder} holds no {METRICS_FILE}; give the folder of a training run")
-    metrics = read_metrics(folder / METRICS_FILE)
-    if not metrics:
-        raise ValueError(f"{folder / METRICS_FILE} is empty; the run has made no step yet")
+    metrics = metrics_of(folder)
     where = folder / METRICS_FILE
     steps, losses, rates, grad_norms = (
-        [_number(line, key, where) for line in metrics] for key in ("step", "loss", "lr", "grad_norm")
+        [number_of(line, key, where) for line in metrics] for key in ("step", "loss", "lr", "grad_norm")
     )
     figure = new_figure(figsize=(8, 6), dpi=120, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     upper.plot(steps, losses, color="#9ecae1", linewidth=0.8, label="training")
     upper.plot(steps, running_mean(losses), color="#08519c", label="training, running mean")
-    evals = [(_number(line, "step", where), _number(line, "val_loss", where)) for line in metrics if "val_loss" in line]
+    evals = [
+        (number_of(line, "step", where), number_of(line, "val_loss", where)) for line in metrics if "val_loss" in line
+    ]
     if evals:
         upper.plot(*zip(*evals, strict=True), color="#d94801", marker="o", markersize=3, label="validation")
     for name, value in (lines or {}).items():
