@@ -246,6 +246,7 @@ def pretrain(
     """
     from .base.parallel.ranks import leave, ranks
     from .base.pretrain import run_pretrain
+    from .finetune.evaluation.during import open_benchmarks
     from .finetune.memory.report import print_prediction
 
     flags = {"seed": seed, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
@@ -259,6 +260,7 @@ def pretrain(
         force=force,
         device=device,
         predict=print_prediction,
+        benchmarks=open_benchmarks,
     )
     if ranks().is_first:
         _print_summary(out, summary)

@@ -1,18 +1,19 @@
 """`graft pretrain`: token shards -> a base folder that transformers opens."""
 
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .callbacks import Callbacks
 from .data.batches import WindowBatches
 from .data.ramp import BatchRamp
 from .data.training_text import Specs, TrainingText, WindowOptions
 from .device import explain_device, memory_bytes, peak_bytes, reset_peak, resolve_device
 from .evaluate import HeldOut
 from .follower import open_run
+from .meter import Meter, peak_flops
 from .model.config import ModelConfig, preset, with_sizes
 from .model.huggingface import left_out, save_model
 from .model.init import parameter_roles
@@ -20,14 +21,16 @@ from .model.own_json import own_layout_note
 from .model.transformer import Transformer, initialize_
 from .optim.mup import check_width
 from .parallel.export import export_model
-from .parallel.mesh import Mesh, holds_model, make_mesh
+from .parallel.mesh import Mesh, holds_model, is_copied, make_mesh
 from .parallel.ranks import join, ranks
 from .parallel.restart import resumes_itself
 from .parallel.same import check_same, source_fingerprint
+from .plan import flops_per_token
 from .pretrain_config import PretrainConfig
 from .progress import step_progress
 from .run import Input, Run, TrainConfig, check_same_inputs, resumed_settings, settings_of
 from .runlog import RunFolder, versions
+from .samples import Samples
 from .settings import check_settings, split_settings
 from .tokenizer.tokenizer import Tokenizer
 from .train import train
@@ -38,6 +41,8 @@ from .training.optimizers import check_optimizer
 from .training.result import Result
 from .training.sharded import mesh_optimizer
 
+Scorer = Callable[[Transformer, Tokenizer], dict[str, float]]
+BenchmarkOpener = Callable[[Sequence[str], int], Scorer]  # (NAME=FILE ..., questions of each)
 PARTS = {
     "model": ModelConfig,
     "train": TrainConfig,
@@ -113,6 +118,7 @@ def run_pretrain(
     device: str = "auto",
     progress: bool = True,
     predict: Callable[[ModelConfig, TrainConfig, str], int] | None = None,  # says the peak memory in bytes beforehand
+    benchmarks: BenchmarkOpener | None = None,  # reads config.benchmarks' files; finetune/evaluation has it
 ) -> dict[str, Any]:
     """Pretrain a Transformer on shards and leave a base folder in `out`; returns the summary.
 
@@ -157,12 +163,15 @@ def run_pretrain(
             if note := own_layout_note(config.model):
                 print(note, file=sys.stderr)
         predicted = predict(config.model, loop, device) if predict and together.is_first else None
+        score = open_benchmarks(config.pretrain, benchmarks, copied=is_copied(mesh.shape, loop))
         model = Transformer(config.model).to(device)
         ratio = width_ratio(config.pretrain, model)
         initialize_(model, seed=loop.seed, width_ratio=ratio)
         model.checkpointing = loop.checkpointing
         reset_peak(device)
-        result = _train(model, config, ratio, mesh, batches, text, run, device, progress)
+        peak, peak_is = peak_flops(device)
+        watch = Watch(tok, score, peak and peak * together.n, progress)
+        result = _train(model, config, ratio, mesh, batches, text, run, device, watch)
         if together.is_first:
             with run.results() as folder:
                 if holds_model(mesh.shape, loop):
@@ -180,11 +189,39 @@ def run_pretrain(
             **left_out(model),
             "predicted_peak_bytes": predicted,
             **peak_bytes(device),
+            "mfu_peak_is": peak_is,
             "device": device,
             "n_ranks": together.n,
         }
         run.finish(summary)
         return summary
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What looks at a run while it trains."""
+
+    tokenizer: Tokenizer
+    score: Scorer | None  # benchmarks at each evaluation
+    peak: float | None  # FLOP/s of all ranks' devices, for MFU
+    progress: bool
+
+
+def open_benchmarks(config: PretrainConfig, opener: BenchmarkOpener | None, *, copied: bool) -> Scorer | None:
+    """What scores config.benchmarks, whose files are read now; None without any.
+
+    Raises ValueError where nothing can, and for samples or benchmarks of a model that no rank holds whole.
+    """
+    for name, value in (("sample_every", config.sample_every), ("benchmarks", config.benchmarks)):
+        if value and not copied:
+            raise ValueError(f"{name} needs the whole model on each rank; use mesh dp with zero=0, or leave it out")
+    if not config.benchmarks:
+        return None
+    if opener is None:
+        raise ValueError(
+            "benchmarks need a reader of their files; use graft pretrain, or give run_pretrain benchmarks="
+        )
+    return opener(config.benchmarks, config.benchmark_questions)
 
 
 def _train(
@@ -196,29 +233,40 @@ def _train(
     text: TrainingText,
     run: RunFolder,
     device: str,
-    progress: bool,
+    watch: Watch,
 ) -> Result:
-    loop = config.train
+    loop, own = config.train, config.pretrain
     held_out = HeldOut(
         text.names, text.val, seq_len=batches.seq_len, batch_size=loop.batch_size, n_batches=loop.eval_batches
     )
 
+    def evaluate() -> dict[str, float]:
+        figures = held_out.figures(model, loop.dtype, device)
+        return figures | watch.score(model, watch.tokenizer) if watch.score else figures
+
     check_evaluation(loop, has_evaluation=held_out.exists)
+    samples = []
+    if own.sample_every:
+        settings = {"every": own.sample_every, "prompts": own.sample_prompts, "n_tokens": own.sample_tokens}
+        samples = [Samples(model, watch.tokenizer, **settings, seed=loop.seed, shown=watch.progress)]
+    meter = Meter(steps=loop.steps, flops_per_token=flops_per_token(model.config, batches.seq_len), peak=watch.peak)
     optimizer = mesh_optimizer(model, loop, mesh, roles=parameter_roles(model), width_ratio=ratio)
     if loop.compile:
         compile_layers(model, loop)
     # All validation is done: only now may --force touch what a former run left.
     run.start(config.saved(), seed=loop.seed)
     ranks().wait()  # --force sets a former run's checkpoints aside in there: no rank may take them for its own
-    with step_progress("pretrain", loop.steps, shown=progress) as observe:
+    with step_progress("pretrain", loop.steps, shown=watch.progress) as observe:
         return train(
             model,
             optimizer,
             batches.batch_at,
             loop,
             run,
-            evaluate=partial(held_out.figures, model, loop.dtype, device) if held_out.exists else None,
+            evaluate=evaluate if held_out.exists else None,
             on_step=observe,
+            meter=meter,
+            callbacks=Callbacks(samples),
             device=device,
         )
 

@@ -31,11 +31,12 @@ def step_progress(label: str, total: int, *, shown: bool = True) -> Iterator[Cal
 
         def observe(line: dict[str, Any]) -> None:
             nonlocal val
-            for key in ("loss", "tokens_per_s"):
+            for key in [key for key in ("loss", "tokens_per_s", "mfu") if key in line]:
                 smooth[key] = line[key] if key not in smooth else 0.9 * smooth[key] + 0.1 * line[key]
             if "val_loss" in line:
                 val = f" val {line['val_loss']:.3f}"
             figures = f"loss {smooth['loss']:.3f}{val}  {smooth['tokens_per_s']:,.0f} tokens/s{_slow(line)}"
+            figures += f"  MFU {smooth['mfu']:.0%}" if "mfu" in smooth else ""
             progress.update(task, completed=line["step"], figures=figures)
 
         yield observe

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .callbacks import Callbacks
+from .meter import Meter
 from .parallel.mesh import check_mesh, parse_mesh
 from .parallel.optimizer import ShardedOptimizer
 from .parallel.ranks import at, naming_lost_ranks, ranks
@@ -39,6 +40,7 @@ def train(
     evaluate: Callable[[], dict[str, float]] | None = None,  # named figures, `val_loss` among them
     extra: ExtraState | None = None,  # saved with each checkpoint and restored from it
     on_step: Callable[[dict[str, Any]], None] | None = None,  # sees each line of metrics.jsonl
+    meter: Meter | None = None,  # adds figures to each line
     callbacks: Callbacks | None = None,
     export: Callable[[Path], None] | None = None,  # writes more files into each checkpoint, such as an adapter's
     device: str = "cpu",
@@ -91,6 +93,7 @@ def train(
                     )
                 except NotFiniteError as error:
                     raise ValueError(f"{error}; {history.way_back()}") from None
+                line |= meter.figures(line) if meter else {}
                 figures = None
                 if history.is_due(step):
                     model.eval()

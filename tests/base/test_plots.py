@@ -57,7 +57,7 @@ def test_nothing_to_draw(tmp_path: Path) -> None:
 
 
 def test_spikes_by_hand() -> None:
-    """Worked by hand: after 2.0 and 2.2 in turn the median is 2.1 and the mean distance 0.1: the limit is 2.1 + 5 * 0.12533 = 2.727.
+    """Worked by hand: after 2.0 and 2.2 in turn the median is 2.1, the mean distance 0.1: the limit is 2.1 + 5 * 0.12533 = 2.727.
     With 2.72 among them they are 2.2 and 2.52 / 21 = 0.12: 2.952. The first ten are none; a loss that is no number is one."""
     usual = [2.0, 2.2] * 10
     assert spikes([*usual, 2.72, 2.96, math.nan]) == [*[False] * 21, True, True]
