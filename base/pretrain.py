@@ -21,7 +21,7 @@ from .model.own_json import own_layout_note
 from .model.transformer import Transformer, initialize_
 from .optim.mup import check_width
 from .parallel.export import export_model
-from .parallel.mesh import Mesh, holds_model, is_copied, make_mesh
+from .parallel.mesh import Mesh, holds_model, is_copied, make_mesh, meets_in_micro_batches
 from .parallel.ranks import join, ranks
 from .parallel.restart import resumes_itself
 from .parallel.same import check_same, source_fingerprint
@@ -156,6 +156,10 @@ def run_pretrain(
         loop, seq_len = config.train, config.model.max_seq_len
         mesh = make_mesh(loop, config.model, together, device)
         ramp = BatchRamp(loop.batch_size, config.pretrain.batch_warmup_start, config.pretrain.batch_warmup_steps)
+        if ramp.steps and meets_in_micro_batches(mesh.shape, loop):
+            raise ValueError(
+                f"batch_warmup_steps={ramp.steps} is not covered for mesh={mesh.shape}, zero={loop.zero}; leave it out"
+            )
         batches = text.batches(config.data, loop, seq_len=seq_len, n_readers=mesh.readers.n, ramp=ramp)
         windows = text.figures(batches, loop.steps)
         if progress:

@@ -36,6 +36,7 @@ LOADED = (
 )  # fmt: skip
 RUN_FILE, METRICS_FILE, SUMMARY_FILE = "run.json", "metrics.jsonl", "summary.json"
 CHECKPOINTS, REPLACED = "checkpoints", "replaced"
+ON_RANKS = ("pretrain", "sft", "dpo")  # stages that run on several ranks
 
 
 def versions() -> dict[str, str]:
@@ -58,7 +59,7 @@ class RunFolder:
     """
 
     def __init__(self, folder: Path | str, *, stage: str, resume: bool = False, force: bool = False) -> None:
-        if stage != "pretrain" and os.environ.get("WORLD_SIZE", "1") != "1":
+        if stage.split()[0] not in ON_RANKS and os.environ.get("WORLD_SIZE", "1") != "1":
             from .parallel.ranks import refuse_ranks  # imports torch, which reading a log doesn't need
 
             refuse_ranks(stage)

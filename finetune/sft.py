@@ -11,11 +11,14 @@ from typing import Any
 from ..base.callbacks import Callbacks, Watcher
 from ..base.device import explain_device, peak_bytes, reset_peak, resolve_device
 from ..base.evaluate import mean_loss
+from ..base.follower import open_run
 from ..base.hub import model_folder
 from ..base.loggers import loggers
 from ..base.model.config import ModelConfig
 from ..base.model.huggingface import fingerprint, load_config
 from ..base.model.transformer import Transformer
+from ..base.parallel.mesh import Mesh
+from ..base.parallel.ranks import join, ranks
 from ..base.progress import step_progress
 from ..base.run import Run, check_same_inputs, resumed_settings
 from ..base.runlog import RunFolder
@@ -31,7 +34,7 @@ from .adapters.resume import continued_lora, load_weights_
 from .data.chat import ChatTemplate
 from .loading import check_token_ids, weight_bytes
 from .memory.report import print_prediction
-from .optimizers import OPTIMIZERS, PAGED_OPTIMIZERS, trained_optimizer
+from .optimizers import OPTIMIZERS, PAGED_OPTIMIZERS, finetuning_mesh, trained_optimizer
 from .sft_config import METHODS, PARTS, DataOptions, QuantOptions, default_texts, resolve
 from .sft_data import Rows, Specs, as_list, encode_rows, made_with, make_batches, row_limit, run_inputs, template_for
 from .sft_model import load_base, prepare_model, save_trained, stored_in_4_bits
@@ -103,20 +106,21 @@ def run_sft(
 
     Raises ValueError or OSError for bad input, Interrupted after a signal.
     """
-    chosen_device = resolve_device(device)
+    together, chosen_device = join(resolve_device(device))
+    progress = progress and together.is_first
     base = model_folder(base)
     _check_folders(base, out, method, adapter)
-    watchers = Callbacks([*loggers(log), *callbacks])
+    watchers = Callbacks([*loggers(log), *callbacks] if together.is_first else [])
     specs, eval_specs = as_list(data), as_list(eval_data) if eval_data else None
     requested = check_settings(settings or {}, *PARTS.values())
     if lora is not None and method != "full":
         requested = dataclasses.asdict(lora) | requested
     former = read_adapter(adapter) if adapter is not None else None
     try:
-        with RunFolder(out, stage=f"sft {method}", resume=resume, force=force) as run:
+        with open_run(together, out, stage=f"sft {method}", resume=resume, force=force) as run:
             job = _prepare(base, specs, eval_specs, method, requested, former, run)
             with closing(job.rows):
-                for line in job.rows.notes:
+                for line in job.rows.notes if together.is_first else ():
                     print(f"note: {line}", file=sys.stderr)
                 if progress:
                     print(explain_device(device, chosen_device), file=sys.stderr)
@@ -167,6 +171,8 @@ def _prepare(
     if former is not None:
         requested = _as_the_adapter(requested, former)
     draft = resolve(requested, method=method, n_rows=1)  # the rows are counted once they are encoded
+    if draft.data.streaming and ranks().n > 1:
+        raise ValueError(f"streaming=true keeps rows in --out, which {ranks().n} ranks can't share; leave it out")
     limit = row_limit(draft.data.max_seq_len, model_config)
     tokenizer = Tokenizer.load(base)
     check_token_ids(tokenizer, model_config, where=base)
@@ -188,16 +194,8 @@ def _run(
 ) -> dict[str, Any]:
     """Train a job and write its results; returns the summary."""
     config, rows = job.config, job.rows
-    stored = stored_in_4_bits(config)
-    predicted = print_prediction(
-        job.model_config,
-        config.train,
-        device,
-        method="qlora" if stored else config.method,
-        seq_len=rows.longest - 1,
-        lora=config.lora,
-        double_quant=stored["double_quant"] if stored else config.quant.double_quant,
-    )
+    mesh = finetuning_mesh(config.train, ranks(), device, lora=config.lora)
+    predicted = _predicted(job, device) if ranks().is_first else None
     reset_peak(device)
     model = prepare_model(config, device)
     made_for = fingerprint(model)
@@ -209,9 +207,10 @@ def _run(
         save_trained(model, config, folder, job.tokenizer, job.template, metadata)
 
     export = save if config.lora is not None else None  # each checkpoint of an adapter opens in PEFT
-    result = _train(model, job, run, device, watchers, export, progress, label)
-    with run.results() as folder:
-        save(folder)
+    result = _train(model, job, mesh, run, device, watchers, export, progress, label)
+    if ranks().is_first:
+        with run.results() as folder:
+            save(folder)
     summary = {
         "method": config.method,
         **result.summary(),
@@ -221,9 +220,24 @@ def _run(
         "predicted_peak_bytes": predicted,
         **peak_bytes(device),
         "device": device,
+        **({"n_ranks": mesh.ranks.n} if mesh.ranks.n > 1 else {}),
     }
     run.finish(summary)
     return summary
+
+
+def _predicted(job: _Job, device: str) -> int:
+    """Print the memory that the run will need at its peak; returns it in bytes."""
+    config, stored = job.config, stored_in_4_bits(job.config)
+    return print_prediction(
+        job.model_config,
+        config.train,
+        device,
+        method="qlora" if stored else config.method,
+        seq_len=job.rows.longest - 1,
+        lora=config.lora,
+        double_quant=stored["double_quant"] if stored else config.quant.double_quant,
+    )
 
 
 def _as_the_adapter(requested: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
@@ -243,6 +257,7 @@ def _as_the_adapter(requested: Mapping[str, Any], adapter: Adapter) -> dict[str,
 def _train(
     model: Transformer,
     job: _Job,
+    mesh: Mesh,
     run: RunFolder,
     device: str,
     watchers: Callbacks,
@@ -253,7 +268,7 @@ def _train(
     config, loop = job.config, job.config.train
     batches, val = make_batches(config, job.rows.train, job.rows.held_out)
     optimizer = trained_optimizer(
-        model, loop, lora=config.lora, makers=PAGED_OPTIMIZERS if config.quant.paged else OPTIMIZERS
+        model, loop, lora=config.lora, makers=PAGED_OPTIMIZERS if config.quant.paged else OPTIMIZERS, mesh=mesh
     )
 
     def evaluate() -> dict[str, float]:
@@ -263,6 +278,7 @@ def _train(
         compile_layers(model, loop)
     # All validation is done: only now may --force touch what a former run left.
     run.start(config.saved(), seed=loop.seed)
+    ranks().wait()  # --force sets a former run's checkpoints aside in there: no rank may take them for its own
     with step_progress(label, loop.steps, shown=progress) as observe:
         return train(
             model,

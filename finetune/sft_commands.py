@@ -211,6 +211,7 @@ def sft(
         for name in (*OF_ADAPTER, "adapter"):
             if ctx.params[name] is not None:
                 raise ValueError(f"--{name} is about an adapter; add --lora or --qlora, or leave it out")
+    from ..base.parallel.ranks import leave, ranks
     from .sft import run_sft
 
     summary = run_sft(
@@ -226,10 +227,12 @@ def sft(
         force=force,
         device=device,
     )
-    for name, value in summary.items():
-        if value is not None:
-            typer.echo(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
-    typer.echo(f"written to {out}")
+    if ranks().is_first:
+        for name, value in summary.items():
+            if value is not None:
+                typer.echo(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+        typer.echo(f"written to {out}")
+    leave()
 
 
 # The flags that are keys of the config, by the key's name where that differs.

@@ -180,32 +180,33 @@ class Pieces:
                 f"{self.folder} does not fit this model: {name} is not there; resume with the run's own config"
             )
         box = box if box is not None else tuple((0, size) for size in shape)
-        pieces = self._entries[name]["pieces"] if self._entries is not None else [
-            {"file": f"{self.kind}.safetensors", "start": [0] * len(shape), "size": list(shape)}
-        ]  # fmt: skip
+        if self._entries is not None:
+            pieces = self._entries[name]["pieces"]
+        else:
+            pieces = [{"file": f"{self.kind}.safetensors", "start": [0] * len(shape), "size": list(shape)}]
         made: Tensor | None = None
         n_read = 0
         for piece in pieces:
-            both = [
-                (max(low, start), min(high, start + size))
-                for (low, high), start, size in zip(box, piece["start"], piece["size"], strict=True)
-            ]
+            there = tuple((start, start + size) for start, size in zip(piece["start"], piece["size"], strict=True))
+            both = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, there, strict=True))
             if any(low >= high for low, high in both):
                 continue
             opened = self._open(piece["file"])
-            source = tuple(
-                slice(low - start, high - start) for (low, high), start in zip(both, piece["start"], strict=True)
-            )
-            part = opened.get_slice(name)[source] if source else opened.get_tensor(name)
+            part = opened.get_slice(name)[_within(both, there)] if both else opened.get_tensor(name)
             if made is None:
                 made = part.new_empty([end - start for start, end in box])
-            made[tuple(slice(low - start, high - start) for (low, high), (start, _) in zip(both, box, strict=True))] = (
-                part
-            )
+            made[_within(both, box)] = part
             n_read += part.numel()
+        if made is None and any(start == end for start, end in box):
+            return torch.empty([end - start for start, end in box])  # a rank beyond the last row
         if made is None or n_read < made.numel():
             raise ValueError(f"{self.folder / INDEX} doesn't say where all of {name} is; the checkpoint is damaged")
         return made
+
+
+def _within(box: Box, outer: Box) -> tuple[slice, ...]:
+    """The slices of a tensor that is `outer`, of the numbers in `box`."""
+    return tuple(slice(low - start, high - start) for (low, high), (start, _) in zip(box, outer, strict=True))
 
 
 @torch.no_grad()

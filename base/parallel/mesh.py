@@ -115,7 +115,7 @@ def check_mesh(shape: MeshShape, config: TrainConfig, model: ModelConfig | None)
             f"zero={config.zero} with mesh={shape}: fsdp is ZeRO stage 3 over its own axis, dp beside it keeps copies; "
             "leave zero out, or leave fsdp out"
         )
-    if stage(shape, config) >= 2 or shape.size("ep", "pp") > 1:  # ranks meet in every micro-batch
+    if meets_in_micro_batches(shape, config):
         n = shape.size(*BATCH_AXES)
         if config.batch_size % n:
             near = max(1, config.batch_size // n) * n
@@ -162,6 +162,11 @@ def stage(shape: MeshShape, config: TrainConfig) -> int:
     if shape.fsdp > 1:
         return 3
     return config.zero if shape.dp > 1 else 0
+
+
+def meets_in_micro_batches(shape: MeshShape, config: TrainConfig) -> bool:
+    """Whether ranks with different sequences wait for each other in every micro-batch, so that each needs equally many."""
+    return stage(shape, config) >= 2 or shape.size("ep", "pp") > 1
 
 
 def is_copied(shape: MeshShape, config: TrainConfig) -> bool:

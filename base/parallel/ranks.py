@@ -39,6 +39,10 @@ class Ranks:
         """This rank's items of a step: every n-th."""
         return list(items[self.rank :: self.n])
 
+    def place(self, i: int) -> int:
+        """The position in the step of this rank's i-th item."""
+        return self.rank + i * self.n
+
     def wait(self) -> None:
         """Go on when all ranks have come here."""
         self.most(0)
@@ -217,5 +221,5 @@ def refuse_ranks(stage: str) -> None:
     n = os.environ.get("WORLD_SIZE", "1")
     if n not in ("", "1"):
         raise ValueError(
-            f"graft {stage} runs in one process; torchrun started {n}. Several processes run graft pretrain"
+            f"graft {stage} runs in one process; torchrun started {n}. Several processes run graft pretrain, sft and dpo"
         )

@@ -92,6 +92,10 @@ class Sharding:
         """This rank's micro-batches of a step."""
         return self.mesh.share(micro_batches)
 
+    def place(self, i: int) -> int:
+        """The position in the step of this rank's i-th micro-batch."""
+        return self.mesh.readers.place(i)
+
     def sum(self, *numbers: float) -> list[float]:
         """Each number summed over the ranks that hold different labels."""
         return self.mesh.sum(*numbers)
@@ -144,7 +148,7 @@ class Sharding:
             for piece in pieces:
                 piece.parameter.grad = None
             mine = torch.empty_like(rows[0])
-            dist.reduce_scatter_tensor(mine, rows.flatten(), group=self._group(pieces[0]))
+            reduce_scatter(mine, rows.flatten(), group=self._group(pieces[0]))
             for piece, part in zip(pieces, mine.split([_width(piece) for piece in pieces]), strict=True):
                 piece.local.grad = part[: piece.local.numel()].view_as(piece.local).clone()
 
@@ -157,7 +161,7 @@ class Sharding:
                 rows = _rows(_gradient(parameter), piece)
                 parameter.grad = None
                 mine = torch.empty_like(rows[0])
-                work = dist.reduce_scatter_tensor(mine, rows.flatten(), group=self._group(piece), async_op=True)
+                work = reduce_scatter(mine, rows.flatten(), group=self._group(piece), async_op=True)
                 assert work is not None
                 self._in_flight = piece, mine, rows, work
 
@@ -183,7 +187,7 @@ class Sharding:
             for pieces in self._buckets():
                 mine = torch.cat([_padded(piece.local.flatten(), _width(piece)) for piece in pieces])
                 every = mine.new_empty(pieces[0].splits[-1].n, len(mine))
-                dist.all_gather_into_tensor(every.view(-1), mine, group=self._group(pieces[0]))
+                all_gather(every.view(-1), mine, group=self._group(pieces[0]))
                 for piece, part in zip(pieces, every.split([_width(piece) for piece in pieces], 1), strict=True):
                     whole = _whole(piece)
                     whole.copy_(part.reshape(-1)[: whole.numel()].view_as(whole))
@@ -275,6 +279,20 @@ def fully_shard_(model: nn.Module, mesh: Mesh) -> None:
         sharded = fully_shard(module, mesh=device_mesh, reshard_after_forward=module is not model)
         sharded.set_force_sum_reduction_for_comms(True)  # pyright: ignore[reportAttributeAccessIssue] (gloo has no scaled sums)
         sharded.set_gradient_divide_factor(1.0)  # pyright: ignore[reportAttributeAccessIssue] (the loss is divided by the whole step's labels already)
+
+
+def reduce_scatter(
+    output: Tensor, rows: Tensor, *, group: dist.ProcessGroup | None, async_op: bool = False
+) -> dist.Work | None:
+    """torch's, which 2.13 renamed."""
+    function = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    return function(output, rows, group=group, async_op=async_op)
+
+
+def all_gather(output: Tensor, part: Tensor, *, group: dist.ProcessGroup | None) -> None:
+    """torch's, which 2.13 renamed."""
+    function = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    function(output, part, group=group)
 
 
 # --- tensors of a rank ---------------------------------------------------------------------------------------------

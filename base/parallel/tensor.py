@@ -23,6 +23,7 @@ from ..model.head import ROWS
 from ..model.transformer import IGNORE, Transformer
 from .mesh import Mesh
 from .ranks import naming_lost_ranks
+from .sharding import local_part
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -38,9 +39,13 @@ def check_tensor_parallel(config: ModelConfig, tp: int) -> None:
             f"mesh tp:{tp} divides grouped-query attention and gated feed-forward layers; this model has "
             f"{', '.join(sorted(kinds))}: use fsdp, or leave tp out"
         )
-    for name in ("qk_norm_joint", "logit_softcap"):
-        if getattr(config, name, None):
-            raise ValueError(f"mesh tp:{tp}: {name} needs all heads or words at once; use fsdp, or leave tp out")
+    for name in ("qk_norm_joint", "logit_softcap", "n_predict"):
+        if getattr(config, name):
+            raise ValueError(f"mesh tp:{tp}: {name} is not covered, it needs all heads or words at once; use fsdp")
+    if config.positions != "rope":
+        raise ValueError(
+            f"mesh tp:{tp}: positions={config.positions} are added before the sequence is divided; use fsdp"
+        )
     if (tp - 1) * -(-config.vocab_size // tp) >= config.vocab_size:
         raise ValueError(f"mesh tp:{tp}: vocab_size={config.vocab_size} leaves a rank without a word; use a smaller tp")
 
@@ -72,12 +77,11 @@ def split_tensors_(model: Transformer, mesh: Mesh) -> None:
         module.register_forward_pre_hook(lambda _, args: (_gather(args[0], device_mesh), *args[1:]))
     words = RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))
     parallelize_module(model.model.embed_tokens, device_mesh, words)
-    if model.config.tie_embeddings:
-        weight = model.model.embed_tokens.weight
-    else:
-        weight = parallelize_module(model.lm_head, device_mesh, ColwiseParallel()).weight
-    model.lm_head = VocabularyHead(weight, mesh)  # pyright: ignore[reportAttributeAccessIssue]
-    model.model.norm.register_forward_hook(lambda _, args, out: _whole_sequence(out, device_mesh))
+    if not model.config.tie_embeddings:
+        parallelize_module(model.lm_head, device_mesh, ColwiseParallel())
+    tied = model.model.embed_tokens if model.config.tie_embeddings else model.lm_head
+    model.lm_head = VocabularyHead(tied.weight, mesh)  # pyright: ignore[reportAttributeAccessIssue]
+    model.model.norm.register_forward_hook(lambda *called: _whole_sequence(called[2], device_mesh))
 
 
 def _gather(x: Tensor, device_mesh: "DeviceMesh") -> Tensor:
@@ -99,14 +103,15 @@ def _whole_sequence(x: Tensor, device_mesh: "DeviceMesh") -> Tensor:
 class VocabularyHead(nn.Module):
     """lm_head with a run of the vocabulary's rows on each rank."""
 
-    def __init__(self, weight: nn.Parameter, mesh: Mesh) -> None:  # a DTensor (V, D), divided along V
+    def __init__(self, weight: Tensor, mesh: Mesh) -> None:  # a Parameter that is a DTensor (V, D), divided along V
         super().__init__()
+        assert isinstance(weight, nn.Parameter)
         self.weight, self.mesh = weight, mesh
 
     def summed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Cross entropy in nats of hidden (N, D) and targets (N,), summed, () float32; the same on every rank."""
         width = -(-self.weight.shape[0] // self.mesh.shape.tp)
-        local = self.weight.to_local()  # pyright: ignore[reportCallIssue]
+        local = local_part(self.weight)
         start = self.mesh.index("tp") * width
         return VocabularyLoss.apply(hidden, local, targets, start, self.mesh)
 

@@ -35,6 +35,11 @@ def mesh_optimizer(
     if is_copied(mesh.shape, config):
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         return make_optimizer(trained, config, makers, roles=roles, width_ratio=width_ratio)
+    if config.ema_decay:
+        raise ValueError(
+            f"ema_decay={config.ema_decay} is not covered where ranks hold pieces (mesh={mesh.shape}, zero={config.zero}); "
+            "use mesh=dp with zero=0, or leave it out"
+        )
     whole = {name for name, role in roles.items() if role in WHOLE.get(config.optimizer, ())}
 
     def make(tensors: Sequence[tuple[str, Tensor]]) -> Optimizer:

@@ -5,7 +5,7 @@ Dividing by the count of the whole batch, not of each micro-batch, makes accumul
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from ..parallel.stragglers import Stragglers
 from ..precision import LossScaler, autocast
 from ..run import TrainConfig
 from .balance import balance, start_counting
+from .draws import drawing_at
 from .noise import noise_figures, square_norm
 from .objective import Batch, Figures, n_ids
 from .optimizers import Optimizer
@@ -58,13 +59,14 @@ def one_step(
     figures: dict[str, Tensor | float] = {}
     measures_noise = config.noise_scale_every > 0 and step % config.noise_scale_every == 0
     first = 0.0, 0  # squared norm of the first micro-batch's part of the gradient, and its labels
-    for batch in micro_batches:
+    for i, batch in enumerate(micro_batches):
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-        with autocast(config.dtype, device):
-            found = loss(model, moved)
-            value, more = found if isinstance(found, tuple) else (found, {})
-            value = value / total
-        (value * scaler.scale).backward()
+        with drawing_at(config.seed, step, together.place(i), device=device):
+            with autocast(config.dtype, device):
+                found = loss(model, moved)
+                value, more = found if isinstance(found, tuple) else (found, {})
+                value = value / total
+            (value * scaler.scale).backward()
         if measures_noise and not read:
             first = square_norm(p for _, p in optimizer.named) / scaler.scale**2, count(batch)
         summed += value.detach()
@@ -80,6 +82,7 @@ def one_step(
             if parameter.grad is not None:
                 parameter.grad /= scaler.scale
     norm = float(clip_gradients_(parameters, config.grad_clip, norm=together.norm(parameters)))
+    own_figures = summed_figures(figures, together)
     line = update(optimizer, config, scaler, step, loss=summed, norm=norm)
     if measures_noise and math.isfinite(norm):
         line |= noise_figures(*first, norm, total, together)
@@ -92,9 +95,17 @@ def one_step(
         "step_s": round(seconds, 5),
         **(stragglers.see(ranks().each(own_s)) if stragglers is not None else {}),
     }
-    if taken := line.keys() & figures.keys():
+    if taken := line.keys() & own_figures.keys():
         raise ValueError(f"the objective's figures {sorted(taken)} have names of the loop's own; rename them")
-    return line | {name: float(figure) for name, figure in figures.items()}
+    return line | own_figures
+
+
+def summed_figures(figures: Mapping[str, Tensor | float], together: Ranks | Sharding) -> dict[str, float]:
+    """Each figure summed over ranks. A rank that read nothing has none, and adds nothing to the others'."""
+    values = [float(figure) for figure in figures.values()]
+    n = together.most(len(values))
+    summed = together.sum(*values, *[0.0] * (n - len(values))) if n else []
+    return dict(zip(figures, summed, strict=False))
 
 
 def update(

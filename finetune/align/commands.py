@@ -77,6 +77,7 @@ def stage_command(stage: str, options: Options, doc: str) -> Callable[..., None]
     def command(**given: Any) -> None:
         from importlib import import_module
 
+        from ...base.parallel.ranks import leave, ranks
         from ...base.settings import combine
 
         method = _method(given.pop("full"), given.pop("qlora"))
@@ -84,10 +85,12 @@ def stage_command(stage: str, options: Options, doc: str) -> Callable[..., None]
         of_run = {name: given.pop(name) for name in FOR_RUN if name in given}
         run = getattr(import_module(f".run_{stage}", __package__), stage)
         summary = run(**of_run, method=method, progress=True, **combine(config, assignments, given))
-        for name, value in summary.items():
-            if value is not None:
-                typer.echo(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
-        typer.echo(f"written to {of_run['out']}")
+        if ranks().is_first:
+            for name, value in summary.items():
+                if value is not None:
+                    typer.echo(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+            typer.echo(f"written to {of_run['out']}")
+        leave()
 
     command.__doc__ = doc
     command.__annotations__ = {name: annotation for name, (annotation, _) in options.items()}

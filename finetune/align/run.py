@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ...base.device import explain_device, peak_bytes, reset_peak, resolve_device
+from ...base.follower import open_run
 from ...base.model.config import ModelConfig
 from ...base.model.huggingface import fingerprint, load_config
 from ...base.model.transformer import Transformer
+from ...base.parallel.mesh import Mesh
+from ...base.parallel.ranks import Ranks, join
 from ...base.progress import step_progress
 from ...base.run import Run, check_same_inputs, resumed_settings
-from ...base.runlog import RunFolder, read_metrics
+from ...base.runlog import ON_RANKS, RunFolder, read_metrics
 from ...base.settings import check_settings
 from ...base.tokenizer.tokenizer import Tokenizer
 from ...base.train import train
@@ -29,6 +32,7 @@ from ..data.chat import ChatTemplate
 from ..loading import check_token_ids
 from ..memory.report import print_prediction
 from ..memory.step import Work
+from ..optimizers import finetuning_mesh
 from ..sft import save_trained, stored_in_4_bits
 from . import setup
 
@@ -127,11 +131,13 @@ def align(
 ) -> dict[str, Any]:
     """Run a stage; returns the summary. Raises ValueError or OSError for bad input, Interrupted after a signal."""
     requested_device, device = device, resolve_device(device)
+    together, device = join(device) if stage.name in ON_RANKS else (Ranks(), device)
+    progress = progress and together.is_first
     base, data, out = Path(base), Path(data), Path(out)
     adapter, eval_data = (Path(path) if path is not None else None for path in (adapter, eval_data))
     if out.resolve() == base.resolve():
         raise ValueError(f"--out {out} is the base itself; choose another folder")
-    with RunFolder(out, stage=f"{stage.name} {method}", resume=resume, force=force) as run:
+    with open_run(together, out, stage=f"{stage.name} {method}", resume=resume, force=force) as run:
         requested = check_settings(settings, *stage.parts.values())
         if adapter is not None:
             requested = setup.adapter_settings(read_adapter(adapter), requested, method)
@@ -155,17 +161,20 @@ def align(
         check_evaluation(config.train, has_evaluation=task.has_evaluation)
         if progress:
             print(explain_device(requested_device, device), file=sys.stderr)
-        predicted = print_prediction(
-            model_config,
-            config.train,
-            device,
-            method="qlora" if stored else method,
-            seq_len=task.longest,
-            lora=config.lora,
-            double_quant=stored["double_quant"] if stored else config.quant.double_quant,
-            stage=stage.name,
-            work=stage.work(config),
-        )
+        mesh = finetuning_mesh(config.train, together, device, lora=config.lora)
+        predicted = None
+        if together.is_first:
+            predicted = print_prediction(
+                model_config,
+                config.train,
+                device,
+                method="qlora" if stored else method,
+                seq_len=task.longest,
+                lora=config.lora,
+                double_quant=stored["double_quant"] if stored else config.quant.double_quant,
+                stage=stage.name,
+                work=stage.work(config),
+            )
         reset_peak(device)
         policy = setup.make_policy(config, device, adapter)
         metadata = {
@@ -173,11 +182,12 @@ def align(
             "base_fingerprint": fingerprint(policy.model),
             "method": f"{stage.name} {method}",
         }
-        result, stopped = _train(stage, task, policy, config, run, device, progress)
+        result, stopped = _train(stage, task, policy, config, mesh, run, device, progress)
         n_trained = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
-        with run.results() as folder:
-            metadata |= task.finish(policy.model, folder, config)
-            save_trained(policy.model, config, folder, tokenizer, template, metadata)
+        if together.is_first:
+            with run.results() as folder:
+                metadata |= task.finish(policy.model, folder, config)
+                save_trained(policy.model, config, folder, tokenizer, template, metadata)
         summary = {
             "method": method,
             **result.summary(),
@@ -187,20 +197,29 @@ def align(
             "predicted_peak_bytes": predicted,
             **peak_bytes(device),
             "device": device,
+            **({"n_ranks": together.n} if together.n > 1 else {}),
         }
         run.finish(summary)
         return summary
 
 
 def _train(
-    stage: Stage, task: Task, policy: setup.Policy, config: Run, run: RunFolder, device: str, progress: bool
+    stage: Stage,
+    task: Task,
+    policy: setup.Policy,
+    config: Run,
+    mesh: Mesh,
+    run: RunFolder,
+    device: str,
+    progress: bool,
 ) -> tuple[Result, str | None]:
     """What the loop measured, and why the run ended before its steps, if it did."""
     loop = config.train
     training = task.begin(policy, config, run, device, progress=progress)
-    optimizer = setup.policy_optimizer(policy.model, config)
+    optimizer = setup.policy_optimizer(policy.model, config, mesh)
     # All validation is done: only now may --force touch what a former run left.
     run.start(config.saved(), seed=loop.seed)
+    mesh.ranks.wait()  # --force sets a former run's checkpoints aside in there: no rank may take them for its own
     if training.after_start is not None:
         training.after_start()
     with step_progress(f"{stage.name} {config.method}", loop.steps, shown=progress) as observe:

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from ...base.model.init import parameter_roles
 from ...base.model.transformer import Transformer
+from ...base.parallel.mesh import Mesh
 from ...base.run import Input, Run, TrainConfig
 from ...base.settings import check_settings, split_settings
-from ...base.training.optimizers import Optimizer, check_optimizer, make_optimizer
+from ...base.training.optimizers import Optimizer, check_optimizer
 from ..adapters.files import CONFIG, WEIGHTS, Adapter, check_fits, read_adapter
 from ..adapters.lora import DEFAULT, LoraConfig, LowRank, lora_layers, wrapped
 from ..adapters.selection import adapters_off, registry_of, use_adapters
@@ -125,12 +125,7 @@ def make_policy(config: Run, device: str, adapter: Path | None) -> Policy:
     return Policy(model, lambda: use_adapters(model, REFERENCE))
 
 
-def policy_optimizer(model: torch.nn.Module, config: Run) -> Optimizer:
+def policy_optimizer(model: torch.nn.Module, config: Run, mesh: Mesh | None = None) -> Optimizer:
     """The config's optimizer over what trains."""
-    if config.lora is not None and config.lora.lora_plus_ratio != 1:
-        return trained_optimizer(
-            model, config.train, lora=config.lora, makers=PAGED_OPTIMIZERS if config.quant.paged else OPTIMIZERS
-        )
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     makers = PAGED_OPTIMIZERS if config.quant.paged else OPTIMIZERS
-    return make_optimizer(trained, config.train, makers, roles=parameter_roles(model))
+    return trained_optimizer(model, config.train, lora=config.lora, makers=makers, mesh=mesh)

@@ -23,6 +23,7 @@ from ...base.model.huggingface import fingerprint
 from ...base.model.transformer import Transformer
 from ...base.precision import LossScaler, autocast
 from ...base.runlog import SUMMARY_FILE
+from ...base.training.draws import seed_at
 from ...base.training.history import History
 from ...base.training.result import is_out_of_patience
 from ...base.training.signals import Interrupted, Stop, stop_on_signal
@@ -313,6 +314,8 @@ class Trainer:
         scales = [job.scaler.scale if job.scaler else 1.0 for job in jobs]
         self.model.train()
         for i in range(max(len(batches[job.name]) for job in jobs)):
+            for job in jobs:  # dropout's numbers are those that a run of this job alone draws
+                job.generator.manual_seed(seed_at(job.config.train.seed, job.step, i))
             parts = [batches[job.name][i] if i < len(batches[job.name]) else None for job in jobs]
             batch, counts = together(parts, packed=worth_packing(parts, self.device))
             moved = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}

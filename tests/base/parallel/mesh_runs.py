@@ -1,5 +1,6 @@
 """A tiny model in training on a mesh of ranks, for the tests of base/parallel."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -9,9 +10,11 @@ from torch import Tensor
 from graft.base.model.config import ModelConfig
 from graft.base.model.init import parameter_roles
 from graft.base.model.transformer import Transformer, initialize_
+from graft.base.parallel.memory import RankBytes, count_rank_bytes
 from graft.base.parallel.mesh import make_mesh
 from graft.base.parallel.optimizer import ShardedOptimizer
 from graft.base.parallel.ranks import ranks
+from graft.base.parallel.traffic import SentBytes
 from graft.base.precision import LossScaler
 from graft.base.run import TrainConfig
 from graft.base.training.objective import NextToken
@@ -48,21 +51,36 @@ class Trainee:
         self.model.checkpointing = self.config.checkpointing
         self.optimizer = mesh_optimizer(self.model, self.config, self.mesh, roles=parameter_roles(self.model))
         self.lines: list[dict[str, Any]] = []
+        self.sent: SentBytes | None = None
+        self.held: RankBytes | None = None
 
     def steps(self, first: int, end: int) -> list[float]:
-        """Train over these steps; returns their losses."""
+        """Train over these steps; returns their losses. The last one's traffic is in `sent`."""
         together = self.optimizer.sharding if isinstance(self.optimizer, ShardedOptimizer) else ranks()
         self.model.train()
-        made = [
-            one_step(
-                *(self.model, self.optimizer, self.mesh.share(step_batches(step, self.mesh.readers.n))),
-                *(self.config, LossScaler("float32"), step, NextToken().loss, NextToken().n_labels, "cpu"),
-                together=together,
-            )
-            for step in range(first, end)
-        ]
+        made = []
+        for step in range(first, end):
+            with SentBytes() if step == end - 1 and self.mesh.axes else nullcontext() as counter:
+                line = one_step(
+                    *(self.model, self.optimizer, self.mesh.share(step_batches(step, self.mesh.readers.n))),
+                    *(self.config, LossScaler("float32"), step, NextToken().loss, NextToken().n_labels, "cpu"),
+                    together=together,
+                )
+            self.sent = counter
+            made.append(line)
         self.lines += made
         return [line["loss"] for line in made]
+
+    def watch_memory(self) -> None:
+        """From here on `held` is what this rank holds when a step's last backward pass has ended."""
+        assert isinstance(self.optimizer, ShardedOptimizer)
+        optimizer, finish = self.optimizer, self.optimizer.sharding.finish_gradients
+
+        def watched(named: Any) -> list[Tensor]:
+            self.held = count_rank_bytes(self.model, optimizer)
+            return finish(named)
+
+        optimizer.sharding.finish_gradients = watched
 
     def weights(self) -> dict[str, list[float]]:
         """All weights, whole."""

@@ -16,6 +16,9 @@ TIMEOUT_S = 240
 
 def on_ranks(n: int, work: Callable[..., dict[str, Any]], folder: Path, *args: Any) -> list[dict[str, Any]]:
     """work(rank, *args) on n gloo ranks; what each returned, through JSON files in `folder`. A rank's error fails the test."""
+    import torch.distributed.fsdp
+    import torch.distributed.tensor.parallel  # noqa: F401
+
     folder.mkdir(parents=True, exist_ok=True)
     fork = multiprocessing.get_context("fork")
     with warnings.catch_warnings():

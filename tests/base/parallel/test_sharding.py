@@ -1,5 +1,6 @@
 """Training on a mesh of ranks is training on one: losses, norms, weights; what each rank holds."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -7,13 +8,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from .mesh_runs import Trainee
+from graft.base.model.transformer import Transformer
+from graft.base.parallel.memory import predict_rank_bytes
+from graft.base.parallel.optimizer import ShardedOptimizer
+from graft.base.parallel.traffic import predict_sent_bytes
+
+from .mesh_runs import MODEL, Trainee
 from .processes import on_ranks
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo"
 )
 STEPS = 8
+SHAPES = {name: list(parameter.shape) for name, parameter in Transformer(MODEL).named_parameters()}
 CASES: dict[int, list[dict[str, Any]]] = {
     2: [
         {"zero": 0},
@@ -39,8 +46,17 @@ CASES: dict[int, list[dict[str, Any]]] = {
 
 def trained(settings: dict[str, Any], sizes: dict[str, Any]) -> dict[str, Any]:
     run = Trainee(settings, sizes)
+    if isinstance(run.optimizer, ShardedOptimizer):
+        run.watch_memory()
     run.steps(0, STEPS)
-    return {"lines": run.lines, "weights": run.weights()}
+    return {
+        "lines": run.lines,
+        "weights": run.weights(),
+        "held": run.held and asdict(run.held),
+        "predicted": asdict(predict_rank_bytes(MODEL, run.config, run.mesh.shape)),
+        "sent": run.sent and (run.sent.total, dict(run.sent.unknown)),
+        "formula": predict_sent_bytes(MODEL, run.config, run.mesh.shape, SHAPES),
+    }
 
 
 def all_cases(rank: int, cases: list[dict[str, Any]]) -> dict[str, Any]:
@@ -55,6 +71,17 @@ def test_every_mesh_trains_as_one_rank(n: int, tmp_path: Path) -> None:
     for case in CASES[n]:
         for rank in found:
             compare(str(case), rank[str(case)], alone[case.get("optimizer", "adamw")])
+        if "optimizer" not in case:
+            compare_costs(str(case), [rank[str(case)] for rank in found])
+
+
+def compare_costs(case: str, found: list[dict[str, Any]]) -> None:
+    """Bytes sent a step equal the formula; the fullest rank holds what is predicted to 5%."""
+    for one in found:
+        assert one["sent"] == [one["formula"], {}], case
+    if found[0]["held"] is not None:
+        for kind, predicted in found[0]["predicted"].items():
+            assert max(one["held"][kind] for one in found) == pytest.approx(predicted, rel=0.05), (case, kind)
 
 
 def compare(case: str, found: dict[str, Any], alone: dict[str, Any]) -> None:
