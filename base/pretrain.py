@@ -24,12 +24,12 @@ from .parallel.export import export_model
 from .parallel.mesh import Mesh, holds_model, is_copied, make_mesh, meets_in_micro_batches
 from .parallel.ranks import join, ranks
 from .parallel.restart import resumes_itself
-from .parallel.same import check_same, source_fingerprint
+from .parallel.same import check_same, facts_of
 from .plan import flops_per_token
 from .pretrain_config import PretrainConfig
 from .progress import step_progress
-from .run import Input, Run, TrainConfig, check_same_inputs, resumed_settings, settings_of
-from .runlog import RunFolder, versions
+from .run import Input, Run, TrainConfig, check_same_inputs, resumed_settings
+from .runlog import RunFolder
 from .samples import Samples
 from .settings import check_settings, split_settings
 from .tokenizer.tokenizer import Tokenizer
@@ -151,7 +151,7 @@ def run_pretrain(
         assert config.model is not None
         check_size(config.model, device)
         config = replace(config, model=with_special_ids(config.model, tok), inputs=inputs)
-        check_same(together, {**versions(), "graft's sources": source_fingerprint(), **_facts(config)})
+        check_same(together, facts_of(config))
         assert config.model is not None
         loop, seq_len = config.train, config.model.max_seq_len
         mesh = make_mesh(loop, config.model, together, device)
@@ -282,11 +282,6 @@ def width_ratio(config: PretrainConfig, model: Transformer) -> float:
     names = {name for name, _ in model.named_parameters()}
     scales = model.config.scale_embeddings
     return check_width(config.mup_base_width, model.config.d_model, names, scales_embeddings=scales)
-
-
-def _facts(config: Run) -> dict[str, Any]:
-    """What must be equal on all ranks: every setting, and the inputs by content wherever they lie."""
-    return settings_of(config.saved()) | {name: given.sha256[:12] for name, given in config.inputs.items()}
 
 
 def with_special_ids(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:

@@ -6,7 +6,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from ..base.model.init import parameter_roles
-from ..base.parallel.mesh import Mesh, is_copied, make_mesh
+from ..base.parallel.mesh import Mesh, MeshShape, is_copied, make_mesh, parse_mesh, stage
 from ..base.parallel.optimizer import ShardedOptimizer
 from ..base.parallel.ranks import Ranks
 from ..base.parallel.sharding import shard
@@ -52,15 +52,19 @@ def finetuning_mesh(config: TrainConfig, ranks: Ranks, device: str, *, lora: Lor
 
     Raises ValueError for another mesh, and for an optimizer whose state can't be divided by rows.
     """
-    mesh = make_mesh(config, None, ranks, device)
-    if mesh.shape.n > mesh.shape.dp or (ranks.n > 1 and config.zero > 1):
+    check_finetuning_mesh(parse_mesh(config.mesh, ranks.n), config, lora)
+    return make_mesh(config, None, ranks, device)
+
+
+def check_finetuning_mesh(shape: MeshShape, config: TrainConfig, lora: LoraConfig | None) -> None:
+    """Raise ValueError for what `finetuning_mesh` doesn't cover."""
+    if shape.n > shape.dp or stage(shape, config) > 1:
         raise ValueError(
-            f"mesh={mesh.shape}, zero={config.zero}: fine-tuning keeps the whole model on every rank; set mesh=dp with zero 0 or 1"
+            f"mesh={shape}, zero={config.zero}: fine-tuning keeps the whole model on every rank; set mesh=dp with zero 0 or 1"
         )
-    if (
-        ranks.n > 1
-        and config.zero
-        and (config.optimizer != "adamw" or (lora is not None and lora.lora_plus_ratio != 1))
-    ):
-        raise ValueError(f"zero={config.zero} divides plain AdamW's state alone here; use optimizer=adamw, or zero=0")
-    return mesh
+    has_two_rates = lora is not None and lora.lora_plus_ratio != 1
+    if stage(shape, config) and (config.optimizer != "adamw" or has_two_rates or config.ema_decay):
+        raise ValueError(
+            f"zero={config.zero} divides plain AdamW's state alone here; use optimizer=adamw without lora_plus_ratio and "
+            "ema_decay, or zero=0"
+        )

@@ -19,6 +19,7 @@ from ..base.model.huggingface import fingerprint, load_config
 from ..base.model.transformer import Transformer
 from ..base.parallel.mesh import Mesh
 from ..base.parallel.ranks import join, ranks
+from ..base.parallel.same import check_same, facts_of
 from ..base.progress import step_progress
 from ..base.run import Run, check_same_inputs, resumed_settings
 from ..base.runlog import RunFolder
@@ -194,6 +195,7 @@ def _run(
 ) -> dict[str, Any]:
     """Train a job and write its results; returns the summary."""
     config, rows = job.config, job.rows
+    check_same(ranks(), facts_of(config))
     mesh = finetuning_mesh(config.train, ranks(), device, lora=config.lora)
     predicted = _predicted(job, device) if ranks().is_first else None
     reset_peak(device)

@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ..run import Run, settings_of
+from ..runlog import versions
 from .ranks import Ranks, watch
 
 SEEN_S = 10.0  # for a file to appear on another machine's network disk
@@ -39,6 +41,12 @@ def check_same(ranks: Ranks, facts: Mapping[str, Any]) -> None:
     if ranks.sum(float(bool(found))) != [0.0]:
         message = "; ".join(found) or "a rank differs from rank 0; its message says in what"
         raise ValueError(f"ranks must not differ: {message}; give every rank the same versions, settings and files")
+
+
+def facts_of(config: Run) -> dict[str, Any]:
+    """What must be equal on all ranks of a run: versions, sources, every setting, and the inputs by content wherever they lie."""
+    inputs = {name: given.sha256[:12] for name, given in config.inputs.items()}
+    return {**versions(), "graft's sources": source_fingerprint(), **settings_of(config.saved()), **inputs}
 
 
 @cache

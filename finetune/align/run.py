@@ -17,6 +17,7 @@ from ...base.model.huggingface import fingerprint, load_config
 from ...base.model.transformer import Transformer
 from ...base.parallel.mesh import Mesh
 from ...base.parallel.ranks import Ranks, join
+from ...base.parallel.same import check_same, facts_of
 from ...base.progress import step_progress
 from ...base.run import Run, check_same_inputs, resumed_settings
 from ...base.runlog import ON_RANKS, RunFolder, read_metrics
@@ -161,6 +162,7 @@ def align(
         check_evaluation(config.train, has_evaluation=task.has_evaluation)
         if progress:
             print(explain_device(requested_device, device), file=sys.stderr)
+        check_same(together, facts_of(config))
         mesh = finetuning_mesh(config.train, together, device, lora=config.lora)
         predicted = None
         if together.is_first:

@@ -1,7 +1,6 @@
 """graft sft and dpo on two ranks: the run of one process, one folder, whole adapters, dropout by position."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from graft.base.parallel.mesh import MeshShape
 from graft.base.parallel.ranks import Ranks
 from graft.base.run import TrainConfig
 from graft.base.runlog import read_metrics
+from graft.finetune.adapters.config import LoraConfig
 from graft.finetune.align.run_dpo import dpo
-from graft.finetune.optimizers import finetuning_mesh
+from graft.finetune.optimizers import check_finetuning_mesh, finetuning_mesh
 from graft.finetune.sft import run_sft
 
 from ..base.parallel.processes import on_ranks
@@ -52,7 +53,6 @@ def train_all(base: Path, folder: Path, out: Path) -> None:
 
 
 def one_rank(rank: int, base: str, folder: str) -> dict[str, Any]:
-    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     train_all(Path(base), Path(folder), Path(folder) / "two")
     try:
         run_sft(
@@ -71,7 +71,7 @@ def test_two_ranks_fine_tune_as_one(base_dir: Path, tmp_path: Path) -> None:
     pairs = [{"prompt": f"{who}:", "chosen": f" {does}", "rejected": " flies"} for who, does in ANSWERS.items()]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     train_all(base_dir, tmp_path, tmp_path / "one")
-    found = on_ranks(2, one_rank, tmp_path / "ranks", str(base_dir), str(tmp_path))
+    found = on_ranks(2, one_rank, tmp_path / "ranks", str(base_dir), str(tmp_path), joined=False)
     assert "streaming=true keeps rows in --out, which 2 ranks can't share" in found[0]["refused"]
     for name in (*RUNS, "dpo"):
         one, two = (read_metrics(tmp_path / folder / name / "metrics.jsonl") for folder in ("one", "two"))
@@ -87,8 +87,35 @@ def test_two_ranks_fine_tune_as_one(base_dir: Path, tmp_path: Path) -> None:
     assert (tmp_path / "two/lora/checkpoints/step-00000004/adapter_model.safetensors").exists()
 
 
-def test_what_fine_tuning_does_not_divide() -> None:
-    """Laws: another mesh, another stage and state that has no rows are refused by name."""
+@pytest.mark.parametrize(
+    ("shape", "settings", "lora", "message"),
+    [
+        (
+            MeshShape(tp=2),
+            {},
+            None,
+            r"mesh=tp:2, zero=0: fine-tuning keeps the whole model .* set mesh=dp with zero 0 or 1",
+        ),
+        (MeshShape(fsdp=2), {}, None, "mesh=fsdp:2, zero=0: fine-tuning keeps the whole model"),
+        (MeshShape(dp=2), {"zero": 2}, None, "mesh=dp:2, zero=2: fine-tuning keeps the whole model"),
+        (MeshShape(dp=2), {"zero": 1, "optimizer": "adamw8bit"}, None, "zero=1 divides plain AdamW's state alone"),
+        (MeshShape(dp=2), {"zero": 1, "ema_decay": 0.9}, None, "zero=1 divides plain AdamW's state alone"),
+        (
+            MeshShape(dp=2),
+            {"zero": 1},
+            LoraConfig(rank=2, lora_plus_ratio=4.0),
+            "zero=1 divides plain AdamW's state alone",
+        ),
+    ],
+)
+def test_what_fine_tuning_does_not_divide(
+    shape: MeshShape, settings: dict[str, Any], lora: LoraConfig | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_finetuning_mesh(shape, TrainConfig(**settings), lora)
+
+
+def test_one_process_has_nothing_to_divide() -> None:
+    assert finetuning_mesh(TrainConfig(zero=3), Ranks(), "cpu", lora=None).axes == ()
     with pytest.raises(ValueError, match=r"mesh='tp:2' needs 2 processes"):
         finetuning_mesh(TrainConfig(mesh="tp:2"), Ranks(), "cpu", lora=None)
-    finetuning_mesh(TrainConfig(zero=3), Ranks(), "cpu", lora=None)  # one process has nothing to divide

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -9,12 +11,15 @@ from graft.base.data.batches import WindowBatches
 from graft.base.data.shards import TokenShards
 from graft.base.data.windows import Windows, make_windows
 from graft.base.model.config import ModelConfig
+from graft.base.model.transformer import Transformer
 from graft.base.parallel import mesh as mesh_module
 from graft.base.parallel.mesh import MeshShape, check_mesh, make_mesh, parse_mesh, stage
 from graft.base.parallel.ranks import Ranks
 from graft.base.parallel.sharding import Split
+from graft.base.parallel.tensor import check_tensor_parallel
 from graft.base.run import TrainConfig
 from graft.base.settings import check_settings, parse_assignments
+from graft.base.training.sharded import mesh_optimizer
 
 MODEL = ModelConfig(vocab_size=64, d_model=16, n_layers=6, n_heads=12, n_kv_heads=4, d_head=4, d_ff=24, max_seq_len=48)
 
@@ -84,6 +89,30 @@ def test_what_fits_and_what_is_not_there(monkeypatch: pytest.MonkeyPatch) -> Non
         check_mesh(MeshShape(tp=2), config, MODEL)
     with pytest.raises(ValueError, match="zero=4 is no ZeRO stage; choose 0, 1, 2 or 3"):
         TrainConfig(zero=4)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"n_experts": 4}, "this model has experts: use fsdp"),
+        ({"qk_norm_joint": True}, "tp:2: qk_norm_joint is not covered"),
+        ({"logit_softcap": 30.0}, "tp:2: logit_softcap is not covered"),
+        ({"positions": "learned"}, "tp:2: positions=learned are added before the sequence is divided"),
+        ({"vocab_size": 1}, "tp:2: vocab_size=1 leaves a rank without a word"),
+    ],
+)
+def test_what_tensor_parallel_does_not_divide(sizes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_tensor_parallel(replace(MODEL, **sizes), 2)
+    check_tensor_parallel(MODEL, 2)
+
+
+def test_an_average_of_pieces_is_refused() -> None:
+    mesh = SimpleNamespace(shape=MeshShape(dp=2))
+    with pytest.raises(
+        ValueError, match=r"ema_decay=0\.9 is not covered where ranks hold pieces \(mesh=dp:2, zero=1\)"
+    ):
+        mesh_optimizer(Transformer(MODEL), TrainConfig(zero=1, ema_decay=0.9), mesh, roles={})  # pyright: ignore[reportArgumentType]
 
 
 def test_stages() -> None:
