@@ -35,7 +35,7 @@ KERNELS = (
     Kernel("swiglu", "PyTorch operators"),
     Kernel("cross_entropy", "chunks of logits in PyTorch, never all of them"),
     Kernel("nf4", "compiled loops for decoding, PyTorch's matrix product for training"),
-    Kernel("grouped_linear", "PyTorch's grouped product"),
+    Kernel("grouped_linear", "PyTorch's grouped product", "more than 1,024 experts, and for aligned bfloat16"),
     Kernel("grouped_lora", "PyTorch operators, adapter by adapter"),
     Kernel("gated_delta", "chunks of PyTorch's matrix products"),
     Kernel("causal_conv", "shifted products in PyTorch"),
@@ -43,7 +43,6 @@ KERNELS = (
     Kernel("decode", "compiled loops for one new token a row in float32"),
 )
 TORCH_ONLY = {
-    "grouped_linear": "PyTorch's grouped product, one call for all experts, on every device; it has no Triton form yet",
     "gated_delta": "chunks of 64 tokens in PyTorch's matrix products, on every device; it has no Triton form yet",
     "causal_conv": "shifted products in PyTorch, on every device; it has no Triton form yet",
     "adamw": "PyTorch's fused update, one pass over the tensors, on every device; it has no Triton form",

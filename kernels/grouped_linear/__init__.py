@@ -5,7 +5,9 @@ from torch import Tensor
 from ..checks import check_floats, check_integers
 from ..dispatch import Backend, choose_backend, name_of
 from .reference import grouped_linear_reference
-from .torch_grouped_linear import grouped_linear_torch
+from .torch_grouped_linear import grouped_linear_torch, takes
+
+MAX_GROUPS = 1024  # of the Triton form: a program holds every group's end
 
 
 def grouped_linear(
@@ -34,7 +36,14 @@ def grouped_linear(
         raise ValueError(
             f"grouped_linear: x is {name_of(x.dtype)} but weight is {name_of(weight.dtype)}; cast one to the other"
         )
-    unsupported = "no Triton form is written; PyTorch's grouped product runs on GPUs"
-    if choose_backend("grouped_linear", backend, [x, weight], unsupported=unsupported) == "reference":
+    unsupported = f"it takes at most {MAX_GROUPS} groups, got {len(weight)}" if len(weight) > MAX_GROUPS else None
+    chosen = choose_backend("grouped_linear", backend, [x, weight], unsupported=unsupported)
+    if chosen == "reference":
         return grouped_linear_reference(x, weight, ends)
-    return grouped_linear_torch(x, weight, ends)
+    if chosen == "torch" or (
+        backend == "auto" and takes(x, weight)
+    ):  # where PyTorch's own kernel runs, it is the default
+        return grouped_linear_torch(x, weight, ends)
+    from .triton_grouped_linear import grouped_linear_triton
+
+    return grouped_linear_triton(x, weight, ends)

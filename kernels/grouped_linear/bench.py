@@ -1,10 +1,13 @@
-"""Grouped products, forward + backward, against a loop of linears: python -m graft.kernels.grouped_linear.bench [--quick]"""
+"""Grouped products in Triton, forward + backward, against PyTorch's own and a loop of linears.
+
+python -m graft.kernels.grouped_linear.bench [--quick]
+"""
 
 import sys
 
 import torch
 
-from ..measure import Row, bandwidth_rows, bench_device, forward_backward, print_table
+from ..measure import Row, bandwidth_rows, bench_device, forward_backward, our_backend, print_table
 from . import grouped_linear
 
 
@@ -17,8 +20,8 @@ def bench(quick: bool) -> list[Row]:
     ends = torch.sort(torch.randint(0, N + 1, (G,), device=device)).values.to(torch.int32)
     ends[-1] = N
     runs = {
-        "ours": forward_backward(lambda a, w: grouped_linear(a, w, ends), (x, weight), (grad,)),
-        "torch": forward_backward(lambda a, w: grouped_linear(a, w, ends, backend="reference"), (x, weight), (grad,)),
+        name: forward_backward(lambda a, w, b=backend: grouped_linear(a, w, ends, backend=b), (x, weight), (grad,))
+        for name, backend in (("ours", our_backend()), ("torch", "torch"), ("loop", "reference"))
     }
     n_bytes = (2 * weight.numel() + 3 * (x.numel() + grad.numel())) * x.element_size()
     return bandwidth_rows(f"grouped_linear {N} rows, {G} of ({n_out}, {n_in})", runs, n_bytes, quick=quick, bar=0.3)

@@ -15,7 +15,7 @@ ALIGNMENT = 16  # bytes that grouped_mm's strides are multiples of
 
 def grouped_linear_torch(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """The same function as `grouped_linear_reference`."""
-    if _fits(x, weight):
+    if takes(x, weight):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends.to(torch.int32))
     if predicted_device() is not None:  # tensors without values: groups of one size
         pieces = x.tensor_split(len(weight))
@@ -25,7 +25,8 @@ def grouped_linear_torch(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return torch.cat([F.linear(piece, w) for piece, w in zip(pieces, weight.unbind(0), strict=True)])
 
 
-def _fits(x: Tensor, weight: Tensor) -> bool:
+def takes(x: Tensor, weight: Tensor) -> bool:
     """Whether grouped_mm takes them: sizes whose rows are multiples of 16 bytes; on a GPU bfloat16 alone."""
     aligned = all(size * x.element_size() % ALIGNMENT == 0 for size in (x.shape[1], weight.shape[1]))
-    return aligned and x.shape[0] > 0 and (x.device.type != "cuda" or x.dtype is torch.bfloat16)
+    on_gpu = (predicted_device() or x.device.type) == "cuda"
+    return aligned and x.shape[0] > 0 and (not on_gpu or x.dtype is torch.bfloat16)
