@@ -7,6 +7,7 @@ import sys
 
 import torch
 
+from ..dispatch import Backend
 from ..measure import Row, bandwidth_rows, bench_device, forward_backward, our_backend, print_table
 from . import grouped_linear
 
@@ -19,9 +20,10 @@ def bench(quick: bool) -> list[Row]:
     weight = torch.randn(G, n_out, n_in, device=device, dtype=dtype)
     ends = torch.sort(torch.randint(0, N + 1, (G,), device=device)).values.to(torch.int32)
     ends[-1] = N
+    backends: dict[str, Backend] = {"ours": our_backend(), "torch": "torch", "loop": "reference"}
     runs = {
         name: forward_backward(lambda a, w, b=backend: grouped_linear(a, w, ends, backend=b), (x, weight), (grad,))
-        for name, backend in (("ours", our_backend()), ("torch", "torch"), ("loop", "reference"))
+        for name, backend in backends.items()
     }
     n_bytes = (2 * weight.numel() + 3 * (x.numel() + grad.numel())) * x.element_size()
     return bandwidth_rows(f"grouped_linear {N} rows, {G} of ({n_out}, {n_in})", runs, n_bytes, quick=quick, bar=0.3)
