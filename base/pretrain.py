@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..kernels.float8_linear import float8_problem
 from .callbacks import Callbacks
 from .data.batches import WindowBatches
 from .data.ramp import BatchRamp
@@ -15,6 +16,7 @@ from .evaluate import HeldOut
 from .follower import open_run
 from .meter import Meter, peak_flops
 from .model.config import ModelConfig, preset, with_sizes
+from .model.float8 import use_float8_
 from .model.huggingface import left_out, save_model
 from .model.init import parameter_roles
 from .model.own_json import own_layout_note
@@ -64,6 +66,8 @@ def resolve(settings: Mapping[str, Any], *, preset_name: str | None, vocab_size:
     model = with_sizes(replace(preset(preset_name or "micro"), vocab_size=vocab_size), **sizes)
     train = TrainConfig(**loop)
     check_optimizer(train.optimizer)
+    if own.get("float8") and train.dtype != "bfloat16":
+        raise ValueError(f"float8=true goes with dtype=bfloat16, got {train.dtype}: what isn't float8 is bfloat16")
     return Run(train=train, model=model, data=WindowOptions(**windows), pretrain=PretrainConfig(**own))
 
 
@@ -172,6 +176,8 @@ def run_pretrain(
         ratio = width_ratio(config.pretrain, model)
         initialize_(model, seed=loop.seed, width_ratio=ratio)
         model.checkpointing = loop.checkpointing
+        if config.pretrain.float8 and (note := start_float8(model, device)) and progress:
+            print(note, file=sys.stderr)
         reset_peak(device)
         peak, peak_is = peak_flops(device)
         watch = Watch(tok, score, peak and peak * together.n, progress)
@@ -273,6 +279,13 @@ def _train(
             callbacks=Callbacks(samples),
             device=device,
         )
+
+
+def start_float8(model: Transformer, device: str) -> str:
+    """Use float8 products where the device has them; returns what happened, in a line."""
+    if problem := float8_problem(device):
+        return f"float8=true: {problem}; products are in bfloat16"
+    return f"float8 products in {use_float8_(model)} linears"
 
 
 def width_ratio(config: PretrainConfig, model: Transformer) -> float:

@@ -8,6 +8,9 @@ class PretrainConfig:
     """Raises ValueError for values that can't work."""
 
     mup_base_width: int | None = None  # d_model for which the rates were chosen (muP); None: rates don't depend on it
+    float8: bool = (
+        False  # products of hidden layers in float8 on a GPU from Hopper on, bfloat16 elsewhere; dtype bfloat16
+    )
     batch_warmup_steps: int = 0  # steps in which the batch grows to batch_size; 0: it is that from the first step on
     batch_warmup_start: int = 0  # sequences of the first step then; 0: an eighth of batch_size
     sample_every: int = 0  # steps between texts that the model writes (samples.jsonl); 0: none

@@ -39,12 +39,14 @@ KERNELS = (
     Kernel("grouped_lora", "PyTorch operators, adapter by adapter"),
     Kernel("gated_delta", "chunks of PyTorch's matrix products"),
     Kernel("causal_conv", "shifted products in PyTorch"),
+    Kernel("float8_linear", "PyTorch's scaled product, far slower than bfloat16's"),
     Kernel("adamw", "PyTorch's fused update"),
     Kernel("decode", "compiled loops for one new token a row in float32"),
 )
 TORCH_ONLY = {
     "gated_delta": "chunks of 64 tokens in PyTorch's matrix products, on every device; it has no Triton form yet",
     "causal_conv": "shifted products in PyTorch, on every device; it has no Triton form yet",
+    "float8_linear": "torch._scaled_mm, which is cuBLAS on a GPU from Hopper on; it has no Triton form",
     "adamw": "PyTorch's fused update, one pass over the tensors, on every device; it has no Triton form",
     "decode": "compiled loops on the CPU for one new token a row in float32; elsewhere the other kernels' own forms",
 }
