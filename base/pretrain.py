@@ -41,7 +41,7 @@ from .training.compiled import compile_layers
 from .training.history import check_evaluation
 from .training.optimizers import check_optimizer
 from .training.result import Result
-from .training.sharded import mesh_optimizer
+from .training.sharded import evaluated, mesh_optimizer
 
 Scorer = Callable[[Transformer, Tokenizer], dict[str, float]]
 BenchmarkOpener = Callable[[Sequence[str], int], Scorer]  # (NAME=FILE ..., questions of each)
@@ -159,6 +159,8 @@ def run_pretrain(
         assert config.model is not None
         loop, seq_len = config.train, config.model.max_seq_len
         mesh = make_mesh(loop, config.model, together, device)
+        if mesh.shape.pp > 1 and config.data.document_mask:
+            raise ValueError(f"document_mask can't be passed on from stage to stage of mesh={mesh.shape}; leave pp out")
         ramp = BatchRamp(loop.batch_size, config.pretrain.batch_warmup_start, config.pretrain.batch_warmup_steps)
         if ramp.steps and meets_in_micro_batches(mesh.shape, loop):
             raise ValueError(
@@ -181,6 +183,7 @@ def run_pretrain(
         reset_peak(device)
         peak, peak_is = peak_flops(device)
         watch = Watch(tok, score, peak and peak * together.n, progress)
+        names = [name for name, _ in model.named_parameters()]  # before it is divided
         result = _train(model, config, ratio, mesh, batches, text, run, device, watch)
         if together.is_first:
             with run.results() as folder:
@@ -188,7 +191,7 @@ def run_pretrain(
                     save_model(model.cpu(), folder)
                 else:
                     checkpoint = checkpoint_of(run.checkpoints, result.best_step or result.steps)
-                    export_model(checkpoint, config.model, [name for name, _ in model.named_parameters()], folder)
+                    export_model(checkpoint, config.model, names, folder)
                 tok.save(folder)
         summary = {
             "n_params": config.model.n_params,
@@ -251,7 +254,7 @@ def _train(
     )
 
     def evaluate() -> dict[str, float]:
-        figures = held_out.figures(model, loop.dtype, device)
+        figures = held_out.figures(evaluated(model, optimizer), loop.dtype, device)
         return figures | watch.score(model, watch.tokenizer) if watch.score else figures
 
     check_evaluation(loop, has_evaluation=held_out.exists)
@@ -260,6 +263,11 @@ def _train(
         settings = {"every": own.sample_every, "prompts": own.sample_prompts, "n_tokens": own.sample_tokens}
         samples = [Samples(model, watch.tokenizer, **settings, seed=loop.seed, shown=watch.progress)]
     meter = Meter(steps=loop.steps, flops_per_token=flops_per_token(model.config, batches.seq_len), peak=watch.peak)
+    if (own.sample_every or own.benchmarks) and not (holds_model(mesh.shape, loop) and mesh.shape.cp == 1):
+        raise ValueError(
+            f"sample_every and benchmarks generate with the whole model, which mesh={mesh.shape} with zero={loop.zero} divides; "
+            "leave them out, or use dp with zero 0 to 2"
+        )
     optimizer = mesh_optimizer(model, loop, mesh, roles=parameter_roles(model), width_ratio=ratio)
     if loop.compile:
         compile_layers(model, loop)

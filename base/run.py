@@ -15,7 +15,9 @@ from .optim.schedule import SCHEDULES
 from .settings import plain
 
 # What may change between a run and its resumption. (`steps` moves the rest of the schedule: that is asked for.)
-RESUMABLE = frozenset({"steps", "checkpoint_every", "eval_every", "eval_batches", "keep", "patience", "mesh", "zero"})
+RESUMABLE = frozenset(
+    {"steps", "checkpoint_every", "eval_every", "eval_batches", "keep", "patience", "mesh", "zero", "stages_per_rank"}
+)
 # What parameters are for, as base/model/init.py's Role has them (that module imports torch, this one doesn't).
 VECTORS = ("gain", "offset", "bias", "balance", "log_rate", "time_step")
 ROLES = ("embedding", "head", "hidden", "residual", "router", "conv", *VECTORS, "adapter")
@@ -75,8 +77,10 @@ class TrainConfig:
         0  # ZeRO stage of dp's ranks: 0 copies; divided are 1 the optimizer's state, 2 gradients too, 3 weights too
     )
 
+    stages_per_rank: int = 1  # of a pipeline: 1 is the 1F1B schedule, more the interleaved one
+
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "micro_batch"):
+        for name in ("steps", "batch_size", "micro_batch", "stages_per_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be >= 1")
         for name in (

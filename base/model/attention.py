@@ -106,7 +106,8 @@ class Attention(nn.Module):
         elif isinstance(cache, LayerCache) and context.start:
             mixed = self._attend_cached(q, cache, context)
         else:  # the new keys are the only ones
-            mixed = attention(q, k, v, window=self.spec.window, cu_seqlens=context.cu_seqlens, **self.scores)
+            attend = context.attend or attention
+            mixed = attend(q, k, v, window=self.spec.window, cu_seqlens=context.cu_seqlens, **self.scores)
         mixed = mixed.transpose(1, 2).reshape(B, T, c.n_heads * c.d_head)
         return self.o_proj(mixed if gate is None else mixed * gate.sigmoid())
 

@@ -5,6 +5,7 @@ Rows are sorted by expert, so that each projection is one grouped product, and g
 in every run.
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -77,12 +78,18 @@ class ExpertWeights(nn.Module):
         E, D, Fe = config.n_experts, config.d_model, config.expert_width
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * Fe, D))
         self.down_proj = nn.Parameter(torch.empty(E, D, Fe))
+        # Where ranks own some experts each: takes rows to their owners, lets them run, and brings the results back.
+        self.owners: Callable[[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]], Tensor] | None = None
 
     def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
         """Rows (M, D) sorted by expert, ends (E,) int32 -> what each row's expert makes of it, (M, D)."""
+        return self.run(rows, ends) if self.owners is None else self.owners(rows, ends, self.run)
+
+    def run(self, rows: Tensor, ends: Tensor) -> Tensor:
+        """`forward` for the experts whose matrices are here."""
         rows = rows.to(product_dtype(rows))
-        gate, up = grouped_linear(rows, self.gate_up_proj.to(rows.dtype), ends).chunk(2, dim=-1)
-        return grouped_linear(swiglu(gate, up), self.down_proj.to(rows.dtype), ends)
+        gate, up = grouped_linear(rows, here(self.gate_up_proj).to(rows.dtype), ends).chunk(2, dim=-1)
+        return grouped_linear(swiglu(gate, up), here(self.down_proj).to(rows.dtype), ends)
 
 
 class MixtureOfExperts(nn.Module):
@@ -166,6 +173,11 @@ class SharedGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight).sigmoid()
+
+
+def here(weight: Tensor) -> Tensor:
+    """What of a weight lies on this rank: all of it, or of a DTensor its part."""
+    return weight.to_local() if hasattr(weight, "to_local") else weight  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

@@ -13,7 +13,7 @@ Lengths are kept on the host: no step asks the device anything. Live rows are th
 place to the last one, so finished rows cost nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +42,7 @@ class StepContext(NamedTuple):
     local_cos: Tensor | None = None  # the angles of layers with a base of their own, in the shapes of cos and sin
     local_sin: Tensor | None = None
     positions: Tensor | None = None  # (B or 1, T) int64, where they are added to the embeddings
+    attend: Callable[..., Tensor] | None = None  # in place of kernels.attention, where ranks share the rows
 
     def angles(self, *, local: bool) -> tuple[Tensor, Tensor]:
         """cos and sin of a layer that rotates; `local`: its spec's local_rope."""

@@ -130,6 +130,28 @@ class Decoder(nn.Module):
         self.norm: Any = nn.Identity() if config.add_norm else norm(config, config.d_model)
 
 
+class SharedRows(Protocol):
+    """Ranks that have some positions of each row (base/parallel/context.py)."""
+
+    def positions(self, T: int, *, device: torch.device) -> Tensor:
+        """Where this rank's T positions lie in the row, (T,) int64."""
+        ...
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        window: int | None = None,
+        cu_seqlens: Tensor | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """kernels.attention of this rank's queries over the keys of the whole row."""
+        ...
+
+
 class Transformer(nn.Module):
     """A causal language model. `checkpointing` recomputes each layer in the backward pass instead of keeping it."""
 
@@ -145,6 +167,7 @@ class Transformer(nn.Module):
         self.row_selector: Callable[[Sequence[str | None]], AbstractContextManager[object]] | None = None
         # A hash of an adapter's weights by its name; None: they may change, so nothing computed with them may be kept.
         self.adapter_content: Callable[[str], str | None] | None = None
+        self.shared_rows: SharedRows | None = None  # None: this process has whole rows
         self.fused_decoding = True  # False while something wraps a norm, whose weight the short way would read past it
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -178,7 +201,7 @@ class Transformer(nn.Module):
             ids, positions=positions, cu_seqlens=cu_seqlens, cache=cache, router_losses=router_losses
         )
         if targets is not None:
-            loss = self._summed_loss(hidden.flatten(0, 1), targets.flatten())
+            loss = self.summed_loss(hidden.flatten(0, 1), targets.flatten())
             if router_losses:  # each is a mean over tokens, so that it weighs as much as the mean cross entropy
                 loss = loss + (targets != IGNORE).sum() * torch.stack(router_losses).mean()
             return loss
@@ -213,7 +236,7 @@ class Transformer(nn.Module):
         context = (
             cache.begin(B, T)
             if cache is not None
-            else self._context(ids, positions, cu_seqlens, router_losses=router_losses)
+            else self.context(ids, positions, cu_seqlens, router_losses=router_losses)
         )
         x = self.embed(ids, context.positions)  # (B, T, D)
         if isinstance(cache, KVCache) and context.start and T == 1 and self.decodes_short and can_run(x):
@@ -226,10 +249,10 @@ class Transformer(nn.Module):
     def _through_layers(self, x: Tensor, context: StepContext, cache: KVCache | PagedKVCache | None) -> Tensor:
         """The first layer's input (B, T, D) -> the last one's output, before the final norm."""
         for i, layer in enumerate(self.model.layers):
-            x = self._run(layer, x, context, None) if cache is None else layer(x, context, cache.layers[i])
+            x = self.run(layer, x, context, None) if cache is None else layer(x, context, cache.layers[i])
         return x
 
-    def _run(self, module: Callable[..., Tensor], *args: Any) -> Tensor:
+    def run(self, module: Callable[..., Tensor], *args: Any) -> Tensor:
         """module(*args), recomputed in the backward pass where `checkpointing` asks for it."""
         return recompute(module, *args) if self.checkpointing and self.training else module(*args)
 
@@ -237,11 +260,11 @@ class Transformer(nn.Module):
         self, ids: Tensor, targets: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None
     ) -> Tensor:
         """`forward`'s loss in training with n_predict > 0, () float32."""
-        context = self._context(ids, positions, cu_seqlens, router_losses=[])
+        context = self.context(ids, positions, cu_seqlens, router_losses=[])
         x = self._through_layers(self.embed(ids, context.positions), context, None)
-        loss = self._summed_loss(self.model.norm(x).flatten(0, 1), targets.flatten())
+        loss = self.summed_loss(self.model.norm(x).flatten(0, 1), targets.flatten())
         further = further_losses(
-            self.mtp, x, ids, targets, context=context, embed=self.embed, loss=self._summed_loss, run=self._run,
+            self.mtp, x, ids, targets, context=context, embed=self.embed, loss=self.summed_loss, run=self.run,
             ignore_index=IGNORE,
         )  # fmt: skip
         loss = loss + self.config.predict_loss * further
@@ -249,14 +272,26 @@ class Transformer(nn.Module):
             loss = loss + (targets != IGNORE).sum() * torch.stack(context.router_losses).mean()
         return loss
 
-    def _context(
-        self, ids: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None, *, router_losses: list[Tensor] | None
+    def context(
+        self,
+        x: Tensor,  # ids (B, T), or hidden states (B, T, D) of a later pipeline stage
+        positions: Tensor | None = None,  # (B, T) int64
+        cu_seqlens: Tensor | None = None,
+        *,
+        router_losses: list[Tensor] | None = None,
     ) -> StepContext:
         """What the layers share where there is no cache."""
+        shared = self.shared_rows
         if positions is None:
-            positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
-        angles = angle_tables(self.config, positions)
-        return StepContext(**angles, cu_seqlens=cu_seqlens, router_losses=router_losses)
+            T, device = x.shape[1], x.device
+            own = torch.arange(T, device=device) if shared is None else shared.positions(T, device=device)
+            positions = own[None]  # (1, T)
+        return StepContext(
+            **angle_tables(self.config, positions),
+            cu_seqlens=cu_seqlens,
+            router_losses=router_losses,
+            attend=None if shared is None else shared.attend,
+        )
 
     @property
     def decodes_short(self) -> bool:
@@ -275,7 +310,7 @@ class Transformer(nn.Module):
         cache.advance(1)
         return add_rms_norm_(pending, stream, self.model.norm.gain, self.model.norm.eps)[:, None]
 
-    def _summed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def summed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Summed cross entropy in nats of hidden (N, D) and targets (N,), () float32."""
         if type(self.head) is nn.Linear:
             return linear_cross_entropy(hidden, self.lm_head.weight, targets, ignore_index=IGNORE, reduction="sum")

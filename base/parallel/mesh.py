@@ -6,7 +6,7 @@ plain data parallelism over all ranks.
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
@@ -29,7 +29,6 @@ AXES = {
     "cp": "context parallel: positions of a sequence",
     "tp": "tensor and sequence parallel: heads, feed-forward columns, vocabulary",
 }
-IMPLEMENTED = frozenset({"dp", "fsdp", "tp"})
 BATCH_AXES = ("dp", "fsdp", "ep")  # their ranks read different sequences
 LOSS_AXES = (*BATCH_AXES, "cp")  # their ranks have different parts of a step's labels
 
@@ -105,11 +104,10 @@ def _other_number(text: str, named: int, n_ranks: int, *, has_rest: bool) -> str
 
 def check_mesh(shape: MeshShape, config: TrainConfig, model: ModelConfig | None) -> None:
     """Raise ValueError for axes that this model, batch or ZeRO stage can't be divided by; each message says what fits."""
-    for axis in AXES:
-        if shape.size(axis) > 1 and axis not in IMPLEMENTED:
-            raise ValueError(
-                f"mesh={shape}: {axis} ({AXES[axis]}) is not there yet; use {', '.join(sorted(IMPLEMENTED))}"
-            )
+    if shape.tp > 1 and shape.size("pp", "ep") > 1:
+        raise ValueError(
+            f"mesh={shape}: tp divides neither stages of a pipeline nor experts; use cp or dp beside pp and ep"
+        )
     if config.zero and shape.fsdp > 1 and (shape.dp > 1 or config.zero < 3):
         raise ValueError(
             f"zero={config.zero} with mesh={shape}: fsdp is ZeRO stage 3 over its own axis, dp beside it keeps copies; "
@@ -123,15 +121,38 @@ def check_mesh(shape: MeshShape, config: TrainConfig, model: ModelConfig | None)
                 f"batch_size={config.batch_size} is not divisible by the {n} ranks of mesh={shape} that read different "
                 f"sequences; use {near} or {near + n}"
             )
+    if shape.pp > 1:
+        _check_pipeline(shape, config, model)
     if model is not None:
         _check_model(shape, model)
+
+
+def _check_pipeline(shape: MeshShape, config: TrainConfig, model: ModelConfig | None) -> None:
+    """Raise ValueError when a pipeline's stages can't be filled with layers or with rows."""
+    n_stages = shape.pp * config.stages_per_rank
+    if stage(shape, config) >= 2:
+        raise ValueError(
+            f"mesh={shape} with zero={config.zero}: a pipeline's ranks keep their weights and gradients whole; "
+            "use zero=0 or 1, and dp in place of fsdp"
+        )
+    if model is not None and model.n_layers % n_stages:
+        fits = [n for n in range(2, model.n_layers + 1) if model.n_layers % n == 0]
+        raise ValueError(
+            f"mesh={shape}: n_layers={model.n_layers} can't be divided by {n_stages} stages (pp x stages_per_rank); "
+            f"{', '.join(map(str, fits))} stages fit"
+        )
+    rows = config.batch_size // shape.size(*BATCH_AXES)
+    if rows < n_stages:
+        raise ValueError(
+            f"mesh={shape}: a step of batch_size={config.batch_size} has {rows} sequences for each pipeline of {n_stages} "
+            f"stages; use batch_size {n_stages * shape.size(*BATCH_AXES)} or more, or fewer stages"
+        )
 
 
 def _check_model(shape: MeshShape, model: ModelConfig) -> None:
     """Raise ValueError for sizes of the model that an axis doesn't divide."""
     for axis, parts in (
         ("tp", {"n_heads": model.n_heads, "n_kv_heads": model.n_kv_heads, "d_ff": model.d_ff}),
-        ("pp", {"n_layers": model.n_layers}),
         ("ep", {"n_experts": model.n_experts}),
     ):
         size = shape.size(axis)
@@ -140,6 +161,16 @@ def _check_model(shape: MeshShape, model: ModelConfig) -> None:
                 raise ValueError(
                     f"mesh={shape}: {name}={value} can't be divided by {axis}:{size}; {_fits(axis, parts)}"
                 )
+    if shape.cp > 1 and model.n_linear_layers:
+        raise ValueError(
+            f"mesh={shape}: {model.n_linear_layers} of {model.n_layers} layers read each sequence from its start on, with a "
+            "state in place of attention, so that cp can't divide it; use dp or fsdp"
+        )
+    if shape.size("pp", "cp") > 1 and model.n_predict:
+        raise ValueError(
+            f"mesh={shape}: n_predict={model.n_predict} needs the tokens behind each position and the last layer's states in one "
+            "place; use dp or fsdp"
+        )
     along = shape.size("cp", "tp")
     if model.max_seq_len % along:
         near = max(1, model.max_seq_len // along) * along
@@ -197,7 +228,7 @@ class Mesh:
             sizes = tuple(shape.size(axis) for axis in self.axes)
             self.device_mesh = init_device_mesh(device.partition(":")[0], sizes, mesh_dim_names=self.axes)
         self._groups: dict[tuple[str, ...], dist.ProcessGroup] = {}
-        for axes in (BATCH_AXES, LOSS_AXES):  # at once, so that no rank makes a group that others make later
+        for axes in _groups():  # at once, so that no rank makes a group that others make later
             self.group(*axes)
 
     def along(self, *axes: str) -> DeviceMesh | None:
@@ -236,7 +267,17 @@ class Mesh:
     def sum(self, *numbers: float) -> list[float]:
         """Each number summed over the ranks that hold different labels; the others hold the same."""
         group = self.group(*LOSS_AXES)
-        return self.ranks.sum(*numbers, group=group) if group is not None else list(numbers)
+        return list(numbers) if group is None else self.ranks.sum(*numbers, group=group)
+
+
+def _groups() -> Iterator[tuple[str, ...]]:
+    """Axes over which ranks may have to sum: the ranks of a pipeline need not have the same kinds of weights."""
+    yield from ((axis,) for axis in AXES)
+    yield BATCH_AXES
+    for divided in ((), ("ep",)):  # along which a weight is dealt out
+        for summed in ((), ("dp",), ("dp", "fsdp")):  # by something else
+            axes = tuple(axis for axis in LOSS_AXES if axis not in (*divided, *summed))
+            yield from (axes, (*axes, "tp"))
 
 
 def make_mesh(config: TrainConfig, model: ModelConfig | None, ranks: Ranks, device: str = "cpu") -> Mesh:

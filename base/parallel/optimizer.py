@@ -79,7 +79,7 @@ class ShardedOptimizer:
         """Whether it is this rank that writes its tensor of parameter `name`: of ranks that hold the same numbers one does."""
         piece, mesh = self.pieces[name], self.sharding.mesh
         parts = {*piece.only_on, *(split.axis for split in piece.splits)}
-        return mesh.index(*(axis for axis in mesh.axes if axis not in parts)) == 0
+        return not piece.is_spare and mesh.index(*(axis for axis in mesh.axes if axis not in parts)) == 0
 
     def _owns(self, name: str) -> bool:
         return any(one.piece.name == name for one in self.owners.matrices)

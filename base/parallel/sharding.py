@@ -5,6 +5,7 @@ and gathers the others'. Stage 2 divides the gradients too: each is reduce-scatt
 divides the weights as well, by torch's fully_shard (Zhao et al. 2023, arXiv:2304.11277), which gathers a layer while it runs.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeGuard, TypeVar
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from ..model.transformer import Transformer
 from ..run import TrainConfig
 from .mesh import LOSS_AXES, Mesh, stage
+from .part import Part, divide_model_
 from .ranks import buckets, naming_lost_ranks
 
 if TYPE_CHECKING:  # importing it takes as long as importing torch, and only stage 3 and tensor parallel need it
@@ -54,6 +56,7 @@ class Piece:
     splits: tuple[Split, ...] = ()  # each divides what the one before it left
     partial: tuple[str, ...] = ()  # axes over which the gradient after the backward pass is still to be summed
     only_on: tuple[str, ...] = ()  # axes along which other ranks don't have the parameter at all
+    is_spare: bool = False  # but one does (pipeline parallel's tied embeddings), which counts it and writes it
     box: tuple[tuple[int, int], ...] = field(init=False)  # [start, end) in each dimension of the whole
 
     def __post_init__(self) -> None:
@@ -65,8 +68,10 @@ class Piece:
         self.box = tuple(box)
         assert tuple(end - start for start, end in box) == tuple(self.local.shape), self.name
 
-    def copies(self, mesh: Mesh) -> int:
-        """How many ranks hold the same numbers."""
+    def copies(self, mesh: Mesh) -> float:
+        """How many ranks hold the same numbers; infinitely many of a spare, so that a sum over ranks has each number once."""
+        if self.is_spare:
+            return math.inf
         return mesh.shape.n // mesh.shape.size(*self.only_on, *(split.axis for split in self.splits))
 
 
@@ -76,8 +81,9 @@ class Sharding:
     Is to the loop what Ranks is where every rank holds everything.
     """
 
-    def __init__(self, mesh: Mesh, pieces: Sequence[Piece], *, zero: int = 0) -> None:
+    def __init__(self, mesh: Mesh, pieces: Sequence[Piece], *, zero: int = 0, part: Part | None = None) -> None:
         self.mesh, self.pieces, self.zero = mesh, list(pieces), zero
+        self.part = part or Part()
         self._in_flight: tuple[Piece, Tensor, Tensor, dist.Work] | None = None
         if zero == 2:
             for piece in self.pieces:
@@ -89,8 +95,8 @@ class Sharding:
         return self.mesh.ranks.is_first
 
     def share(self, micro_batches: Sequence[T]) -> list[T]:
-        """This rank's micro-batches of a step."""
-        return self.mesh.share(micro_batches)
+        """This rank's micro-batches of a step, of each its positions."""
+        return [self.part.own(batch) for batch in self.mesh.share(micro_batches)]
 
     def place(self, i: int) -> int:
         """The position in the step of this rank's i-th micro-batch."""
@@ -214,6 +220,7 @@ class Sharding:
 
 def shard(model: nn.Module, config: TrainConfig, mesh: Mesh) -> Sharding:
     """Divide a model's trained parameters as the config says; changes the model in place at stage 3."""
+    part = divide_model_(model, config, mesh)
     zero = stage(mesh.shape, config)
     if mesh.shape.tp > 1:
         from .tensor import split_tensors_
@@ -224,11 +231,17 @@ def shard(model: nn.Module, config: TrainConfig, mesh: Mesh) -> Sharding:
         fully_shard_(model, mesh)
     axis = "fsdp" if mesh.shape.fsdp > 1 else "dp"
     pieces = [
-        piece_of(name, parameter, mesh, rows_of=axis if zero in (1, 2) else None, summed=axis if zero else None)
+        piece_of(
+            *(name, parameter, mesh),
+            rows_of=axis if zero in (1, 2) else None,
+            summed=axis if zero else None,
+            only_on=("pp",) if mesh.shape.pp > 1 else (),
+            is_spare=name in part.spare,
+        )
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     ]
-    return Sharding(mesh, pieces, zero=zero)
+    return Sharding(mesh, pieces, zero=zero, part=part)
 
 
 def piece_of(
@@ -239,6 +252,8 @@ def piece_of(
     rows_of: str | None = None,  # an axis over whose ranks the rows are dealt out, beside what a DTensor says itself
     summed: str | None = None,  # an axis over which something else sums the gradient
     partial: Sequence[str] = LOSS_AXES,  # axes over which the backward pass leaves parts of a sum
+    only_on: tuple[str, ...] = (),
+    is_spare: bool = False,
 ) -> Piece:
     """What this rank trains of a parameter."""
     splits = list(_splits_of(parameter)) if is_dtensor(parameter) else []
@@ -250,16 +265,22 @@ def piece_of(
     done = {summed, *([] if summed != "fsdp" else ["dp"])}  # torch's fully_shard sums over the copies too
     if not any("tp" in (tensor.device_mesh.mesh_dim_names or ()) for tensor in [parameter] if is_dtensor(tensor)):
         partial = (*partial, "tp")  # norms: each rank has a part of the sequence, or of the heads
+    done |= {split.axis for split in splits}  # an expert's owner has all ranks' tokens for it
     axes = tuple(axis for axis in mesh.axes if axis in partial and axis not in done)
-    return Piece(name, parameter, local, tuple(parameter.shape), tuple(splits), partial=axes)
+    return Piece(
+        *(name, parameter, local, tuple(parameter.shape), tuple(splits)),
+        partial=axes,
+        only_on=only_on,
+        is_spare=is_spare,
+    )
 
 
 def _splits_of(parameter: "DTensor") -> Iterator[Split]:
-    """A DTensor's divisions in the order in which they were made: tensor parallel's first, then the data axes'."""
+    """A DTensor's divisions in the order in which they were made: expert and tensor parallel's first, then the data axes'."""
     device_mesh = parameter.device_mesh
     names = device_mesh.mesh_dim_names
     assert names is not None
-    for dimension in sorted(range(len(names)), key=lambda i: names[i] != "tp"):
+    for dimension in sorted(range(len(names)), key=lambda i: names[i] not in ("ep", "tp")):
         placement = parameter.placements[dimension]
         dim = getattr(
             placement, "dim", None

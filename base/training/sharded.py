@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..model.init import HIDDEN, Role
 from ..parallel.mesh import Mesh, is_copied
 from ..parallel.optimizer import ShardedOptimizer
+from ..parallel.part import Part
 from ..parallel.sharding import shard
 from ..run import TrainConfig
 from .optimizers import OPTIMIZERS, Optimizer, OptimizerMaker, make_optimizer
@@ -17,6 +18,24 @@ WHOLE: Mapping[str, frozenset[Role]] = {
     "muon": HIDDEN,
     "soap": frozenset({"embedding", "head", "hidden", "residual", "router"}),
 }
+
+
+def evaluated(model: nn.Module, optimizer: Optimizer) -> nn.Module:
+    """What computes the model's loss of whole rows: the model, or the ranks that share its layers or positions together."""
+    part = optimizer.sharding.part if isinstance(optimizer, ShardedOptimizer) else Part()
+    return model if part.ring is None and part.pipeline is None else Whole(model, part)
+
+
+class Whole(nn.Module):
+    """A model of which this rank has a part, called as the whole one is with targets, to evaluate it."""
+
+    def __init__(self, model: nn.Module, part: Part) -> None:
+        super().__init__()
+        self.model, self.part = model, part
+
+    def forward(self, ids: Tensor, targets: Tensor, *, positions: None = None, cu_seqlens: None = None) -> Tensor:
+        del positions, cu_seqlens  # of rows that are packed; those that validate are not
+        return self.part.summed_loss(self.model, {"ids": ids, "targets": targets})
 
 
 def mesh_optimizer(

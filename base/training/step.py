@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..optim.clip import clip_gradients_
 from ..optim.schedule import learning_rate_at
+from ..parallel.part import Part
 from ..parallel.ranks import Ranks, ranks
 from ..parallel.sharding import Sharding
 from ..parallel.stragglers import Stragglers
@@ -59,7 +60,11 @@ def one_step(
     figures: dict[str, Tensor | float] = {}
     measures_noise = config.noise_scale_every > 0 and step % config.noise_scale_every == 0
     first = 0.0, 0  # squared norm of the first micro-batch's part of the gradient, and its labels
-    for i, batch in enumerate(micro_batches):
+    part = together.part if isinstance(together, Sharding) else Part()
+    if part.pipeline is not None:  # the ranks that share the layers run all micro-batches in their own order
+        summed = part.backward(micro_batches, factor=scaler.scale / total) / scaler.scale
+        read = sum(n_tokens(batch) for batch in micro_batches)
+    for i, batch in enumerate(micro_batches if part.pipeline is None else ()):
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         with drawing_at(config.seed, step, together.place(i), device=device):
             with autocast(config.dtype, device):

@@ -12,7 +12,6 @@ from graft.base.data.shards import TokenShards
 from graft.base.data.windows import Windows, make_windows
 from graft.base.model.config import ModelConfig
 from graft.base.model.transformer import Transformer
-from graft.base.parallel import mesh as mesh_module
 from graft.base.parallel.mesh import MeshShape, check_mesh, make_mesh, parse_mesh, stage
 from graft.base.parallel.ranks import Ranks
 from graft.base.parallel.sharding import Split
@@ -64,7 +63,11 @@ def test_a_mesh_that_is_none(text: str, n: int, message: str) -> None:
     [
         (MeshShape(tp=8), {}, "n_heads=12 can't be divided by tp:8; tp of 2, 4 fit n_heads=12, n_kv_heads=4, d_ff=24"),
         (MeshShape(tp=3), {}, "n_kv_heads=4 can't be divided by tp:3; tp of 2, 4 fit"),
-        (MeshShape(pp=4), {}, "n_layers=6 can't be divided by pp:4; pp of 2, 3, 6 fit"),
+        (MeshShape(pp=4), {}, r"n_layers=6 can't be divided by 4 stages \(pp x stages_per_rank\); 2, 3, 6 stages fit"),
+        (MeshShape(pp=2), {"stages_per_rank": 2}, "n_layers=6 can't be divided by 4 stages"),
+        (MeshShape(dp=16, pp=3), {}, "has 2 sequences for each pipeline of 3 stages; use batch_size 48 or more"),
+        (MeshShape(pp=2, fsdp=2), {}, "a pipeline's ranks keep their weights and gradients whole; use zero=0 or 1"),
+        (MeshShape(pp=2, tp=2), {}, "tp divides neither stages of a pipeline nor experts; use cp or dp"),
         (MeshShape(ep=2), {}, "n_experts=0 can't be divided by ep:2; no ep above 1 fits"),
         (MeshShape(cp=5), {}, r"max_seq_len=48 can't be divided by the 5 ranks .*; use 45 or 50"),
         (MeshShape(fsdp=3), {}, "batch_size=32 is not divisible by the 3 ranks .*; use 30 or 33"),
@@ -72,21 +75,16 @@ def test_a_mesh_that_is_none(text: str, n: int, message: str) -> None:
         (MeshShape(dp=2, fsdp=2), {"zero": 3}, "fsdp is ZeRO stage 3 over its own axis"),
     ],
 )
-def test_what_an_axis_does_not_divide(
-    shape: MeshShape, settings: dict[str, int], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(mesh_module, "IMPLEMENTED", frozenset(mesh_module.AXES))
+def test_what_an_axis_does_not_divide(shape: MeshShape, settings: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_mesh(shape, TrainConfig(batch_size=32, **settings), MODEL)
 
 
-def test_what_fits_and_what_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fits() -> None:
     config = TrainConfig(batch_size=7)
     check_mesh(MeshShape(dp=2), config, MODEL)  # copies: a reader may have less to read
     check_mesh(MeshShape(dp=2), replace(config, zero=1), MODEL)
-    monkeypatch.setattr(mesh_module, "IMPLEMENTED", frozenset({"dp"}))
-    with pytest.raises(ValueError, match=r"tp \(tensor and sequence parallel.*\) is not there yet; use dp"):
-        check_mesh(MeshShape(tp=2), config, MODEL)
+    check_mesh(MeshShape(pp=3, cp=4), config, MODEL)
     with pytest.raises(ValueError, match="zero=4 is no ZeRO stage; choose 0, 1, 2 or 3"):
         TrainConfig(zero=4)
 

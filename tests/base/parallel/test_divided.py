@@ -1,0 +1,130 @@
+"""Training with pipeline, expert and context parallel, alone and beside data parallel, is training on one rank."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from graft.base.model.config import ModelConfig
+from graft.base.model.init import parameter_roles
+from graft.base.model.transformer import Transformer, initialize_
+from graft.base.parallel.mesh import make_mesh
+from graft.base.parallel.optimizer import ShardedOptimizer
+from graft.base.parallel.ranks import ranks
+from graft.base.precision import LossScaler
+from graft.base.run import TrainConfig
+from graft.base.training.objective import NextToken
+from graft.base.training.sharded import mesh_optimizer
+from graft.base.training.step import one_step
+
+from .processes import on_ranks
+
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo"
+)
+STEPS = 20
+DENSE = ModelConfig(vocab_size=61, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, d_head=6, d_ff=20, max_seq_len=12)
+TIED = replace(DENSE, n_layers=4, tie_embeddings=True)
+MIXED = replace(DENSE, n_experts=4, n_experts_per_token=2, balance_loss=0.0)
+MODELS = {"dense": DENSE, "tied": TIED, "mixed": MIXED}
+# At ten times this rate a mixture's routing turns rounding into differences of 1e-4 within 20 steps, at any order of sums.
+TRAIN = TrainConfig(steps=STEPS, batch_size=8, micro_batch=2, learning_rate=1e-3, warmup_steps=2, grad_clip=0.5)
+CASES: dict[int, list[tuple[str, dict[str, Any]]]] = {
+    2: [
+        ("tied", {"mesh": "pp:2", "stages_per_rank": 2, "checkpointing": True}),
+        ("dense", {"mesh": "cp:2", "checkpointing": True}),
+        ("mixed", {"mesh": "ep:2"}),
+    ],
+    4: [
+        ("tied", {"mesh": "pp:4"}),
+        ("tied", {"mesh": "dp:2,pp:2", "zero": 1, "micro_batch": 1}),
+        ("dense", {"mesh": "fsdp:2,cp:2"}),
+        ("mixed", {"mesh": "pp:2,ep:2"}),
+        ("mixed", {"mesh": "fsdp:2,ep:2"}),
+        ("mixed", {"mesh": "ep:2,cp:2"}),
+        ("tied", {"mesh": "cp:2,tp:2"}),
+    ],
+}
+
+
+def step_batches(step: int, n_readers: int) -> list[dict[str, torch.Tensor]]:
+    """Eight random rows of which some targets carry no loss, in twos for `n_readers`."""
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(0, DENSE.vocab_size, (8, DENSE.max_seq_len + 1), generator=generator)
+    targets = ids[:, 1:].clone()
+    targets[torch.rand(targets.shape, generator=generator) < 0.2] = -100
+    share = 8 // n_readers
+    rows = [r * share + i for i in range(0, share, 2) for r in range(n_readers)]
+    return [{"ids": ids[r : r + 2, :-1], "targets": targets[r : r + 2]} for r in rows]
+
+
+def trained(model_name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """STEPS of training on this rank's part of the mesh, and an evaluation of rows whose length nothing divides."""
+    config, shape = replace(TRAIN, **settings), MODELS[model_name]
+    mesh = make_mesh(config, shape, ranks())
+    model = Transformer(shape)
+    initialize_(model, seed=3)
+    model.checkpointing = config.checkpointing
+    optimizer = mesh_optimizer(model, config, mesh, roles=parameter_roles(model))
+    together = optimizer.sharding if isinstance(optimizer, ShardedOptimizer) else ranks()
+    model.train()
+    lines = [
+        one_step(
+            *(model, optimizer, together.share(step_batches(step, mesh.readers.n)), config, LossScaler("float32")),
+            *(step, NextToken().loss, NextToken().n_labels, "cpu"),
+            together=together,
+        )
+        for step in range(STEPS)
+    ]
+    model.eval()
+    held_out = {name: tensor[:, :7] for name, tensor in step_batches(99, 1)[0].items()}
+    with torch.no_grad():
+        if isinstance(optimizer, ShardedOptimizer):
+            value = optimizer.sharding.part.summed_loss(model, held_out)
+        else:
+            value = model(held_out["ids"], held_out["targets"])
+    weights = {}
+    for name, parameter in model.named_parameters():
+        weights[name] = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    return {
+        "loss": [line["loss"] for line in lines],
+        "grad_norm": [line["grad_norm"] for line in lines],
+        "n_labels": [line["n_labels"] for line in lines],
+        "n_tokens": [line["n_tokens"] for line in lines],
+        "value": float(value),
+        "weights": {name: weight.detach().flatten().tolist() for name, weight in weights.items()},
+    }
+
+
+def all_cases(rank: int, cases: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    del rank
+    return {str(case): trained(*case) for case in cases}
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_every_mesh_trains_as_one_rank(n: int, tmp_path: Path) -> None:
+    """Law: losses, norms, labels, tokens, evaluation and weights of 20 steps, to 1e-5 in float32; nothing is lost or twice."""
+    import torch._dynamo
+    import torch.distributed.fsdp
+    import torch.distributed.pipelining  # before the ranks are forked: seconds of imports, once instead of each time
+
+    assert torch._dynamo
+    alone = {name: trained(name, {}) for name in MODELS}
+    found = on_ranks(n, all_cases, tmp_path / "ranks", CASES[n])
+    for case in CASES[n]:
+        expected, seen = alone[case[0]], set()
+        for rank in found:
+            one = rank[str(case)]
+            assert one["n_labels"] == expected["n_labels"]
+            assert one["n_tokens"] == expected["n_tokens"]
+            for name in ("loss", "grad_norm", "value"):
+                assert one[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-5), (case, name)
+            for name, weight in one["weights"].items():
+                seen.add(name)
+                torch.testing.assert_close(
+                    torch.tensor(weight), torch.tensor(expected["weights"][name]), atol=1e-5, rtol=0
+                )
+        assert seen == expected["weights"].keys()
