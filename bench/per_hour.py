@@ -71,8 +71,8 @@ class Cell:
     seq_len: int
     batch_size: int
     threads: int
-    minutes: float | None  # of wall time, if the machine did nothing else; None: `steps`
-    steps: int | None = None
+    minutes: float | None  # of wall time, if the machine did nothing else; None: `max_steps`
+    max_steps: int | None = None
     eval_batches: int | None = None  # of 32 windows; None: all held-out text
 
     @property
@@ -267,8 +267,8 @@ def run(cell: Cell, folder: Path) -> dict[str, Any]:
     batches = batches_of(recipe)
     n_params = sum(parameter.numel() for parameter in recipe.model.parameters())
     used, step, curve, began = 0.0, 0, [], time.perf_counter()
-    while used < cell.budget_s and step != cell.steps:
-        share = used / cell.budget_s if cell.steps is None else step / cell.steps
+    while used < cell.budget_s and step != cell.max_steps:
+        share = used / cell.budget_s if cell.max_steps is None else step / cell.max_steps
         if len(curve) < len(CURVE) and share >= CURVE[len(curve)]:
             curve.append([round(share, 3), round(evaluate()[1], 4)])
         before = time.process_time()
@@ -381,7 +381,9 @@ def main() -> None:
     base = Cell("", 0, 1.0, arguments.d_model, arguments.layers, arguments.seq_len, arguments.batch_size,
                 arguments.threads, arguments.minutes, eval_batches=arguments.eval_batches)  # fmt: skip
     if arguments.shakespeare:
-        base = replace(base, d_model=128, n_layers=4, seq_len=64, batch_size=12, minutes=None, steps=arguments.steps)
+        base = replace(
+            base, d_model=128, n_layers=4, seq_len=64, batch_size=12, minutes=None, max_steps=arguments.steps
+        )
     results = folder / "cells.jsonl"
     settings = list(vars(base))
     for seed in range(arguments.seeds):

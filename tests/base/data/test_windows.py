@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from graft.base.data import windows as windows_module
 from graft.base.data.batches import WindowBatches
+from graft.base.data.mixture import Mixture
 from graft.base.data.shards import TokenShards
 from graft.base.data.windows import AlignedWindows, PackedWindows, StreamWindows, WindowShares, make_windows
 from graft.base.loss import IGNORE, next_token_loss
@@ -51,14 +53,17 @@ def test_aligned_windows(tmp_path: Path) -> None:
         assert set(np.unique(read)) == {0, 1}
         left_out.append(set(np.flatnonzero(read == 0)))
     assert len(left_out[0] & left_out[1] & left_out[2]) < 0.5 * len(left_out[0])
+    assert np.any(np.diff(windows._layout(0).starts) < 0), "the windows are shuffled, not only the documents"
     shares = windows.shares()
     assert shares.padding == 0
     assert shares.left_out == pytest.approx(len(left_out[0]) / len(tokens), abs=0.03)
     assert len({str(windows.ranges(np.arange(3) + e * windows.n_windows)) for e in range(3)}) == 3
 
 
-def test_packed_windows(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [37, 1 << 20])
+def test_packed_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
     """Law: an epoch has each label once; a document is cut only when it is longer than a window; few positions are padding."""
+    monkeypatch.setattr(windows_module, "PACKED_AT_ONCE", at_once)
     tokens = shards(tmp_path, LENGTHS)
     windows = PackedWindows(tokens, seq_len=SEQ_LEN, seed=3)
     batches = WindowBatches([windows], batch_size=1, micro_batch=1, document_mask=True)
@@ -78,10 +83,13 @@ def test_packed_windows(tmp_path: Path) -> None:
             at = int(np.searchsorted(windows.ends, start, side="right"))
             whole = (start, stop) == (first[at], windows.ends[at])
             assert whole or windows.ends[at] - first[at] > SEQ_LEN + 1
+    epochs = [windows.ranges(np.arange(windows.n_windows) + epoch * windows.n_windows) for epoch in (0, 1)]
+    assert epochs[0] != epochs[1]
+    assert sorted(epochs[0]) == sorted(epochs[1])
     shares = windows.shares()
     assert shares.cut == pytest.approx(np.mean(np.array(LENGTHS) > SEQ_LEN + 1))
     assert shares.left_out == 0
-    assert shares.padding < 0.02
+    assert shares.padding < (0.02 if at_once > len(LENGTHS) else 0.2)
     n_labels = sum(
         length for a in windows.ranges(np.arange(windows.n_windows)) for length in [sum(y - x for x, y in a) - 1]
     )
@@ -144,6 +152,23 @@ def test_the_mask_makes_documents_strangers(tmp_path: Path, kind: str) -> None:
         assert float(next_token_loss(model, small)) == pytest.approx(alone, rel=1e-5)
         assert int(batch["cu_seqlens"][-1]) == 30
         assert batch["positions"].shape == (1, 30)
+        assert torch.all(batch["cu_seqlens"].diff() > 0), "no empty documents"
+
+
+def test_a_mixture_reads_each_source_in_its_own_order(tmp_path: Path) -> None:
+    """Law: whatever the weights, the windows that a source gives are its first, second, ... one, as many as the mixture says."""
+    sources = []
+    for name, lengths in (("a", LENGTHS), ("b", LENGTHS[:50])):
+        (tmp_path / name).mkdir()
+        sources.append(make_windows("best_fit", shards(tmp_path / name, lengths), seq_len=SEQ_LEN, seed=3))
+    mixture = Mixture([((0.0, 3.0),), ((0.0, 1.0), (0.5, 2.0))], batch_size=6, steps=20, seed=0)
+    batches = WindowBatches(sources, batch_size=6, micro_batch=4, mixture=mixture)
+    rows = [row for step in range(20) for row in batches.rows_at(step)]
+    for i, source in enumerate(sources):
+        mine = [ranges for j, ranges in rows if j == i]
+        assert mine == source.ranges(np.arange(len(mine)))
+        assert len(mine) == mixture.counts_before(20)[i]
+    assert batches.rows_at(7) == rows[42:48]
 
 
 def test_unknown_windows(tmp_path: Path) -> None:
