@@ -30,7 +30,8 @@ from .finetune.align.arena_command import arena
 from .finetune.commands import chat, generate
 from .finetune.data.commands import inspect as inspect_records
 from .finetune.evaluation.commands import evaluate
-from .finetune.memory.commands import plan, vram_app
+from .finetune.memory.commands import vram_app
+from .finetune.memory.plan_command import plan
 from .finetune.serve.commands import serve
 from .finetune.sft_commands import Config, Device, Force, Resume, Seed, Settings, Steps, sft
 
@@ -231,6 +232,9 @@ def pretrain(
     preset: Annotated[
         str | None, typer.Option("--preset", help=r"nano, micro, mini, small or medium. \[default: micro]")
     ] = None,
+    depth: Annotated[
+        int | None, typer.Option("--depth", help="One dial: layers, and with them width, rate, batch and steps.")
+    ] = None,
     settings: Settings = None,
     seed: Seed = None,
     steps: Steps = None,
@@ -255,6 +259,7 @@ def pretrain(
         tokenizer=tokenizer,
         out=out,
         preset_name=preset,
+        depth=depth,
         settings=_settings(config, settings, **flags),
         resume=resume,
         force=force,

@@ -30,6 +30,7 @@ from .parallel.same import check_same, facts_of
 from .plan import flops_per_token
 from .pretrain_config import PretrainConfig
 from .progress import step_progress
+from .recipe import check_resumed_depth, depth_settings
 from .run import Input, Run, TrainConfig, check_same_inputs, resumed_settings
 from .runlog import RunFolder
 from .samples import Samples
@@ -87,6 +88,7 @@ def pretrain(
     tokenizer: Path | str,
     out: Path | str,
     preset: str | None = None,  # whose sizes hold where `settings` gives none: nano, micro, ...
+    depth: int | None = None,  # or the recipe's settings at so many layers (recipe.py)
     resume: bool = False,
     force: bool = False,
     device: str = "auto",
@@ -102,6 +104,7 @@ def pretrain(
         tokenizer=tokenizer,
         out=out,
         preset_name=preset,
+        depth=depth,
         settings=settings,
         resume=resume,
         force=force,
@@ -116,6 +119,7 @@ def run_pretrain(
     tokenizer: Path | str,
     out: Path | str,
     preset_name: str | None = None,
+    depth: int | None = None,  # sets what `settings` leaves open (recipe.py)
     settings: Mapping[str, Any] | None = None,
     resume: bool = False,
     force: bool = False,
@@ -150,7 +154,12 @@ def run_pretrain(
             check_same_inputs(saved, inputs)
             if preset_name is not None:
                 raise ValueError(f"--resume goes on with the run's own model, got preset {preset_name}; leave it out")
+            check_resumed_depth(depth, saved)
             requested = resumed_settings(requested, saved)
+        elif depth is not None:
+            if preset_name is not None:
+                raise ValueError(f"--depth {depth} and --preset {preset_name} contradict each other; give one")
+            requested = depth_settings(depth, vocab_size=tok.vocab_size, given=requested)
         config = resolve(requested, preset_name=preset_name, vocab_size=tok.vocab_size)
         assert config.model is not None
         check_size(config.model, device)

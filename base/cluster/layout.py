@@ -45,7 +45,9 @@ class Layout:
         """Of a step, on each rank. Raises ValueError unless they divide it."""
         each = self.readers * self.micro_batch
         if batch % each:
-            raise ValueError(f"batch={batch} is not divisible by {self.readers} readers x micro_batch={self.micro_batch}")
+            raise ValueError(
+                f"batch={batch} is not divisible by {self.readers} readers x micro_batch={self.micro_batch}"
+            )
         return batch // each
 
     @property
@@ -99,5 +101,9 @@ def _settings(mesh: Layout, config: ModelConfig, batch: int) -> Iterator[Layout]
         for chunks in divisors(per_stage, most=MOST_CHUNKS) if several else [1]:
             for zero, recompute in product(stages, (False, True)):
                 yield Layout(
-                    *(mesh.dp, mesh.tp, mesh.pp, mesh.cp, mesh.ep), zero=zero, micro_batch=micro, recompute=recompute, chunks=chunks
+                    *(mesh.dp, mesh.tp, mesh.pp, mesh.cp, mesh.ep),
+                    zero=zero,
+                    micro_batch=micro,
+                    recompute=recompute,
+                    chunks=chunks,
                 )

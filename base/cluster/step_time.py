@@ -2,8 +2,9 @@
 
 A model of first principles with four constants: the shares of the data sheets' rates that are reached in practice. They are
 fitted once to the ten layouts of Narayanan et al. 2021 (arXiv:2104.04473, table 1: all within 5%); the six of its table 2
-that were left out of the fit come within 4%, and its three with ZeRO-3 within 5% once HIDDEN was set after them. Llama 3's 405B on 8,192 and 16,384 H100 (arXiv:2407.21783, table 4) is
-predicted 7% too fast, and 25% too fast at 131,072 tokens with 16 ranks a sequence.
+that were left out of the fit come within 4%, and its three with ZeRO-3 within 5% once HIDDEN was set after them. Llama 3's
+405B on 8,192 and 16,384 H100 (arXiv:2407.21783, table 4) is predicted 7% too fast with a part of one layer, and 25% too fast
+at 131,072 tokens with 16 ranks a sequence.
 """
 
 from collections.abc import Callable
@@ -99,7 +100,7 @@ def step_time(
     seq_len: int,
     gpu: Device,
     links: Links,
-    reached: Reached = Reached(),  # noqa: B008 (it is frozen)
+    reached: Reached = Reached(),
     mfu: float | None = None,  # share of the peak that a rank's own work reaches, measured; None: by `reached`
     state: StateBytes = GRAFT,
     fused_attention: bool = True,  # scores stay on the chip, and masked halves aren't computed
@@ -115,7 +116,9 @@ def step_time(
     m = layout.micro_batches(batch)
     tokens = layout.micro_batch * seq_len / layout.cp  # of a micro-batch on a rank
     passes = 4 if layout.recompute else 3  # forward, backward as two of it, and again forward
-    layer, attention = _layer_seconds(config, layout, tokens, seq_len, gpu, reached, mfu, fused_attention, sequence_parallel)
+    layer, attention = _layer_seconds(
+        config, layout, tokens, seq_len, gpu, reached, mfu, fused_attention, sequence_parallel
+    )
     head = _head_seconds(config, layout, tokens, gpu, reached, mfu)
     within, between = links.nvlink * reached.nvlink, links.network * reached.network
 
@@ -136,7 +139,11 @@ def step_time(
     own = per_stage * passes * layer
     stage = own + tensor + context + expert
     last = 3 * head
-    sends = 2 * layout.chunks * hidden / layout.tp / (within if layout.n_gpus <= node else between) if layout.pp > 1 else 0.0
+    sends = (
+        2 * layout.chunks * hidden / layout.tp / (within if layout.n_gpus <= node else between)
+        if layout.pp > 1
+        else 0.0
+    )
     data, n_own = _data_seconds(config, layout, m, stage + last / layout.pp, group, state)
     idle = (layout.pp - 1) / layout.chunks * (stage + sends) + (m * last * (1 - 1 / layout.pp))
     return StepTime(
@@ -147,7 +154,9 @@ def step_time(
         stages=m * sends,
         bubble=idle,
         data=data,
-        update=n_own * (state.weight + state.gradient + 2 * state.optimizer + state.weight) / (gpu.bytes_per_s * reached.memory),
+        update=n_own
+        * (state.weight + state.gradient + 2 * state.optimizer + state.weight)
+        / (gpu.bytes_per_s * reached.memory),
     )
 
 
@@ -176,7 +185,9 @@ def _layer_seconds(
     divided = (4 * (c.n_heads + 2 * c.n_kv_heads) * c.d_head + 6 * width) / tp
     # Scores in memory: written, masked and scaled to probabilities, dropout with its mask, read.
     divided += 0 if fused_attention else 13 * c.n_heads * seq_len / tp
-    return (products + scores) / rate + tokens * (residual + divided) / (gpu.bytes_per_s * reached.memory), scores / rate
+    return (products + scores) / rate + tokens * (residual + divided) / (
+        gpu.bytes_per_s * reached.memory
+    ), scores / rate
 
 
 def _head_seconds(
@@ -189,7 +200,12 @@ def _head_seconds(
 
 
 def _data_seconds(
-    config: ModelConfig, layout: Layout, m: int, compute: float, group: Callable[[int, int, bool], _Group], state: StateBytes
+    config: ModelConfig,
+    layout: Layout,
+    m: int,
+    compute: float,
+    group: Callable[[int, int, bool], _Group],
+    state: StateBytes,
 ) -> tuple[float, float]:
     """Seconds of gradients and ZeRO's weights that don't hide behind a micro-batch's compute; parameters that a rank updates."""
     weights = rank_params(config, layout)

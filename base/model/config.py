@@ -534,6 +534,9 @@ PRESETS: dict[str, ModelConfig] = {
     "llama-3-8b": _llama(
         32, 4096, 32, 14_336, n_kv_heads=8, vocab_size=128_256, max_seq_len=8192, rope_theta=5e5, norm_eps=1e-5
     ),
+    "llama-3-70b": _llama(
+        80, 8192, 64, 28_672, n_kv_heads=8, vocab_size=128_256, max_seq_len=8192, rope_theta=5e5, norm_eps=1e-5
+    ),
     "llama-3.1-8b": _llama(
         32, 4096, 32, 14_336, n_kv_heads=8, vocab_size=128_256, max_seq_len=131_072, rope_theta=5e5, norm_eps=1e-5
     ),  # without its RoPE scaling, which changes no size

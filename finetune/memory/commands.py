@@ -1,4 +1,4 @@
-"""`graft vram estimate`, `graft vram measure` and `graft plan`."""
+"""`graft vram estimate` and `graft vram measure`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -176,66 +176,6 @@ def measure_command(
     console = Console()
     console.print(_measure_table(model, measures))
     console.print(f"picture: {out}", highlight=False, markup=False)
-
-
-def plan(
-    model: Model,
-    tokens: Annotated[str | None, typer.Option("--tokens", help=r"Such as 15e12. \[default: compute-optimal]")] = None,
-    seq: Annotated[
-        int | None, typer.Option("--seq", help=r"Tokens a sequence. \[default: the model's longest]")
-    ] = None,
-    device: Annotated[str, typer.Option("--device", help="a100, h100, h200 or rtx4090.")] = "h100",
-    devices: Annotated[int, typer.Option("--devices", help="How many.")] = 1,
-    mfu: Annotated[float, typer.Option("--mfu", help="Share of the peak rate that is reached.")] = 0.4,
-    as_json: Json = False,
-) -> None:
-    """Account for a pretraining run: parameters, FLOPs, days, bytes a parameter, arithmetic intensity.
-
-    Example: graft plan --model llama-2-70b --tokens 15e12 --device h100 --devices 1024 --mfu 0.5
-    """
-    from ...base.plan import make_plan
-    from .settings import read_model_config
-
-    try:
-        n_tokens = None if tokens is None else float(tokens)
-    except ValueError:
-        raise ValueError(f"--tokens {tokens!r} is no number; write for example 15e12") from None
-    planned = make_plan(
-        read_model_config(model), n_tokens=n_tokens, seq_len=seq, device=device, n_devices=devices, mfu=mfu
-    )
-    if as_json:
-        _print_json(planned.to_dict())
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    from ...base.text.printable import markup
-
-    table = Table(
-        title=f"{markup(model)} on {planned.n_devices} x {planned.device} at {planned.mfu:.0%} of its rate",
-        show_header=False,
-    )
-    rows = {
-        "parameters": f"{planned.n_params:,}",
-        "tokens": f"{planned.n_tokens:.3g} (compute-optimal: {planned.optimal_tokens:.3g})",
-        "FLOPs a token": f"{planned.flops_per_token:.3e} ({planned.attention_share:.1%} attention)",
-        "FLOPs": f"{planned.flops:.3e}",
-        "time": _time(planned.seconds),
-        "time without attention (6N a token)": _time(planned.seconds * (1 - planned.attention_share)),
-        **{
-            f"bytes, {name}": f"{_bytes(n)} ({n // planned.n_params} a parameter)"
-            for name, n in planned.state_bytes.items()
-        },
-        "FLOPs a byte": f"{planned.intensity_training:.0f} training, {planned.intensity_decoding:.2f} decoding, "
-        f"{planned.intensity_needed:.0f} needed",
-    }
-    for name, value in rows.items():
-        table.add_row(name, value)
-    Console().print(table)
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds / 86400:.1f} days" if seconds >= 2 * 86400 else f"{seconds / 3600:.2f} hours"
 
 
 # --- printing -----------------------------------------------------------------------------------------------------

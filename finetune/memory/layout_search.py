@@ -1,5 +1,6 @@
 """Which layout of a run over many GPUs is fastest, of those that fit into their memory, and what holds each back."""
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -52,7 +53,7 @@ def find_layouts(
     nothing fits, with the nearest.
     """
     gpu, links = _known(device)
-    if n_gpus < 1 or batch < 1 or not 1 <= seq_len:
+    if n_gpus < 1 or batch < 1 or not seq_len >= 1:
         raise ValueError(f"gpus={n_gpus}, batch={batch} and seq_len={seq_len} must be >= 1")
     timed = [
         (step_time(config, one, batch=batch, seq_len=seq_len, gpu=gpu, links=links, mfu=mfu), one)
@@ -86,7 +87,9 @@ def find_layouts(
         per_s = batch * seq_len / time.total
         utilization = model_flops(config, batch, seq_len) / time.total / n_gpus / gpu.flops
         without = replace(one, recompute=False)
-        lost = time.total - step_time(config, without, batch=batch, seq_len=seq_len, gpu=gpu, links=links, mfu=mfu).total
+        lost = (
+            time.total - step_time(config, without, batch=batch, seq_len=seq_len, gpu=gpu, links=links, mfu=mfu).total
+        )
         found.append(FoundLayout(one, time, memory, utilization, per_s, n_tokens / per_s, _bound(time, lost)))
         if len(found) == best:
             break
@@ -98,12 +101,21 @@ def find_layouts(
     return found
 
 
+def default_batch(n_gpus: int, seq_len: int) -> int:
+    """Sequences of about BATCH_TOKENS, a multiple of the GPUs where that is no more than double."""
+    wanted = max(1, BATCH_TOKENS // seq_len)
+    return 2 ** round(math.log2(wanted)) if n_gpus > wanted else -(-wanted // n_gpus) * n_gpus
+
+
 def _least_bytes(config: ModelConfig, layout: Layout, n_micro: int, seq_len: int) -> float:
     """Less than rank_memory, and at once: the state, and of each layer's activations only the largest."""
     state = zero_bytes(rank_params(config, layout), layout.copies, layout.zero)
     width = config.d_model / layout.tp
     if not layout.recompute:
-        width = 4 * config.d_model + ((config.n_heads + 2 * config.n_kv_heads) * config.d_head + 3 * config.d_ff) / layout.tp
+        width = (
+            4 * config.d_model
+            + ((config.n_heads + 2 * config.n_kv_heads) * config.d_head + 3 * config.d_ff) / layout.tp
+        )
     tokens = layout.micro_batch * seq_len / layout.cp
     return state + in_flight(layout, n_micro) * config.n_layers / layout.pp * tokens * width * 2
 

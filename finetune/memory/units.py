@@ -15,6 +15,24 @@ UNITS = {
     "TiB": 2**40,
 }
 
+SECONDS = {"s": 1, "sec": 1, "min": 60, "h": 3600, "hours": 3600, "d": 86_400, "days": 86_400}
+
+
+def parse_seconds(text: str) -> float:
+    """'20min' -> 1200.0. Raises ValueError without a number and a unit."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]+)\s*", text)
+    if not match or match[2].lower() not in SECONDS or float(match[1]) <= 0:
+        raise ValueError(f"{text!r} is no time; write a number and one of {', '.join(SECONDS)}, such as 20min")
+    return float(match[1]) * SECONDS[match[2].lower()]
+
+
+def say_seconds(seconds: float) -> str:
+    """1200 -> '20.0 min'."""
+    for unit, size, least in (("days", 86_400, 2 * 86_400), ("hours", 3600, 2 * 3600), ("min", 60, 120)):
+        if seconds >= least:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.2f} s"
+
 
 def parse_bytes(text: str) -> int:
     """'24GiB' -> 25769803776, '24 GB' -> 24000000000. Case does not matter. Raises ValueError without a number and a unit."""

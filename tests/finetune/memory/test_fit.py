@@ -10,9 +10,10 @@ from typer.testing import CliRunner
 
 from graft.base.model.config import ModelConfig
 from graft.base.model.huggingface import write_config
-from graft.finetune.memory.commands import plan, vram_app
+from graft.finetune.memory.commands import vram_app
 from graft.finetune.memory.fit import find_fits, largest
 from graft.finetune.memory.picture import memory_picture
+from graft.finetune.memory.plan_command import plan
 from graft.finetune.memory.predict import estimate_memory
 from graft.finetune.memory.settings import MemorySettings
 from graft.finetune.memory.units import parse_bytes, say_bytes
