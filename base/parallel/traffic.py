@@ -6,7 +6,7 @@ by n ranks and a scatter of the sum of x bytes each send (n - 1) / n x, an all-r
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,11 @@ class SentBytes(TorchDispatchMode):
                 self._add("all-gather", (n - 1) * largest)  # the argument is one rank's part
             case "reduce_scatter_tensor":
                 self._add("reduce-scatter", share * largest)
+            case "gather_" | "scatter_":  # to or from one rank: (n - 1) parts, of which a rank sends 1 / n on average
+                part = args[1][0] if name == "gather_" else args[0][0]
+                self._add(
+                    "to an owner" if name == "gather_" else "from an owner", share * part.numel() * part.element_size()
+                )
             case _:
                 self.unknown[name] += 1
 
@@ -84,9 +89,13 @@ def _n_ranks(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
 
 
 def predict_sent_bytes(
-    config: ModelConfig, train: TrainConfig, shape: MeshShape, parameters: Mapping[str, Sequence[int]]
+    config: ModelConfig,
+    train: TrainConfig,
+    shape: MeshShape,
+    parameters: Mapping[str, Sequence[int]],
+    owned: Collection[str] = (),  # matrices that one rank updates whole (owners.py); not covered together with tp
 ) -> int:
-    """What a rank sends in a step of a float32 model with AdamW; `parameters` are the whole model's shapes by name.
+    """What a rank sends in a step of a float32 model; `parameters` are the whole model's shapes by name.
 
     With P parameters of a tensor-parallel rank, rows padded to a multiple of n, and m micro-batches a rank:
     copies 2 (n-1)/n 4P; stage 1 twice (n-1)/n 4P; stage 2 (m + 1) (n-1)/n 4P; stage 3 m (n-1)/n 4 (2 layers + rest + P), since
@@ -121,6 +130,14 @@ def predict_sent_bytes(
         along = shape.tp * (shape.dp if zero == 0 else 1)  # norms have parts of a sum on the ranks of both axes
         held = sum(-(-size[0] // n) if zero else size[0] for size in parameters.values() if len(size) == 1)
         sent += 2 * (along - 1) / along * 4 * held
+    if zero:  # an owner's gradient comes and its weights go in parts of 1 / n; on average over ranks
+        assert not owned or shape.tp == 1
+        rows = {
+            name: n * -(-size[0] // n) * torch.Size(size[1:]).numel()
+            for name, size in parameters.items()
+            if name in owned
+        }
+        sent += 2 * ring * 4 * sum(rows.values()) / n
     return round(sent)
 
 

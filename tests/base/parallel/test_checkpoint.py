@@ -72,8 +72,8 @@ def test_resumed_on_other_ranks(saved: tuple[Path, dict[str, Any]], tmp_path: Pa
 def test_what_lies_there(saved: tuple[Path, dict[str, Any]]) -> None:
     """Law: every number of a tensor is written once; no file holds more than its rank's share; nothing is pickled."""
     step = saved[0] / "0/step-00000003"
-    index = json.loads((step / "index.json").read_text())
-    for entry in (entry for kind in ("weights", "optimizer") for entry in index[kind].values()):
+    indexes = [json.loads((saved[0] / str(i) / step.name / "index.json").read_text()) for i in range(len(SAVES))]
+    for entry in (entry for index in indexes for kind in ("weights", "optimizer") for entry in index[kind].values()):
         if entry["shape"]:
             assert (
                 sum(torch.Size(piece["size"]).numel() for piece in entry["pieces"])

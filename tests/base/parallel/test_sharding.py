@@ -46,6 +46,8 @@ CASES: dict[int, list[dict[str, Any]]] = {
 
 def trained(settings: dict[str, Any], sizes: dict[str, Any]) -> dict[str, Any]:
     run = Trainee(settings, sizes)
+    owned = [name for name in SHAPES if "_proj." in name] if run.config.optimizer == "muon" else []
+    owned_tp = bool(owned) and run.mesh.shape.tp > 1
     if isinstance(run.optimizer, ShardedOptimizer):
         run.watch_memory()
     run.steps(0, STEPS)
@@ -55,7 +57,7 @@ def trained(settings: dict[str, Any], sizes: dict[str, Any]) -> dict[str, Any]:
         "held": run.held and asdict(run.held),
         "predicted": asdict(predict_rank_bytes(MODEL, run.config, run.mesh.shape)),
         "sent": run.sent and (run.sent.total, dict(run.sent.unknown)),
-        "formula": predict_sent_bytes(MODEL, run.config, run.mesh.shape, SHAPES),
+        "formula": predict_sent_bytes(MODEL, run.config, run.mesh.shape, SHAPES, owned) if not owned_tp else None,
     }
 
 
@@ -71,7 +73,7 @@ def test_every_mesh_trains_as_one_rank(n: int, tmp_path: Path) -> None:
     for case in CASES[n]:
         for rank in found:
             compare(str(case), rank[str(case)], alone[case.get("optimizer", "adamw")])
-        if "optimizer" not in case:
+        if found[0][str(case)]["formula"] is not None:
             compare_costs(str(case), [rank[str(case)] for rank in found])
 
 
@@ -79,7 +81,7 @@ def compare_costs(case: str, found: list[dict[str, Any]]) -> None:
     """Bytes sent a step equal the formula; the fullest rank holds what is predicted to 5%."""
     for one in found:
         assert one["sent"] == [one["formula"], {}], case
-    if found[0]["held"] is not None:
+    if found[0]["held"] is not None and "muon" not in case:
         for kind, predicted in found[0]["predicted"].items():
             assert max(one["held"][kind] for one in found) == pytest.approx(predicted, rel=0.05), (case, kind)
 
