@@ -33,6 +33,7 @@ copy_sources()
 
 import api_page  # noqa: E402
 import command_pages  # noqa: E402 (they lie beside this file, and import graft)
+import depths_page  # noqa: E402
 import expectations_page  # noqa: E402
 import models_page  # noqa: E402
 import notebook_page  # noqa: E402
@@ -46,6 +47,7 @@ def generated_pages() -> dict[str, str]:
         "api.md": api_page.page(),
         "expectations.md": expectations_page.page(),
         "models.md": models_page.page(),
+        "depths.md": depths_page.page(),
         "recipes.md": recipes_page.page(),
         "notebook.md": notebook_page.page(),
         "log.md": (ROOT / "LOG.md").read_text(encoding="utf-8"),

@@ -109,6 +109,18 @@ def test_the_page_of_models_is_the_table(generator: Callable[[str], ModuleType])
     assert all(f"| `{name}` |" in page for name in (*FAMILIES, *PRESETS))
 
 
+def test_the_page_of_depths_has_the_recipes_numbers(generator: Callable[[str], ModuleType]) -> None:
+    """By hand: depth 6 is 384 wide; 20 tokens a parameter; presets are below it."""
+    page = generator("depths_page")
+    page.DEPTHS, page.SMALL = (6,), ("nano",)
+    text = page.page()
+    [row] = [line for line in text.splitlines() if line.startswith("| 6 |")]
+    cells = [cell.strip() for cell in row.strip("| ").split("|")]
+    assert cells[1:5] == ["384", "12,883,584", "2.58e+08", "256"]
+    assert cells[7].endswith("GiB")
+    assert "| `nano` | 128 |" in text
+
+
 def test_the_notebooks_page_has_its_cells(generator: Callable[[str], ModuleType]) -> None:
     """Law: text, code and saved output of each cell are on the page."""
     page = generator("notebook_page").page()
