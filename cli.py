@@ -251,6 +251,7 @@ def pretrain(
     from .base.parallel.ranks import leave, ranks
     from .base.pretrain import run_pretrain
     from .finetune.evaluation.during import open_benchmarks
+    from .finetune.memory.budget import within_budget
     from .finetune.memory.report import print_prediction
 
     flags = {"seed": seed, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
@@ -264,6 +265,7 @@ def pretrain(
         resume=resume,
         force=force,
         device=device,
+        fit=within_budget,
         predict=print_prediction,
         benchmarks=open_benchmarks,
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..kernels.float8_linear import float8_problem
 from .callbacks import Callbacks
+from .data.ahead import BatchesAhead
 from .data.batches import WindowBatches
 from .data.ramp import BatchRamp
 from .data.training_text import Specs, TrainingText, WindowOptions
@@ -125,6 +126,7 @@ def run_pretrain(
     force: bool = False,
     device: str = "auto",
     progress: bool = True,
+    fit: Callable[[ModelConfig, TrainConfig, str], TrainConfig] | None = None,  # meets memory_budget
     predict: Callable[[ModelConfig, TrainConfig, str], int] | None = None,  # says the peak memory in bytes beforehand
     benchmarks: BenchmarkOpener | None = None,  # reads config.benchmarks' files; finetune/evaluation has it
 ) -> dict[str, Any]:
@@ -166,6 +168,13 @@ def run_pretrain(
         config = replace(config, model=with_special_ids(config.model, tok), inputs=inputs)
         check_same(together, facts_of(config))
         assert config.model is not None
+        if config.train.memory_budget and fit is None:
+            raise ValueError(
+                "memory_budget is met by the command graft pretrain; in Python set checkpointing=True and recompute_layers"
+            )
+        if fit is not None:
+            config = replace(config, train=fit(config.model, config.train, device))
+            assert config.model is not None
         loop, seq_len = config.train, config.model.max_seq_len
         mesh = make_mesh(loop, config.model, together, device)
         if mesh.shape.pp > 1 and config.data.document_mask:
@@ -186,7 +195,7 @@ def run_pretrain(
         model = Transformer(config.model).to(device)
         ratio = width_ratio(config.pretrain, model)
         initialize_(model, seed=loop.seed, width_ratio=ratio)
-        model.checkpointing = loop.checkpointing
+        model.checkpointing, model.recompute_layers = loop.checkpointing, loop.recompute_layers
         if config.pretrain.float8 and (note := start_float8(model, device)) and progress:
             print(note, file=sys.stderr)
         reset_peak(device)
@@ -287,7 +296,7 @@ def _train(
         return train(
             model,
             optimizer,
-            batches.batch_at,
+            BatchesAhead(batches.batch_at, n_steps=loop.steps, pin=device.startswith("cuda")),
             loop,
             run,
             evaluate=evaluate if held_out.exists else None,

@@ -60,6 +60,8 @@ class TrainConfig:
     grad_clip: float = 1.0  # global 2-norm; 0: never clip
     dtype: str = "float32"  # of the arithmetic: float32, bfloat16 or float16; weights and moments stay float32
     checkpointing: bool = False  # recompute activations layer by layer in the backward pass
+    recompute_layers: int | None = None  # how many layers, the first ones, checkpointing recomputes; none: all
+    memory_budget: str = ""  # such as 6GiB: as few layers are recomputed as keep the predicted peak within it
     compile: bool = False  # pretraining and SFT: torch.compile of the layers, once; needs a C++ compiler
     checkpoint_every: int = 200  # steps; 0: only at the end
     keep: str = "last"  # which checkpoints stay: last, best (see best_by) and every=N, joined by commas
@@ -101,6 +103,11 @@ class TrainConfig:
                 raise ValueError(f"{name}={value} must be >= 0 and finite")
         if self.warmup_steps > 1 and self.warmup_steps != int(self.warmup_steps):
             raise ValueError(f"warmup_steps={self.warmup_steps} must be a whole number of steps, or a share below 1")
+        if self.recompute_layers is not None and not (self.checkpointing and self.recompute_layers >= 1):
+            raise ValueError(
+                f"recompute_layers={self.recompute_layers} is how many layers checkpointing recomputes; it must be >= 1, with "
+                "checkpointing=true"
+            )
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"unknown dtype {self.dtype!r}; choose float32, bfloat16 or float16")
         if self.schedule not in SCHEDULES:

@@ -4,7 +4,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from .adapters.files import Adapter, read_adapter
 from .adapters.resume import continued_lora, load_weights_
 from .data.chat import ChatTemplate
 from .loading import check_token_ids, weight_bytes
+from .memory.budget import within_budget
 from .memory.report import print_prediction
 from .optimizers import OPTIMIZERS, PAGED_OPTIMIZERS, finetuning_mesh, trained_optimizer
 from .sft_config import METHODS, PARTS, DataOptions, QuantOptions, default_texts, resolve
@@ -196,6 +197,8 @@ def _run(
     """Train a job and write its results; returns the summary."""
     config, rows = job.config, job.rows
     check_same(ranks(), facts_of(config))
+    config = replace(config, train=within_budget(job.model_config, config.train, device, **_step_of(job)))
+    job = replace(job, config=config)
     mesh = finetuning_mesh(config.train, ranks(), device, lora=config.lora)
     predicted = _predicted(job, device) if ranks().is_first else None
     reset_peak(device)
@@ -230,16 +233,18 @@ def _run(
 
 def _predicted(job: _Job, device: str) -> int:
     """Print the memory that the run will need at its peak; returns it in bytes."""
+    return print_prediction(job.model_config, job.config.train, device, **_step_of(job))
+
+
+def _step_of(job: _Job) -> dict[str, Any]:
+    """What predict_run wants to know of a step beside the model and the loop."""
     config, stored = job.config, stored_in_4_bits(job.config)
-    return print_prediction(
-        job.model_config,
-        config.train,
-        device,
-        method="qlora" if stored else config.method,
-        seq_len=job.rows.longest - 1,
-        lora=config.lora,
-        double_quant=stored["double_quant"] if stored else config.quant.double_quant,
-    )
+    return {
+        "method": "qlora" if stored else config.method,
+        "seq_len": job.rows.longest - 1,
+        "lora": config.lora,
+        "double_quant": stored["double_quant"] if stored else config.quant.double_quant,
+    }
 
 
 def _as_the_adapter(requested: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:

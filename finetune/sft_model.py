@@ -101,7 +101,7 @@ def load_base(config: Run, device: str) -> Transformer:
         if is_peer:  # bitsandbytes quantizes whole layers, so the base is held in full precision first
             double_quant, backend = config.quant.double_quant, config.quant.quant_backend
             quantize_linears_(model, double_quant=double_quant, backend=backend)
-    model.checkpointing = config.train.checkpointing
+    model.checkpointing, model.recompute_layers = config.train.checkpointing, config.train.recompute_layers
     return model
 
 

@@ -161,6 +161,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.checkpointing = False
+        self.recompute_layers: int | None = None  # how many, the first ones; None: all
         self.compiled: Callable[..., Tensor] | None = None  # of hidden_states, in training (base/training/compiled.py)
         self.fingerprint: str | None = None  # of the files it was loaded from; see huggingface.fingerprint
         # What gives each row of a batch its own adapter, if anything does: names -> a block to run the model in.
@@ -248,8 +249,13 @@ class Transformer(nn.Module):
 
     def _through_layers(self, x: Tensor, context: StepContext, cache: KVCache | PagedKVCache | None) -> Tensor:
         """The first layer's input (B, T, D) -> the last one's output, before the final norm."""
+        # The first ones are recomputed: when the backward pass is there, what later layers kept is freed.
+        n_recomputed = len(self.model.layers) if self.recompute_layers is None else self.recompute_layers
         for i, layer in enumerate(self.model.layers):
-            x = self.run(layer, x, context, None) if cache is None else layer(x, context, cache.layers[i])
+            if cache is None and i < n_recomputed:
+                x = self.run(layer, x, context, None)
+            else:
+                x = layer(x, context, None if cache is None else cache.layers[i])
         return x
 
     def run(self, module: Callable[..., Tensor], *args: Any) -> Tensor:

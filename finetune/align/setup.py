@@ -49,10 +49,9 @@ def resolve(
     loop.setdefault("warmup_steps", min(20, loop["steps"] // 10))
     made = {name: kind(**split[name]) for name, kind in kinds.items() if not (name == "lora" and method == "full")}
     check_optimizer(made["train"].optimizer, OPTIMIZERS)
-    if made["train"].compile:
-        raise ValueError(
-            "compile=true is of pretraining and SFT; alignment's forward passes differ from step to step, leave it out"
-        )
+    for name in ("compile", "memory_budget", "recompute_layers"):
+        if value := getattr(made["train"], name):
+            raise ValueError(f"{name}={value} is of pretraining and SFT, not of alignment; leave it out")
     return Run(method=method, inputs=inputs, **made)
 
 

@@ -156,8 +156,9 @@ def check_config(config: Run) -> None:
         raise ValueError(
             "streaming=true is not covered for jobs that train together, whose records are held in memory; train that one alone"
         )
-    if config.train.compile:
-        raise ValueError("compile=true is not covered for jobs that train together; leave it out")
+    for name in ("compile", "memory_budget", "recompute_layers"):
+        if value := getattr(config.train, name):
+            raise ValueError(f"{name}={value} is not covered for jobs that train together; leave it out")
     if config.train.checkpointing and config.lora.dropout:
         raise ValueError(
             f"dropout={config.lora.dropout} with checkpointing=true is not covered for jobs that train together, whose "

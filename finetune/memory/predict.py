@@ -118,7 +118,7 @@ def estimate(
     if settings.method == "generate" and settings.seq_len > config.max_seq_len:
         raise ValueError(f"seq_len={settings.seq_len} is more than the model's max_seq_len={config.max_seq_len}")
     kind = device_kind(device)
-    differs = differs_by_layer(settings.adapter)
+    differs = differs_by_layer(settings.adapter) or settings.recompute_layers is not None
     run = over_layers(config, lambda fewer: _run(fewer, settings, kind, work), whole=whole or differs)
     return summarize(run, config, settings, kind)
 
@@ -148,6 +148,7 @@ def predict_run(
         lora=lora,
         double_quant=double_quant,
         stage=stage,
+        recompute_layers=train.recompute_layers,
         averages=train.ema_decay > 0,
     )
     return estimate(config, settings, device=device, work=work).peak_bytes

@@ -34,6 +34,7 @@ class MemorySettings:
     double_quant: bool = True
     lora: LoraConfig | None = None  # the adapter in full, in place of rank and targets
     stage: str = "sft"  # sft, dpo, reward, grpo or ppo
+    recompute_layers: int | None = None  # how many layers checkpointing recomputes, the first ones; None: all
     averages: bool = False  # an exponential average of the weights is kept (ema_decay)
 
     def __post_init__(self) -> None:

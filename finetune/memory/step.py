@@ -143,7 +143,7 @@ def run_training_step(
 ) -> None:
     """base/train.py's own step on one batch; the counter, if any, is told where the step stands."""
     model.train()
-    model.checkpointing = settings.checkpointing
+    model.checkpointing, model.recompute_layers = settings.checkpointing, settings.recompute_layers
     if micro_batches is None:
         micro_batches = make_micro_batches(model.config, settings, work)
     loss, count = (next_token_loss, n_labels) if work is None else (work.loss, work.n_labels)

@@ -72,6 +72,7 @@ def test_what_is_not_covered_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     for sizes, message in (
         ({"n_experts": 4}, "not covered for mixtures of experts"),
         ({"linear_layers": (True,)}, "not covered for linear attention"),
+        ({"n_predict": 1}, "not covered with n_predict"),
     ):
         with pytest.raises(ValueError, match=message):
             check_compile(Transformer(replace(CONFIG, **sizes)), config)
