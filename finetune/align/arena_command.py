@@ -46,7 +46,7 @@ def arena(
         if n_both:
             notes.append(f"{n_both:,} battles were judged in both orders; in {n_turned:,} the verdict turned: ties")
     else:
-        battles, players = _played(base, adapter, data, reward_model, max_new_tokens, device)
+        battles, players = _played(base, adapter, data, reward_model, max_new_tokens, device, notes)
     rated = ratings(battles, prior=prior, seed=seed)
     if out is not None:
         _write_new(out, battle_lines(battles))
@@ -81,6 +81,7 @@ def _played(
     reward_model: Path | None,
     max_new_tokens: int,
     device: str,
+    notes: list[str],
 ) -> "tuple[list[Battle], list[Player]]":
     if base is None or not adapters or data is None:
         raise ValueError("give a FILE of battles, or --base, at least one --adapter, and --data")
@@ -92,7 +93,7 @@ def _played(
         players, battles = compare_on_pairs(base, adapters, data, **options)
         return battles, players
     options["max_new_tokens"] = max_new_tokens
-    return compare_by_reward(base, adapters, data, reward_model, **options), []
+    return compare_by_reward(base, adapters, data, reward_model, notes=notes, **options), []
 
 
 def _write_new(path: Path, text: str) -> None:

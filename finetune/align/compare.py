@@ -95,6 +95,7 @@ def compare_by_reward(
     *,
     max_new_tokens: int = 64,
     device: str = "cpu",
+    notes: list[str] | None = None,  # gets what the user should know
 ) -> list[Battle]:
     """Battles between the players' greedy answers to the prompts in `data`: the higher score wins. A score sees one answer at
     a time, so there is no order to swap. Raises ValueError for a reward model of another tokenizer."""
@@ -110,6 +111,12 @@ def compare_by_reward(
         texts = _answers(bank, name, sampler, prompts, max_new_tokens)
         given = [judge(prompt.text, text, prompt.row) for prompt, text in zip(prompts, texts, strict=True)]
         scores[name] = torch.tensor(given)
+    if judge.n_cut and notes is not None:
+        n = len(prompts) * len(names)
+        limit = judge.about["max_seq_len"]
+        notes.append(
+            f"{judge.n_cut:,} of {n:,} answers were scored by their first {limit:,} tokens, all that the reward model reads"
+        )
     return battles_between(scores)
 
 

@@ -202,12 +202,16 @@ class RolloutTask:
         assert self.rollouts is not None
         assert self.folder is not None
         lines = read_metrics(self.folder / "metrics.jsonl")
+        n_cut = sum(
+            getattr(term.function, "n_cut", 0) for term in self.terms
+        )  # answers of which a reward model read a part
         return {
             "rewards": config.data.rewards,
             "first_reward": lines[0]["reward"] if lines else None,
             "last_reward": lines[-1]["reward"] if lines else None,
             "n_prompts": len(self.prompts),
             "n_rollouts": self.rollouts.index + 1,
+            **({"n_cut_for_the_reward": n_cut} if n_cut else {}),
         }
 
 

@@ -23,7 +23,7 @@ from ...base.tokenizer.tokenizer import Tokenizer
 from ...base.training.objective import Batch, Figures, Objective
 from ..adapters.bank import AdapterBank
 from ..adapters.files import CONFIG, GRAFT, read_adapter
-from ..data.chat import ChatTemplate, encode_record
+from ..data.chat import ChatTemplate, encode_record, encode_whole
 from ..data.records import Message, Record, to_record
 from ..loading import load_model
 from ..sft import row_limit
@@ -152,7 +152,10 @@ def reward(*, base: Path | str, data: Path | str, out: Path | str, **options: An
 
 
 class RewardModel:
-    """A trained reward model as a reward function: (prompt, completion, row) -> score, a log-odds against other answers."""
+    """A trained reward model as a reward function: (prompt, completion, row) -> score, a log-odds against other answers.
+
+    What is longer than it was trained on is cut, and counted in `n_cut`.
+    """
 
     def __init__(self, folder: Path | str, *, device: str = "cpu") -> None:
         self.folder = Path(folder)
@@ -170,6 +173,7 @@ class RewardModel:
         add_head(self.model)
         cast(nn.Module, self.model.value_head).load_state_dict(load_tensors(self.folder / HEAD))
         self.template = ChatTemplate.of(self.tokenizer)
+        self.n_cut = 0
 
     def check_tokenizer(self, base: Path) -> None:
         """Raise ValueError when the policy at `base` has another tokenizer: a truncated or odd answer would be other tokens."""
@@ -190,7 +194,10 @@ class RewardModel:
         else:
             answer: Message = {"role": "assistant", "content": completion}
             record = Record("row", messages=(*turns, answer), n_prompt_messages=len(turns))
-        encoded = encode_record(record, self.tokenizer, self.template, self.about["max_seq_len"])
+        encoded, limit = encode_whole(record, self.tokenizer, self.template), self.about["max_seq_len"]
+        if len(encoded.ids) > limit:
+            self.n_cut += 1
+            encoded = encode_record(record, self.tokenizer, self.template, limit)  # raises where no answer is left
         ids = torch.from_numpy(encoded.ids).long()[None].to(self.model.model.embed_tokens.weight.device)
         return float(
             answer_scores(self.model, {"ids": ids, "lengths": torch.tensor([ids.shape[1]], device=ids.device)})[0]

@@ -61,7 +61,7 @@ def encode_record(
         n_prompt = int(whole.loss_mask.argmax())
         raise ValueError(
             f"{record.where}: no label is left after truncation to max_seq_len={max_seq_len}, as the prompt alone has "
-            f"{n_prompt} tokens; raise max_seq_len to {len(whole.ids)}, or shorten or drop the row"
+            f"{n_prompt} tokens; raise max_seq_len to {len(whole.ids)} if the base reads so many, or shorten or drop the row"
         )
     return Encoded(whole.ids[:max_seq_len], whole.loss_mask[:max_seq_len])
 

@@ -213,7 +213,7 @@ def _fit(whole: Encoded, record: Record, limit: int, options: DatasetOptions, co
         n_prompt = int(whole.loss_mask[1:].argmax()) + 1
         raise ValueError(
             f"{record.where}: no label is left after truncation to max_seq_len={limit}, as the prompt alone has "
-            f"{n_prompt} tokens; raise max_seq_len to {n}, or leave such rows out with --on-too-long drop"
+            f"{n_prompt} tokens; raise max_seq_len to {n} if the base reads so many, or leave such rows out with --on-too-long drop"
         )
     counts["n_cut"] += 1
     counts["n_lost_labels"] += int(whole.loss_mask[limit:].sum())

@@ -10,7 +10,7 @@ import torch
 from graft.finetune.align.arena import Battle
 from graft.finetune.align.compare import battles_between, compare_by_reward, compare_on_pairs
 from graft.finetune.align.run_dpo import dpo
-from graft.finetune.align.run_reward import reward
+from graft.finetune.align.run_reward import RewardModel, reward
 
 PAIRS = [("the cat", " sat on the mat", " slept"), ("a bird", " sang", " flew into the sea")]
 
@@ -61,6 +61,28 @@ def test_by_a_reward_model(base_dir: Path, folders: dict[str, Path]) -> None:
     assert len(battles) == 3 * len(PAIRS)
     assert [b.score for b in battles if b.first == "good"] == [0.5] * len(PAIRS)
     assert all(isinstance(b, Battle) for b in battles)
+
+
+def test_answers_that_the_judge_reads_in_part_are_counted(
+    base_dir: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Law: an answer beyond the reward model's length is scored by its beginning, and counted; whole ones are not."""
+    judge = RewardModel(folders["judge"])
+    judge("the cat", " sat on the mat", {})
+    assert judge.n_cut == 0
+    long = " sat on the mat" * judge.about["max_seq_len"]
+    assert judge("the cat", long, {}) == judge("the cat", long + " or not", {})
+    assert judge.n_cut == 2
+    shutil.copytree(folders["judge"], tmp_path / "judge")
+    about = json.loads((tmp_path / "judge/graft.json").read_text(encoding="utf-8"))
+    (tmp_path / "judge/graft.json").write_text(json.dumps(about | {"max_seq_len": 6}), encoding="utf-8")
+    notes: list[str] = []
+    options = {"max_new_tokens": 24, "notes": notes}
+    compare_by_reward(base_dir, [folders["good"]], folders["rows"], tmp_path / "judge", **options)
+    assert len(notes) == 1
+    assert "answers were scored by their first 6 tokens" in notes[0]
+    compare_by_reward(base_dir, [folders["good"]], folders["rows"], folders["judge"], **options)
+    assert len(notes) == 1
 
 
 def test_a_judge_of_another_tokenizer_is_refused(base_dir: Path, folders: dict[str, Path], tmp_path: Path) -> None:
