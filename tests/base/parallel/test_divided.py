@@ -1,5 +1,6 @@
 """Training with pipeline, expert and context parallel, alone and beside data parallel, is training on one rank."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from graft.base.parallel.optimizer import ShardedOptimizer
 from graft.base.parallel.ranks import ranks
 from graft.base.precision import LossScaler
 from graft.base.run import TrainConfig
+from graft.base.training.checkpoints import load_checkpoint, save_checkpoint
 from graft.base.training.objective import NextToken
 from graft.base.training.sharded import mesh_optimizer
 from graft.base.training.step import one_step
@@ -99,9 +101,40 @@ def trained(model_name: str, settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def all_cases(rank: int, cases: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+def saved_and_resumed(rank: int, folder: str) -> dict[str, Any]:
+    """A checkpoint of a pipeline's two ranks, and of experts' owners, read by other meshes: the weights of each piece."""
     del rank
-    return {str(case): trained(*case) for case in cases}
+    found = {}
+    for model_name, saves, reads in (
+        ("tied", {"mesh": "pp:2", "optimizer": "adamw"}, {"mesh": "cp:2"}),
+        ("mixed", {"mesh": "ep:2"}, {"mesh": "pp:2"}),
+    ):
+        target = Path(folder) / model_name
+        for settings in (saves, reads):
+            config = replace(TRAIN, **settings)
+            mesh = make_mesh(config, MODELS[model_name], ranks())
+            model = Transformer(MODELS[model_name])
+            initialize_(model, seed=3)
+            optimizer = mesh_optimizer(model, config, mesh, roles=parameter_roles(model))
+            assert isinstance(optimizer, ShardedOptimizer)
+            first = load_checkpoint(target, optimizer, LossScaler("float32"))
+            lines = [
+                one_step(
+                    *(model.train(), optimizer, optimizer.sharding.share(step_batches(step, mesh.readers.n)), config),
+                    *(LossScaler("float32"), step, NextToken().loss, NextToken().n_labels, "cpu"),
+                    together=optimizer.sharding,
+                )
+                for step in range(first, first + 3)
+            ]
+            save_checkpoint(target, first + 3, optimizer, LossScaler("float32"))
+            found.setdefault(model_name, []).extend(line["loss"] for line in lines)
+    return found
+
+
+def all_cases(rank: int, cases: list[tuple[str, dict[str, Any]]], folder: str) -> dict[str, Any]:
+    """What this rank has after each case; two ranks also save and resume."""
+    found: dict[str, Any] = {str(case): trained(*case) for case in cases}
+    return found | ({"resumed": saved_and_resumed(rank, folder)} if ranks().n == 2 else {})
 
 
 @pytest.mark.parametrize("n", [2, 4])
@@ -113,7 +146,7 @@ def test_every_mesh_trains_as_one_rank(n: int, tmp_path: Path) -> None:
 
     assert torch._dynamo
     alone = {name: trained(name, {}) for name in MODELS}
-    found = on_ranks(n, all_cases, tmp_path / "ranks", CASES[n])
+    found = on_ranks(n, all_cases, tmp_path / "ranks", CASES[n], str(tmp_path))
     for case in CASES[n]:
         expected, seen = alone[case[0]], set()
         for rank in found:
@@ -128,3 +161,14 @@ def test_every_mesh_trains_as_one_rank(n: int, tmp_path: Path) -> None:
                     torch.tensor(weight), torch.tensor(expected["weights"][name]), atol=1e-5, rtol=0
                 )
         assert seen == expected["weights"].keys()
+    if n == 2:
+        for rank in found:  # steps 1-3 on one mesh, 4-6 on another from its checkpoint
+            for name, losses in rank["resumed"].items():
+                assert losses == pytest.approx(alone[name]["loss"][:6], rel=1e-5), name
+        for name in ("tied", "mixed"):  # the files hold every weight once, under the whole model's names
+            index = json.loads((tmp_path / name / "step-00000003/index.json").read_text())["weights"]
+            shapes = {n: list(p.shape) for n, p in Transformer(MODELS[name]).named_parameters()}
+            assert {n: entry["shape"] for n, entry in index.items()} == shapes
+            for n, entry in index.items():
+                held = sum(torch.Size(piece["size"]).numel() for piece in entry["pieces"])
+                assert held == torch.Size(shapes[n]).numel(), n
