@@ -194,7 +194,7 @@ class Pieces:
             opened = self._open(piece["file"])
             part = opened.get_slice(name)[_within(both, there)] if both else opened.get_tensor(name)
             if made is None:
-                made = part.new_empty([end - start for start, end in box])
+                made = torch.empty([end - start for start, end in box], dtype=part.dtype)
             made[_within(both, box)] = part
             n_read += part.numel()
         if made is None and any(start == end for start, end in box):
