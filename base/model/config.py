@@ -483,6 +483,8 @@ def with_sizes(config: ModelConfig, **sizes: object) -> ModelConfig:
             choice = f"{below} or {above}" if below else str(above)
             raise ValueError(f"d_model={d_model} is not divisible by n_heads={n_heads}; use d_model {choice}")
         sizes["d_head"] = d_model // n_heads
+    if sizes.get("d_latent") is not None:  # every head has its own keys, and no norm of them
+        sizes = {"n_kv_heads": sizes.get("n_heads", config.n_heads), "qk_norm": False} | sizes
     if "n_heads" in sizes and "n_kv_heads" not in sizes:
         # Keep the sharing ratio where it divides, else give each query head its own keys.
         n_heads = sizes["n_heads"]

@@ -39,6 +39,20 @@ TINY = ModelConfig(61, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_head=8
 
 EXPERTS = replace(TINY, n_experts=4, d_expert=16, d_shared_expert=8, balance_loss=0.1)
 POST_NORM = replace(TINY, post_norm=True, qk_norm_joint=True)
+GEMMA = replace(
+    TINY, sandwich_norm=True, offset_norm=True, activation="gelu_tanh", logit_softcap=9.0, attention_softcap=5.0
+)
+LATENT = replace(
+    TINY, qk_norm=False, n_kv_heads=4, d_latent=16, d_rope=4, n_experts=4, d_expert=16, router="sigmoid", router_bias=True,
+    bias_rate=0.01, n_predict=1,
+)  # fmt: skip
+KINDS = {
+    "pre-norm": TINY,
+    "experts": EXPERTS,
+    "post-norm": POST_NORM,
+    "Gemma's": GEMMA,
+    "latent, balanced by bias": LATENT,
+}
 
 
 def batch_of(rows: int, *, seed: int) -> dict[str, torch.Tensor]:
@@ -97,7 +111,7 @@ def test_loss_is_the_mean_over_labels(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "a/metrics.jsonl")[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("config", [TINY, EXPERTS, POST_NORM], ids=["pre-norm", "experts", "post-norm"])
+@pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
 def test_resume_is_bit_identical(tmp_path: Path, config: ModelConfig) -> None:
     """Law: dying in step 5 and resuming from step 4 gives the uninterrupted run's very weights and log."""
     whole = train_tiny(tmp_path / "whole", 3, steps=99, model=config)

@@ -8,7 +8,7 @@ import torch
 
 from graft.base.generate.engine import Engine
 from graft.base.generate.sampling import Sampling
-from graft.base.model.config import ModelConfig, RopeScaling
+from graft.base.model.config import ModelConfig, RopeScaling, preset, with_sizes
 from graft.base.model.config_json import config_from_dict, config_to_dict
 from graft.base.model.experts import Router
 from graft.base.model.families import family_of
@@ -68,11 +68,11 @@ def test_both_forms_over_the_cache_agree() -> None:
     torch.testing.assert_close(*found, atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("adapted", [False, True])
-def test_rows_and_pages_give_the_same_text(adapted: bool) -> None:
+@pytest.mark.parametrize(("adapted", "window"), [(False, None), (True, None), (False, 6)])
+def test_rows_and_pages_give_the_same_text(adapted: bool, window: int | None) -> None:
     """Law: greedy ids through rows, through pages, with a prompt read in pieces, and without a cache are equal; over an adapted
-    kv_b_proj too, which is no matrix to absorb."""
-    model = random_model(V3)
+    kv_b_proj too, which is no matrix to absorb, and with a window."""
+    model = random_model(replace(V3, sliding_window=window))
     if adapted:
         attach_adapter(model, LoraConfig(targets=("kv_b_proj",), rank=2))
         for name, parameter in model.named_parameters():
@@ -184,6 +184,13 @@ def test_memory_is_predicted(method: str) -> None:
 def test_flops_count_the_widths_of_keys_and_values() -> None:
     """Worked by hand: 4 tokens see 2.5 keys on average; 3 passes of 2 FLOPs over 20 + 16 values, 4 heads, 2 layers."""
     assert attention_flops_per_token(MLA, 4) == 3 * 2 * 4 * (20 + 16) * 2.5 * 2
+
+
+def test_a_latent_on_a_preset() -> None:
+    """Law: `--set d_latent=64 --set d_rope=16` on a preset with shared keys and QK-norm gives each head its own, without a norm."""
+    config = with_sizes(preset("micro"), d_latent=64, d_rope=16)
+    assert (config.n_kv_heads, config.qk_norm) == (config.n_heads, False)
+    assert with_sizes(preset("micro"), d_latent=64, d_rope=16, n_heads=4).n_kv_heads == 4
 
 
 def test_parameters_of_deepseek_v3() -> None:
