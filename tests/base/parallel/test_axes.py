@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from graft.base.model.config import preset
 from graft.base.model.transformer import Transformer
-from graft.base.parallel.blocks import Block, Rules, attend_block, merge
+from graft.base.parallel import blocks
+from graft.base.parallel.blocks import Block, Rules, attend_block, block_gradients, merge
 from graft.base.parallel.context import Ring, document_ids
 from graft.base.parallel.experts import sort_received
 from graft.base.parallel.pipeline import bubble, keep_stages, micro_batches, owned_twice, stage_layers
@@ -153,6 +154,27 @@ def test_merged_blocks_are_one_softmax() -> None:
     scores = (q @ k.mT / 2).masked_fill(hidden, -torch.inf)
     torch.testing.assert_close(out, scores.softmax(-1).nan_to_num() @ v)
     torch.testing.assert_close(lse, scores.logsumexp(-1))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_blocks_by_our_kernels(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parity of what GPUs run (here in Triton's interpreter) with the plain form: output, log-sum-exp and gradients of a block,
+    under a log-sum-exp that is not its own, as in a ring."""
+    triton = pytest.importorskip("triton")
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("kernels are compiled here; set TRITON_INTERPRET=1 to interpret them")
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, d_out = (torch.randn(1, heads, 32, 16, generator=generator) for heads in (4, 2, 2, 4))
+    block = Block(Rules(0.3, 2.0, None, None), slice(16, 32), slice(0, 16), seen=None, causal=causal)
+    found = []
+    for uses in (False, True):
+        monkeypatch.setattr(blocks, "uses_triton", lambda *_, uses=uses: uses)
+        out, lse = attend_block(block, q, k, v)
+        whole_out, whole_lse = torch.zeros(1, 4, 32, 16), torch.zeros(1, 4, 32)
+        whole_out[:, :, 16:], whole_lse[:, :, 16:] = out * 0.7, lse + 0.5
+        found.append((out, lse, *block_gradients(block, d_out, q, k, v, whole_out, whole_lse)))
+    for plain, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
 
 
 # --- pipeline ------------------------------------------------------------------------------------------------------
