@@ -46,6 +46,18 @@ def test_a_cut_document_ends_with_the_tokens(tmp_path: Path) -> None:
     assert document_ends(tokens).tolist() == [4, 5]
 
 
+def test_documents_that_differ_in_their_last_ids_alone(tmp_path: Path) -> None:
+    """Law: the hash knows the length: id 0 weighs nothing, and with 0 as EOS a cut document is not the whole one."""
+    whole, cut = shards(tmp_path / "a", [[1, 2]], eos=0), shards(tmp_path / "b", [[4], [1, 2]], eos=0)
+    assert shared_documents(whole, cut).tolist() == [1]
+    entry = cut.meta["splits"]["train"] | {"n_tokens": 4}
+    ids = np.fromfile(tmp_path / "b/train-00001.bin", np.uint16)[:-1]
+    ids.tofile(tmp_path / "b/train-00001.bin")
+    assert (
+        shared_documents(whole, TokenShards(tmp_path / "b", "train", cut.meta | {"splits": {"train": entry}})).size == 0
+    )
+
+
 def test_without_documents(tmp_path: Path) -> None:
     full, empty = shards(tmp_path / "a", [[1]]), shards(tmp_path / "b", [])
     assert document_ends(empty).tolist() == []

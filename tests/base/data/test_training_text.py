@@ -1,12 +1,13 @@
 """`graft pretrain` on mixtures and whole documents: resumed it is the same run, and what it read is told."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from graft.base.checkpoint import load_tensors
-from graft.base.data.shards import prepare
+from graft.base.data.shards import open_tokens, prepare
 from graft.base.data.training_text import WindowOptions
 from graft.base.pretrain import run_pretrain
 from graft.base.tokenizer.tokenizer import Tokenizer
@@ -66,6 +67,14 @@ def test_a_mixture_resumed_is_the_same_run(
     for name in ("a", "b"):
         assert whole[f"epochs_{name}"] > 0
         assert f"val_{name}_bits_per_byte" in whole
+    val = {name: open_tokens(folder / name, "val") for name in ("a", "b")}
+    n = {name: len(tokens) for name, tokens in val.items()}
+    assert n["a"] != n["b"]
+    expected = sum(whole[f"val_{name}_loss"] * n[name] for name in n) / sum(n.values())
+    assert whole["val_loss"] == pytest.approx(expected)
+    assert whole["val_bits_per_byte"] == pytest.approx(
+        expected / math.log(2) * sum(n.values()) / sum(tokens.n_bytes for tokens in val.values())
+    )
     assert (whole["left_out_share_a"] > 0) == (windows == "aligned")
     assert (whole["padding_share_a"] > 0) == (windows == "best_fit")
     assert "epochs; " in said
