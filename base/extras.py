@@ -4,6 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+def how_to_install(extra: str) -> str:
+    """The command for an installed package and for a clone, which only the user can tell apart."""
+    return f"pip install 'graftlm[{extra}]', or pip install -e '.[{extra}]' in a clone"
+
+
 @contextmanager
 def needs(extra: str, purpose: str) -> Iterator[None]:
     """Within the block a package that is not installed is a ValueError that says how to install it."""
@@ -11,5 +16,5 @@ def needs(extra: str, purpose: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"{purpose} needs {(error.name or extra).partition('.')[0]}; run pip install 'graftlm[{extra}]'"
+            f"{purpose} needs {(error.name or extra).partition('.')[0]}; run {how_to_install(extra)}"
         ) from None

@@ -7,6 +7,7 @@ from typing import Any
 
 from .json_fields import read_json
 from .parallel.ranks import Ranks
+from .parallel.restart import resumes_itself
 from .parallel.same import check_visible
 from .runlog import METRICS_FILE, RUN_FILE, RunFolder, read_metrics
 
@@ -46,8 +47,12 @@ class FollowerFolder(RunFolder):
 
 
 def open_run(ranks: Ranks, folder: Path | str, *, stage: str, resume: bool, force: bool) -> RunFolder:
-    """RunFolder for rank 0, then the others' view of it. Raises ValueError on the others when rank 0 was refused, and
-    on all when one can't see the folder."""
+    """RunFolder for rank 0, then the others' view of it. Ranks that were started again after a failure resume by themselves.
+
+    Raises ValueError on the others when rank 0 was refused, and on all when one can't see the folder.
+    """
+    if ranks.most(int(ranks.is_first and resumes_itself(folder))):
+        resume, force = True, False
     if ranks.is_first:
         try:
             run = RunFolder(folder, stage=stage, resume=resume, force=force)

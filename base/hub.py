@@ -121,6 +121,10 @@ def _refuse_pickle(api: Any, folder: Path, repo: str, revision: str | None) -> N
     )
 
 
+# Of graft's own code, or of a library that is used wrongly: no advice on the repository would help.
+PROGRAMMING_ERRORS = (AttributeError, NameError, TypeError, AssertionError, NotImplementedError)
+
+
 @contextmanager
 def _explained(name: str | Path, repo: str, kind: str) -> Iterator[None]:
     """Within the block what the libraries raise becomes one line that says what to do. `kind` is part of the page's address."""
@@ -129,6 +133,8 @@ def _explained(name: str | Path, repo: str, kind: str) -> Iterator[None]:
     page = f"{SITE}/{kind}{repo}"
     try:
         yield
+    except PROGRAMMING_ERRORS:
+        raise
     except Exception as error:
         chain = _causes(error)
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -26,7 +26,7 @@ from .optim.mup import check_width
 from .parallel.export import export_model
 from .parallel.mesh import Mesh, holds_model, is_copied, make_mesh, meets_in_micro_batches
 from .parallel.ranks import join, ranks
-from .parallel.restart import resumes_itself
+from .parallel.restart import restarts
 from .parallel.same import check_same, facts_of
 from .plan import flops_per_token
 from .pretrain_config import PretrainConfig
@@ -141,8 +141,6 @@ def run_pretrain(
     progress = progress and together.is_first
     tok = Tokenizer.load(tokenizer)
     text = TrainingText(data, tok.fingerprint(), tokenizer)
-    if together.most(int(together.is_first and resumes_itself(out))):
-        resume, force, preset_name = True, False, None
     with open_run(together, out, stage="pretrain", resume=resume, force=force) as run:
         requested = check_settings(settings or {}, *PARTS.values())
         inputs = {
@@ -154,7 +152,7 @@ def run_pretrain(
         if run.previous:
             saved = run.previous["config"]
             check_same_inputs(saved, inputs)
-            if preset_name is not None:
+            if preset_name is not None and not restarts():  # a restart has the first start's command line
                 raise ValueError(f"--resume goes on with the run's own model, got preset {preset_name}; leave it out")
             check_resumed_depth(depth, saved)
             requested = resumed_settings(requested, saved)

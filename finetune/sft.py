@@ -37,7 +37,7 @@ from .loading import check_token_ids, weight_bytes
 from .memory.budget import within_budget
 from .memory.report import print_prediction
 from .optimizers import OPTIMIZERS, PAGED_OPTIMIZERS, finetuning_mesh, trained_optimizer
-from .sft_config import METHODS, PARTS, DataOptions, QuantOptions, default_texts, resolve
+from .sft_config import METHODS, PARTS, DataOptions, QuantOptions, default_texts, refuse_unused, resolve
 from .sft_data import Rows, Specs, as_list, encode_rows, made_with, make_batches, row_limit, run_inputs, template_for
 from .sft_model import load_base, prepare_model, save_trained, stored_in_4_bits
 
@@ -166,6 +166,7 @@ def _prepare(
     """Everything that can be refused, before anything is trained or touched."""
     model_config = load_config(base)
     inputs = run_inputs(base, data, eval_data, former)
+    refuse_unused(requested, method=method, has_evaluation=eval_data is not None)
     if run.previous:
         saved = run.previous["config"]
         check_same_inputs(saved, inputs)

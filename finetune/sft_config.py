@@ -93,3 +93,16 @@ def default_texts() -> dict[str, object]:
         "steps": "epochs * rows / batch_size",
         "warmup_steps": "steps / 10, at most 20",
     }
+
+
+def refuse_unused(requested: Mapping[str, Any], *, method: str, has_evaluation: bool) -> None:
+    """Raise ValueError for a setting that was asked for and would do nothing."""
+    if requested.get("eval_every") and not has_evaluation:
+        raise ValueError(
+            f"eval_every={requested['eval_every']} has nothing to evaluate; give --eval-data, or leave it out"
+        )
+    if "double_quant" in requested and method != "qlora":
+        value = str(requested["double_quant"]).lower()
+        raise ValueError(
+            f"double_quant={value} is about a base in 4 bits, and the method is {method}; use qlora, or leave it out"
+        )

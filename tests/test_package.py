@@ -173,9 +173,9 @@ except ValueError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stdout == message + "\n", done.stderr
     extra = re.search(r"\[([\w-]+)\]", message)
     assert extra is not None
+    assert done.stdout == f"{message}, or pip install -e '.[{extra[1]}]' in a clone\n", done.stderr
     extras = settings()["project"]["optional-dependencies"]
     assert extras[extra[1]][0].startswith(package)
     assert extras[extra[1]][0] in extras["test"]

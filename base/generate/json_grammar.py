@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..extras import how_to_install
 from ..tokenizer.tokenizer import Tokenizer
 from .sampling import Matcher
 
@@ -40,7 +41,7 @@ class JsonGrammar:
         try:
             import llguidance
         except ImportError:
-            raise ValueError("JSON answers need llguidance: pip install 'graftlm[json]'") from None
+            raise ValueError(f"JSON answers need llguidance: {how_to_install('json')}") from None
         if not stop_ids:
             raise ValueError("a JSON answer ends with a stop token, and there is none; give the tokenizer an eos token")
         self.vocab_size, self.schema = vocab_size, dict(ANY_OBJECT if schema is None else schema)

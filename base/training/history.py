@@ -162,7 +162,7 @@ class History:
 
     def way_back(self) -> str:
         """What a run that can't go on leaves, and how to use it."""
-        return _way_back(self.run.checkpoints, self.resume_hint)
+        return way_back_from(self.run.checkpoints, self.resume_hint)
 
 
 def check_evaluation(config: TrainConfig, *, has_evaluation: bool) -> None:
@@ -180,7 +180,7 @@ def _is_due(step: int, every: int) -> bool:
     return every > 0 and (step + 1) % every == 0
 
 
-def _way_back(checkpoints: Path, resume_hint: str) -> str:
+def way_back_from(checkpoints: Path, resume_hint: str) -> str:
     """What a run that can't go on leaves, and how to use it."""
     kept = checkpoints_in(checkpoints)
     if not kept:

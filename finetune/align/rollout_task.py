@@ -14,6 +14,7 @@ from ...base.model.transformer import Transformer
 from ...base.run import Run
 from ...base.runlog import RunFolder, read_metrics
 from ...base.tokenizer.tokenizer import Tokenizer
+from ...base.training.history import way_back_from
 from ...base.training.objective import Batch, Objective
 from ..data.chat import ChatTemplate
 from ..loading import load_model
@@ -172,9 +173,8 @@ class RolloutTask:
             try:
                 return rollouts.batch_at(step)
             except ValueError as error:
-                raise ValueError(
-                    f"step {step + 1}: {error}; checkpoints are in {run.checkpoints}: fix it and go on with --resume"
-                ) from error
+                way_back = way_back_from(run.checkpoints, "fix it and run the same command with --resume")
+                raise ValueError(f"step {step + 1}: {error}; {way_back}") from error
 
         def say(line: Mapping[str, Any]) -> None:
             if progress and (line["step"] % 10 == 1 or "val_reward" in line):

@@ -64,8 +64,10 @@ def serve(
     """
     from importlib.util import find_spec
 
+    from ...base.extras import how_to_install
+
     if find_spec("fastapi") is None or find_spec("uvicorn") is None:
-        raise ValueError("graft serve needs FastAPI and uvicorn: pip install 'graftlm[serve]'")
+        raise ValueError(f"graft serve needs FastAPI and uvicorn: {how_to_install('serve')}")
     from ..memory.units import parse_bytes
     from ..session import named_folders
     from .app import Limits

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...base.device import resolve_device
+from ...base.extras import how_to_install
 from ...base.tokenizer.tokenizer import Tokenizer
 from ..loading import check_token_ids, load_model
 from ..speculate import make_drafter
@@ -84,7 +85,7 @@ def run_serve(config: ServeConfig) -> None:
     try:
         import uvicorn
     except ImportError:
-        raise ValueError("graft serve needs FastAPI and uvicorn: pip install 'graftlm[serve]'") from None
+        raise ValueError(f"graft serve needs FastAPI and uvicorn: {how_to_install('serve')}") from None
 
     bound = bind(config.host, config.port)
     try:

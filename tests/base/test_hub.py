@@ -15,7 +15,7 @@ import datasets
 import huggingface_hub
 import pytest
 
-from graft.base.hub import dataset_files, is_hub_name, model_folder, name_of
+from graft.base.hub import _explained, dataset_files, is_hub_name, model_folder, name_of
 from graft.base.model.huggingface import fingerprint
 from graft.base.text.documents import read_documents
 from graft.base.tokenizer.tokenizer import Tokenizer
@@ -256,3 +256,12 @@ def test_a_split_of_a_data_set(cache: Path, tmp_path: Path, monkeypatch: pytest.
     assert len(read_all(["org/rows:train=0.5", "org/rows:test=0.5"])) == 6
     with pytest.raises(ValueError, match=r"org/rows:dev: .*Unknown split.*train.*test"):
         dataset_files("org/rows:dev")
+
+
+def test_a_bug_is_not_blamed_on_the_repository() -> None:
+    """Law: what the libraries raise becomes advice; a programming error stays what it is."""
+    for error in (TypeError("missing 1 argument"), AttributeError("no such method"), NameError("x"), AssertionError()):
+        with pytest.raises(type(error)), _explained("org/name", "org/name", ""):
+            raise error
+    with pytest.raises(ValueError, match="org/name: the disk is on fire"), _explained("org/name", "org/name", ""):
+        raise OSError("the disk is on fire")

@@ -268,9 +268,10 @@ def hangs(prompt, completion, row):
     [
         (
             "raises",
-            r"step 3: prompts.jsonl line \d: reward rewarding:raises failed on .*RuntimeError: boom; checkpoints are in",
+            r"step 3: prompts.jsonl line \d: reward rewarding:raises failed on .*RuntimeError: boom; the last good checkpoint is "
+            r".*step-00000002; to go on from it, fix it",
         ),
-        ("nan", r"step 1: prompts.jsonl line \d: reward rewarding:nan gave nan"),
+        ("nan", r"step 1: prompts.jsonl line \d: reward rewarding:nan gave nan.*; no checkpoint was written yet"),
         ("hangs", r"step 1: prompts.jsonl line \d: reward rewarding:hangs failed on .*no result within 0.5 s"),
     ],
 )
