@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...kernels.attention import attention
 from ...kernels.attention.masked import attention_masked
+from ...kernels.attention.widths import widened
 from ...kernels.rope import rope
 from .attention import Scores
 from .config import LayerSpec, ModelConfig
@@ -90,8 +91,10 @@ class LatentAttention(nn.Module):
             mixed = self._attend_cached(plain, turned, entries, mask)
         else:
             k, v = self._expanded(entries)
-            q = torch.cat([plain, turned], -1)
-            mixed = attention(q, k, v, window=self.spec.window, cu_seqlens=context.cu_seqlens, **self.scores)
+            q, v = torch.cat([plain, turned], -1), widened(v, k.shape[-1])
+            attend = context.attend or attention
+            mixed = attend(q, k, v, window=self.spec.window, cu_seqlens=context.cu_seqlens, **self.scores)
+            mixed = mixed[..., : self.d_value]
         return self.o_proj(mixed.transpose(1, 2).reshape(B, T, self.config.n_heads * self.d_value))
 
     def decode(self, x: Tensor, cache: LayerCache, context: StepContext) -> Tensor:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,13 +15,16 @@ from graft.base.model.experts import Router
 from graft.base.model.families import family_of
 from graft.base.model.huggingface import save_model
 from graft.base.model.init import parameter_roles
+from graft.base.model.kv_cache import StepContext
 from graft.base.model.latent_attention import LatentAttention, halves
+from graft.base.model.rope import angle_tables
 from graft.base.model.transformer import Transformer, initialize_
 from graft.base.plan import attention_flops_per_token
 from graft.finetune.adapters.attach import attach_adapter
 from graft.finetune.adapters.config import LoraConfig
 from graft.finetune.loading import load_model
 from graft.finetune.memory.measure import measure_memory
+from graft.kernels.attention import attention
 from graft.quant.linear import quantize_linears_
 
 MLA = ModelConfig(
@@ -66,6 +70,20 @@ def test_both_forms_over_the_cache_agree() -> None:
         layer._absorbs = lambda T, S, absorbs=absorbs: absorbs  # pyright: ignore[reportAttributeAccessIssue]
         found.append(layer._attend_cached(plain, turned, entries, mask))
     torch.testing.assert_close(*found, atol=2e-6, rtol=1e-5)
+
+
+def test_ranks_that_share_rows_attend_their_own_way() -> None:
+    """Law: where the context brings its own attention (context parallelism), that one is called, with values as wide as keys."""
+    layer = random_model(MLA).model.layers[0].self_attn
+    seen = []
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+        seen.append((k.shape, v.shape))
+        return attention(q, k, v, **options)
+
+    x, context = torch.randn(2, 6, 32), StepContext(**angle_tables(MLA, torch.arange(6)[None]))
+    torch.testing.assert_close(layer(x, context._replace(attend=attend)), layer(x, context))
+    assert seen == [((2, 4, 6, 20), (2, 4, 6, 20))]
 
 
 @pytest.mark.parametrize(("adapted", "window"), [(False, None), (True, None), (False, 6)])
