@@ -27,8 +27,8 @@ def page() -> str:
         "your machine and chooses the depth and the tokens that fill the time.",
         "",
         f"A vocabulary of {SMALL_VOCAB:,}; {RECIPE.tokens_per_param:g} tokens a parameter; the memory of a step's tensors in "
-        f"float32 as graft predicts it; time at {CPU_FLOPS:.0e} FLOP/s (`graft plan --budget` measures yours), and at {GPU_MFU:.0%} "
-        "of an H100's bfloat16 rate.",
+        f"float32 as graft predicts it; time at {CPU_FLOPS:.0e} FLOP/s (`graft plan --budget` measures yours), and at "
+        f"{GPU_MFU:.0%} of an H100's bfloat16 rate.",
         "",
         head,
         "| ---: " * 10 + "|",

@@ -172,6 +172,9 @@ def test_layouts_fill_the_gpus_and_divide_everything() -> None:
         assert {"dp:16", "dp:4,tp:4", "pp:4,tp:4", "pp:2,dp:2,cp:2,tp:2"} <= meshes
         assert ("dp:4,ep:4" in meshes) == bool(config.n_experts)
     assert list(layouts(TINY, 7, batch=5, seq_len=8)) == []
+    # A sequence that isn't twice the ranks' parts, or gives a rank less than 2,048 tokens, isn't divided.
+    assert {one.cp for one in layouts(TINY, 16, batch=32, seq_len=8194)} == {1}
+    assert {one.cp for one in layouts(TINY, 16, batch=32, seq_len=4096)} == {1, 2}
     assert divisors(12) == [1, 2, 3, 4, 6, 12]
     assert Layout().mesh == "dp:1"
 
