@@ -44,9 +44,17 @@ class Rows:
         return len(batch["x"])
 
 
-def run(folder: Path, steps: int, *, stop: int | None = None, resume: bool = False, every: int = 1) -> Result:
+def run(
+    folder: Path, steps: int, *, stop: int | None = None, resume: bool = False, every: int = 1, dtype: str = "float32"
+) -> Result:
     config = TrainConfig(
-        steps=steps, batch_size=32, micro_batch=8, noise_scale_every=every, learning_rate=1e-3, checkpoint_every=10
+        steps=steps,
+        batch_size=32,
+        micro_batch=8,
+        dtype=dtype,
+        noise_scale_every=every,
+        learning_rate=1e-3,
+        checkpoint_every=10,
     )
     model = Linear()
 
@@ -80,6 +88,13 @@ def test_resumption_and_interval(tmp_path: Path) -> None:
     resumed = run(tmp_path / "cut", 24, resume=True, every=3)
     assert len(whole.noise) == 8
     assert resumed.noise == whole.noise
+
+
+def test_the_loss_scale_is_taken_out(tmp_path: Path) -> None:
+    """Law: float16, whose loss scale falls until no gradient overflows, measures what float32 does, to float16's digits. These
+    gradients don't depend on the weights, which skipped updates leave elsewhere."""
+    pairs = [run(tmp_path / dtype, 8, dtype=dtype).noise[-1] for dtype in ("float32", "float16")]
+    assert pairs[0] == pytest.approx(pairs[1], rel=0.02)
 
 
 def test_refusals() -> None:
