@@ -123,6 +123,10 @@ def check_mesh(shape: MeshShape, config: TrainConfig, model: ModelConfig | None)
             )
     if shape.pp > 1:
         _check_pipeline(shape, config, model)
+    elif config.stages_per_rank > 1:
+        raise ValueError(
+            f"stages_per_rank={config.stages_per_rank} is of a pipeline, and mesh={shape} has none; add pp, or set it to 1"
+        )
     if model is not None:
         _check_model(shape, model)
 

@@ -65,6 +65,7 @@ def test_a_mesh_that_is_none(text: str, n: int, message: str) -> None:
         (MeshShape(tp=3), {}, "n_kv_heads=4 can't be divided by tp:3; tp of 2, 4 fit"),
         (MeshShape(pp=4), {}, r"n_layers=6 can't be divided by 4 stages \(pp x stages_per_rank\); 2, 3, 6 stages fit"),
         (MeshShape(pp=2), {"stages_per_rank": 2}, "n_layers=6 can't be divided by 4 stages"),
+        (MeshShape(dp=2), {"stages_per_rank": 2}, "stages_per_rank=2 is of a pipeline, and mesh=dp:2 has none"),
         (MeshShape(dp=16, pp=3), {}, "has 2 sequences for each pipeline of 3 stages; use batch_size 48 or more"),
         (MeshShape(pp=2, fsdp=2), {}, "a pipeline's ranks keep their weights and gradients whole; use zero=0 or 1"),
         (MeshShape(pp=2, tp=2), {}, "tp divides neither stages of a pipeline nor experts; use cp or dp"),
