@@ -145,6 +145,11 @@ def _check_pipeline(shape: MeshShape, config: TrainConfig, model: ModelConfig | 
             f"mesh={shape}: n_layers={model.n_layers} can't be divided by {n_stages} stages (pp x stages_per_rank); "
             f"{', '.join(map(str, fits))} stages fit"
         )
+    if config.recompute_layers is not None:
+        raise ValueError(
+            f"mesh={shape}: recompute_layers={config.recompute_layers} counts layers from the first one, which a pipeline's "
+            "stages don't; leave it and memory_budget out, or leave pp out"
+        )
     rows = config.batch_size // shape.size(*BATCH_AXES)
     if rows < n_stages:
         raise ValueError(

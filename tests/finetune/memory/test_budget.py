@@ -7,6 +7,7 @@ import torch
 
 from graft.base.model.config import ModelConfig
 from graft.base.model.transformer import Transformer, initialize_
+from graft.base.parallel.mesh import check_mesh, parse_mesh
 from graft.base.run import Run, TrainConfig
 from graft.finetune.adapters.config import LoraConfig
 from graft.finetune.align.run_dpo import DPOOptions
@@ -91,3 +92,9 @@ def test_stages_that_can_not_are_named() -> None:
             check_config(Run(train=train, lora=LoraConfig()))
         with pytest.raises(ValueError, match=f"{name}={getattr(train, name)} is of pretraining and SFT"):
             resolve(settings | {"steps": 2}, parts(DPOOptions), method="lora", defaults={"batch_size": 2}, inputs={})
+
+
+def test_a_pipeline_recomputes_all_layers_or_none() -> None:
+    train = replace(TRAIN, checkpointing=True, recompute_layers=1)
+    with pytest.raises(ValueError, match="recompute_layers=1 counts layers from the first one"):
+        check_mesh(parse_mesh("pp:3", 3), train, CONFIG)
