@@ -25,7 +25,7 @@ from graft.finetune.memory.measure import measure_memory
 from graft.quant.files import quantization_config
 from graft.quant.linear import KEEP, quantize_linears_
 
-SIZES = {"vocab_size": 97, "d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 64}
+SIZES = {"vocab_size": 97, "d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 41}
 GPT2 = with_sizes(PRESETS["gpt2"], **SIZES)
 VASWANI = with_sizes(PRESETS["transformer-2017"], **SIZES)
 IDS = torch.randint(1, 97, (2, 41), generator=torch.Generator().manual_seed(0))
@@ -174,7 +174,7 @@ def test_it_trains_with_adapters_and_in_4_bits(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     wide = with_sizes(GPT2, d_model=128)
-    measured = measure_memory(wide, method="full", seq_len=64, batch_size=4, dtype="float32", device="cpu")
+    measured = measure_memory(wide, method="full", seq_len=41, batch_size=4, dtype="float32", device="cpu")
     torch.set_num_threads(threads)
     assert abs(measured.error) < 0.01
 
@@ -192,8 +192,8 @@ def test_it_trains_with_adapters_and_in_4_bits(tmp_path: Path) -> None:
 def test_switches_that_do_not_fit(sizes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(GPT2, **sizes)
-    with pytest.raises(ValueError, match="65 tokens are more than the 64 positions"):
-        random_model(GPT2)(torch.ones(1, 65, dtype=torch.int64))
+    with pytest.raises(ValueError, match="42 tokens are more than the 41 positions"):
+        random_model(GPT2)(torch.ones(1, 42, dtype=torch.int64))
 
 
 def test_own_layout_names_what_it_does_not_know() -> None:

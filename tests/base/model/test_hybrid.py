@@ -151,6 +151,11 @@ def test_requests_of_unlike_lengths_share_a_batch(prefill_chunk: int) -> None:
         for event in engine.step():
             produced.setdefault(event.request, []).append(event.token)
     assert produced == {i: alone(model, prompt, 3 + 2 * i) for i, prompt in enumerate(prompts)}
+    engine.add(prompts[1], Sampling(max_new_tokens=4, temperature=0))  # in rows that others have left
+    last = []
+    while engine.n_running or engine.n_waiting:
+        last += [event.token for event in engine.step()]
+    assert last == produced[1][:4]
 
 
 def test_beams_carry_their_states() -> None:

@@ -54,11 +54,12 @@ def test_a_state_carries_a_text_on() -> None:
 
 def test_packed_documents_do_not_meet() -> None:
     """Law: each document's output and gradients are those of the document alone, across and within chunks; one is empty."""
-    tensors, cu_seqlens = inputs(1, 2, 150, 6, 5), torch.tensor([0, 3, 70, 70, 128, 150])
+    tensors, cu_seqlens = inputs(1, 2, 150, 6, 5), torch.tensor([0, 3, 70, 70, 135, 150])
+    tensors[3] = (tensors[3].detach() / 100).requires_grad_()  # what a document left would last beyond a chunk
     out, _ = gated_delta(*tensors, cu_seqlens=cu_seqlens)
     weights = torch.linspace(-1, 1, out.numel()).view_as(out)
     found = torch.autograd.grad((out * weights).sum(), tensors)
-    alone = [gated_delta(*(t[:, :, a:b] for t in tensors))[0] for a, b in ((0, 3), (3, 70), (70, 128), (128, 150))]
+    alone = [gated_delta(*(t[:, :, a:b] for t in tensors))[0] for a, b in ((0, 3), (3, 70), (70, 135), (135, 150))]
     torch.testing.assert_close(out, torch.cat(alone, 2))
     expected = torch.autograd.grad((torch.cat(alone, 2) * weights).sum(), tensors)
     torch.testing.assert_close(found, expected)
