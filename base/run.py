@@ -64,7 +64,7 @@ class TrainConfig:
     memory_budget: str = ""  # such as 6GiB: as few layers are recomputed as keep the predicted peak within it
     compile: bool = False  # pretraining and SFT: torch.compile of the layers, once; needs a C++ compiler
     checkpoint_every: int = 200  # steps; 0: only at the end
-    keep: str = "last"  # which checkpoints stay: last, best (see best_by) and every=N, joined by commas
+    keep: str = "last"  # which checkpoints stay: last or last=K, best (see best_by) and every=N, joined by commas
     best_by: str = (
         "val_loss"  # an evaluation's figure that says what is best: a loss (the lowest), or another (the highest)
     )
@@ -148,14 +148,25 @@ class TrainConfig:
     @property
     def kept_every(self) -> int:
         """Checkpoints at multiples of this many steps stay; 0: none for that reason."""
-        every = 0
+        return self._kept("every", 0)
+
+    @property
+    def kept_last(self) -> int:
+        """So many of the newest checkpoints stay."""
+        return self._kept("last", 1)
+
+    def _kept(self, wanted: str, default: int) -> int:
+        """The number of a word of `keep`. Raises ValueError for a word that means nothing."""
+        found = default
         for word in self.keep.split(","):
             name, _, number = word.partition("=")
-            if name == "every" and number.isdecimal() and int(number) > 0:
-                every = int(number)
+            if name in ("last", "every") and number.isdecimal() and int(number) > 0:
+                found = int(number) if name == wanted else found
             elif word not in ("last", "best"):
-                raise ValueError(f"keep={self.keep!r}: {word!r} is none of last, best, every=N; join them by commas")
-        return every
+                raise ValueError(
+                    f"keep={self.keep!r}: {word!r} is none of last, last=K, best, every=N; join them by commas"
+                )
+        return found
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ WeightDecay = Annotated[float | None, typer.Option("--weight-decay", help=r"Of m
 EvalEvery = Annotated[int | None, typer.Option("--eval-every", help=r"Updates between evaluations. \[default: 100]")]
 SaveEvery = Annotated[int | None, typer.Option("--save-every", help=r"Updates between checkpoints. \[default: 200]")]
 Keep = Annotated[
-    str | None, typer.Option("--keep", help=r"Checkpoints: best,last,every=N; best: the result. \[default: last]")
+    str | None, typer.Option("--keep", help=r"Checkpoints: best,last=K,every=N; best: the result. \[default: last]")
 ]
 BestBy = Annotated[
     str | None, typer.Option("--best-by", help=r"val_loss, val_accuracy or val_f1_macro. \[default: val_loss]")

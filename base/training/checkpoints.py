@@ -102,8 +102,7 @@ def load_weights(checkpoint: Path, optimizer: Optimizer) -> None:
 
 def remove_checkpoints(folder: Path, config: TrainConfig, best: int | None) -> None:
     """Remove the checkpoints that config.keep doesn't name. The newest always stays: resuming needs it."""
-    *older, _ = checkpoints_in(folder)
-    for checkpoint in older:
+    for checkpoint in checkpoints_in(folder)[: -config.kept_last]:
         step = int(checkpoint.name.removeprefix("step-"))
         if not (config.kept_every and step % config.kept_every == 0) and not (config.keeps_best and step == best):
             remove_checkpoint(checkpoint)

@@ -467,13 +467,16 @@ def test_the_loss_scale_comes_back(tmp_path: Path) -> None:
 
 def test_which_checkpoints_stay(tmp_path: Path) -> None:
     """Worked by hand: validation losses 5 4 3 9 9 9 at steps 1 to 6. keep=best,every=4 leaves step 3 (best), 4 and the
-    last; the model ends with step 3's weights; patience=2 ends after step 5."""
+    last; the model ends with step 3's weights; patience=2 ends after step 5. last=3 leaves the newest three of a checkpoint a
+    step."""
     found = {}
-    for keep, patience in (("last", 0), ("best,every=4", 0), ("best,last", 2)):
+    for keep, patience, save_every in (("last", 0, 0), ("best,every=4", 0, 0), ("best,last", 2, 0), ("last=3", 0, 1)):
         model, optimizer = one_weight()
         values = iter([5.0, 4.0, 3.0, 9.0, 9.0, 9.0])
         weights = []
-        config = TrainConfig(steps=6, keep=keep, patience=patience, eval_every=1, checkpoint_every=0, warmup_steps=0)
+        config = TrainConfig(
+            steps=6, keep=keep, patience=patience, eval_every=1, checkpoint_every=save_every, warmup_steps=0
+        )
 
         def evaluate(model: nn.Linear = model, weights: list = weights, values: Iterator = values) -> dict[str, float]:
             weights.append(model.weight.item())
@@ -491,13 +494,16 @@ def test_which_checkpoints_stay(tmp_path: Path) -> None:
         "last": ([6], 6, None),
         "best,every=4": ([3, 4, 6], 6, 3),
         "best,last": ([3, 5], 5, 3),
+        "last=3": ([4, 5, 6], 6, None),
     }
     with pytest.raises(ValueError, match="best_by=val_accuracy needs a validation loss"):
         history.check_evaluation(TrainConfig(best_by="val_accuracy"), has_evaluation=False)
     with pytest.raises(ValueError, match="keep=best needs a validation loss"):
         run_scaled(tmp_path / "x", Scaled([1.0]), keep="best")
-    with pytest.raises(ValueError, match="'sometimes' is none of last, best, every=N"):
+    with pytest.raises(ValueError, match="'sometimes' is none of last, last=K, best, every=N"):
         TrainConfig(keep="last,sometimes")
+    with pytest.raises(ValueError, match="'last=0' is none of last"):
+        TrainConfig(keep="last=0")
 
 
 def test_a_second_ctrl_c_acts_at_once() -> None:
