@@ -22,6 +22,7 @@ from torch import Tensor
 from .config import ModelConfig
 from .paged_cache import PAGE, Pages
 from .rope import angle_tables
+from .router_losses import RouterLosses
 from .state_cache import NO_WAY_BACK, StateCache
 
 
@@ -37,7 +38,7 @@ class StepContext(NamedTuple):
         None  # by window: (B or 1, 1, T, stop) of 0 and -inf; None: no mask
     )
     pages: Pages | None = None  # of a PagedKVCache, in place of `stop` and `masks`
-    router_losses: list[Tensor] | None = None  # in training: each mixture of experts adds its () float32
+    router_losses: RouterLosses | None = None  # in training: each mixture of experts adds its () float32
     n_new: Tensor | None = None  # (B,) int64: each row's new tokens that are no padding; None: all are none
     local_cos: Tensor | None = None  # the angles of layers with a base of their own, in the shapes of cos and sin
     local_sin: Tensor | None = None

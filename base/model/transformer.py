@@ -29,6 +29,7 @@ from .paged_cache import PAGE, PagedKVCache, PagedLayer, PagePool
 from .positions import POSITIONS
 from .recompute import recompute
 from .rope import angle_tables
+from .router_losses import RouterLosses
 from .sandwich import SandwichLayer
 from .state_cache import NO_WAY_BACK
 
@@ -196,7 +197,7 @@ class Transformer(nn.Module):
         """
         if targets is not None and self.training and self.config.n_predict and cache is None:
             return self._loss_of_several(ids, targets, positions, cu_seqlens)
-        router_losses: list[Tensor] | None = [] if targets is not None and self.training else None
+        router_losses = RouterLosses() if targets is not None and self.training else None
         compiled = self.compiled if self.training and cache is None and torch.is_grad_enabled() else None
         hidden = (compiled or self.hidden_states)(
             ids, positions=positions, cu_seqlens=cu_seqlens, cache=cache, router_losses=router_losses
@@ -204,7 +205,7 @@ class Transformer(nn.Module):
         if targets is not None:
             loss = self.summed_loss(hidden.flatten(0, 1), targets.flatten())
             if router_losses:  # each is a mean over tokens, so that it weighs as much as the mean cross entropy
-                loss = loss + (targets != IGNORE).sum() * torch.stack(router_losses).mean()
+                loss = loss + (targets != IGNORE).sum() * router_losses.mean()
             return loss
         if logits_at is not None:
             hidden = hidden[torch.arange(hidden.shape[0], device=hidden.device), logits_at][:, None]  # (B, 1, D)
@@ -230,7 +231,7 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         cache: KVCache | PagedKVCache | None = None,
-        router_losses: list[Tensor] | None = None,  # a training mixture of experts adds its router's, () float32 each
+        router_losses: RouterLosses | None = None,  # a training mixture of experts adds its router's, () float32 each
     ) -> Tensor:
         """The final norm's output (B, T, D), which lm_head turns into logits."""
         B, T = ids.shape
@@ -266,7 +267,7 @@ class Transformer(nn.Module):
         self, ids: Tensor, targets: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None
     ) -> Tensor:
         """`forward`'s loss in training with n_predict > 0, () float32."""
-        context = self.context(ids, positions, cu_seqlens, router_losses=[])
+        context = self.context(ids, positions, cu_seqlens, router_losses=RouterLosses())
         x = self._through_layers(self.embed(ids, context.positions), context, None)
         loss = self.summed_loss(self.model.norm(x).flatten(0, 1), targets.flatten())
         further = further_losses(
@@ -275,7 +276,7 @@ class Transformer(nn.Module):
         )  # fmt: skip
         loss = loss + self.config.predict_loss * further
         if context.router_losses:
-            loss = loss + (targets != IGNORE).sum() * torch.stack(context.router_losses).mean()
+            loss = loss + (targets != IGNORE).sum() * context.router_losses.mean()
         return loss
 
     def context(
@@ -284,7 +285,7 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,  # (B, T) int64
         cu_seqlens: Tensor | None = None,
         *,
-        router_losses: list[Tensor] | None = None,
+        router_losses: RouterLosses | None = None,
     ) -> StepContext:
         """What the layers share where there is no cache."""
         shared = self.shared_rows

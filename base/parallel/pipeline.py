@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..model.router_losses import RouterLosses
 from ..model.transformer import IGNORE, Transformer
 from ..precision import autocast
 
@@ -36,7 +37,7 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         model = self.model
-        router_losses: list[Tensor] | None = [] if targets is not None and self.training else None
+        router_losses = RouterLosses() if targets is not None and self.training else None
         with autocast(self.dtype, x.device.type):
             context = model.context(x, router_losses=router_losses)
             if self.is_first:
@@ -45,7 +46,7 @@ class Stage(nn.Module):
                 x = model.run(layer, x, context, None)
             if router_losses and targets is not None:
                 weight = (targets != IGNORE).sum() * self.factor / self.n_mixtures  # as Transformer.forward weighs them
-                loss = torch.stack(router_losses).sum() * weight
+                loss = router_losses.sum() * weight
                 self.router_loss = self.router_loss + loss.detach()
                 x = AttachLoss.apply(x, loss)
             return model.model.norm(x) if self.is_last else x

@@ -15,6 +15,7 @@ from graft.base.model.experts import sort_by_expert
 from graft.base.model.huggingface import load_config, save_model
 from graft.base.model.init import HIDDEN, parameter_roles
 from graft.base.model.own_json import own_layout_note
+from graft.base.model.router_losses import RouterLosses
 from graft.base.model.transformer import Transformer
 from graft.base.optim.muon import orthogonalize
 from graft.base.plan import attention_flops_per_token, flops_per_token
@@ -228,10 +229,10 @@ def test_the_router_is_trained_to_balance_and_only_in_training() -> None:
     with torch.no_grad():
         assert torch.equal(model(IDS, targets), plain(IDS, targets))
     extra = model.train()(IDS, targets) - plain.train()(IDS, targets)
-    losses: list[torch.Tensor] = []
+    losses = RouterLosses()
     model.hidden_states(IDS, router_losses=losses)
     assert len(losses) == config.n_layers
-    assert extra.item() == pytest.approx(71 * torch.stack(losses).mean().item(), rel=1e-3)
+    assert extra.item() == pytest.approx(71 * losses.mean().item(), rel=1e-3)
     for layer in model.model.layers:
         layer.mlp.gate.weight.requires_grad = False  # as on a frozen base
     assert torch.equal(model(IDS, targets), plain(IDS, targets))
