@@ -7,6 +7,7 @@ as soon as its last gradient is there and runs while the backward pass goes on w
     all-reduce              |  bucket of 4, 3   |  bucket of 2, 1 |
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +23,7 @@ class Bucket:
     def __init__(self) -> None:
         self.parameters: list[Tensor] = []
         self.n_bytes = 0
-        self.n_ready = 0  # gradients of this backward pass
+        self.ready: set[int] = set()  # ids of the parameters whose gradients this backward pass has made
         self.flat: Tensor | None = None  # the message, while it travels
         self.work: Any = None
 
@@ -41,7 +42,7 @@ class Bucket:
         means = (self.flat / n_ranks).split([p.numel() for p in self.parameters])
         for parameter, mean in zip(self.parameters, means, strict=True):
             parameter.grad = mean.view_as(parameter)
-        self.n_ready, self.flat, self.work = 0, None, None
+        self.ready, self.flat, self.work = set(), None, None
 
 
 class DDP(nn.Module):
@@ -49,31 +50,43 @@ class DDP(nn.Module):
 
     At the start rank 0's parameters and buffers go to all. The gradients are means over ranks: with equally many labels on each
     rank the step is that of one process with all the rows.
+
+    Buckets start in one order on every rank, as torch's do: collectives are matched by their order alone, and ranks whose losses
+    reach different parameters complete their buckets in different ones.
     """
 
-    def __init__(self, module: nn.Module, bucket_mb: float = 25.0) -> None:  # 0: each parameter by itself
+    def __init__(
+        self,
+        module: nn.Module,
+        bucket_mb: float | None = 25.0,  # 0: each parameter by itself; None: all in one
+    ) -> None:
         super().__init__()
         self.module = module
         self.n_ranks = dist.get_world_size()
         for tensor in [*module.parameters(), *module.buffers()]:
             dist.broadcast(tensor.detach(), src=0)
-        self.buckets = make_buckets(list(module.parameters()), bucket_mb * 2**20)
+        limit = math.inf if bucket_mb is None else bucket_mb * 2**20
+        self.buckets = make_buckets(list(module.parameters()), limit)
+        self.n_started = 0  # of the buckets, in this backward pass
         self.synchronizes = True
         for bucket in self.buckets:
             for parameter in bucket.parameters:
-                parameter.register_post_accumulate_grad_hook(lambda _, bucket=bucket: self._note(bucket))
+                parameter.register_post_accumulate_grad_hook(lambda p, bucket=bucket: self._note(bucket, p))
 
-    def _note(self, bucket: Bucket) -> None:
+    def _note(self, bucket: Bucket, parameter: Tensor) -> None:
         """A gradient of the bucket is there."""
         if not self.synchronizes:
             return
-        if bucket.flat is not None:
+        if id(parameter) in bucket.ready:
             raise RuntimeError(
                 "a second backward pass before finish_gradient_synchronization(); wrap all but the last in no_sync()"
             )
-        bucket.n_ready += 1
-        if bucket.n_ready == len(bucket.parameters):
-            bucket.start()
+        bucket.ready.add(id(parameter))
+        for following in self.buckets[self.n_started :]:
+            if len(following.ready) < len(following.parameters):
+                break
+            following.start()
+            self.n_started += 1
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own."""
@@ -92,6 +105,7 @@ class DDP(nn.Module):
         """Wait until every gradient is the mean over ranks."""
         for bucket in self.buckets:
             bucket.finish(self.n_ranks)
+        self.n_started = 0
 
 
 def make_buckets(parameters: list[Tensor], limit: float) -> list[Bucket]:

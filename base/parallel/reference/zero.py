@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -33,7 +33,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.local_groups: list[
             tuple[dict[str, Any], dict[str, Any]]
         ] = []  # (the group of all ranks, this rank's part)
-        super().__init__(parameters, dict(kwargs))
+        # The class's own defaults, which only an instance tells: schedules read a group's `lr` also where it wasn't given.
+        super().__init__(parameters, optimizer_class([nn.Parameter(torch.empty(1, 1))], **kwargs).defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Deal a group's parameters to the ranks."""
@@ -48,7 +49,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 mine.append(parameter)
         if not mine:
             return
-        part = {**whole, "params": mine}
+        part = {**_settings(whole), "params": mine}
         if self.local is None:
             self.local = self.optimizer_class([part], **self.kwargs)
         else:
@@ -62,8 +63,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for whole, part in self.local_groups:
-            part.update({key: value for key, value in whole.items() if key != "params"})
+        self._pass_on_settings()
         if self.local is not None:
             self.local.step()
         works = [dist.broadcast(parameter.detach(), src=owner, async_op=True) for parameter, owner in self.owners]
@@ -72,8 +72,33 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 work.wait()
         return loss
 
+    def _pass_on_settings(self) -> None:
+        """Rates that a schedule has set, to this rank's part of each group."""
+        for whole, part in self.local_groups:
+            part.update(_settings(whole))
+
+    def state_dict(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """This rank's share of the state: every rank saves its own, and loads it on as many ranks as wrote it."""
+        self._pass_on_settings()
+        return {} if self.local is None else self.local.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Put back what `state_dict` gave on this rank, the groups' settings too."""
+        if self.local is not None:
+            self.local.load_state_dict(state_dict)
+            self.local_groups = [
+                (whole, part) for (whole, _), part in zip(self.local_groups, self.local.param_groups, strict=True)
+            ]
+            for whole, part in self.local_groups:
+                whole.update(_settings(part))
+
     @property
     def state_bytes(self) -> int:
         """Bytes of the state that this rank keeps."""
         states = self.local.state.values() if self.local is not None else ()
         return sum(t.numel() * t.element_size() for state in states for t in state.values() if isinstance(t, Tensor))
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """A group without its tensors."""
+    return {name: value for name, value in group.items() if name not in ("params", "param_names")}

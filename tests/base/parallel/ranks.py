@@ -40,7 +40,7 @@ def rows(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(12, 6, generator=generator), torch.randn(12, 6, generator=generator)
 
 
-def trained(rank: int, n: int, bucket_mb: float, *, sharded: bool, micro: int = 1) -> dict[str, object]:
+def trained(rank: int, n: int, bucket_mb: float | None, *, sharded: bool, micro: int = 1) -> dict[str, object]:
     """Five steps on this rank's rows; with rank -1 alone on all rows."""
     alone = rank < 0
     net = Net(seed=0 if alone else rank)
@@ -73,6 +73,62 @@ def trained(rank: int, n: int, bucket_mb: float, *, sharded: bool, micro: int = 
         optimizer.zero_grad()
     state = optimizer.state_bytes if isinstance(optimizer, ShardedOptimizer) else None
     return {"weights": numbers(net), "buckets": None if alone else len(model.buckets), "state_bytes": state}
+
+
+class Paths(nn.Module):
+    """Each rank's loss reaches other layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(4))
+
+    def forward(self, x: torch.Tensor, path: list[int]) -> torch.Tensor:
+        for i in path:
+            x = x + self.layers[i](x).tanh()
+        return x.square().mean()
+
+
+def paths(rank: int, n: int) -> dict[str, object]:
+    """Two steps' gradients where ranks complete their buckets in different orders, or not at all, beside those of one process."""
+    ways = [[0, 1, 2, 3], [3, 0], [1, 2, 1]]
+    inputs = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(7))
+    model, alone = DDP(Paths(), bucket_mb=0), Paths()
+    gaps = []
+    for step in range(2):
+        model.zero_grad(), alone.zero_grad()
+        turn = [(r + step) % n for r in range(n)]
+        model(inputs[rank], ways[turn[rank]]).backward()
+        model.finish_gradient_synchronization()
+        sum(alone(inputs[r], ways[turn[r]]) / n for r in range(n)).backward()
+        pairs = zip(model.module.parameters(), alone.parameters(), strict=True)
+        gaps += [float((a.grad - b.grad).abs().max()) for a, b in pairs]
+    return {"gaps": gaps}
+
+
+def groups(rank: int) -> dict[str, object]:
+    """Groups as users give them: a generator, names, none of the settings, one added later; the state saved and loaded."""
+    net, plain = Net(seed=0), Net(seed=0)
+    shared = ShardedOptimizer(net.first.named_parameters(), torch.optim.AdamW)
+    alone = torch.optim.AdamW(plain.first.named_parameters())
+    shared.add_param_group({"params": net.second.named_parameters(), "lr": 0.1})
+    alone.add_param_group({"params": plain.second.named_parameters(), "lr": 0.1})
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)) for o in (shared, alone)]
+
+    def step(optimizer: torch.optim.Optimizer, module: Net) -> None:
+        optimizer.zero_grad()
+        module(rows(0)[0]).square().mean().backward()
+        optimizer.step()
+
+    for optimizer, module, schedule in zip((shared, alone), (net, plain), schedules, strict=True):
+        step(optimizer, module)
+        schedule.step()
+    saved, again = shared.state_dict(), ShardedOptimizer(net.first.parameters(), torch.optim.AdamW)
+    again.add_param_group({"params": net.second.parameters(), "lr": 0.7})
+    again.load_state_dict(saved)
+    step(again, net), step(alone, plain)
+    gap = max(abs(a - b) for a, b in zip(numbers(net), numbers(plain), strict=True))
+    return {"gap": gap, "rates": [group["lr"] for group in shared.param_groups]}
 
 
 def second_backward(rank: int) -> str:
@@ -130,11 +186,13 @@ def tensor_parallel(rank: int, n: int) -> dict[str, object]:
 def main(rank: int, n: int, store: str, out: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=n)
     found = {
-        "one bucket": trained(rank, n, 25.0, sharded=False),
+        "one bucket": trained(rank, n, None, sharded=False),
         "a bucket a parameter": trained(rank, n, 0.0, sharded=False),
         "micro-batches": trained(rank, n, 0.0002, sharded=False, micro=2),
         "sharded": trained(rank, n, 25.0, sharded=True),
         "alone": trained(-1, 1, 0.0, sharded=False),
+        "paths": paths(rank, n),
+        "groups": groups(rank),
         "second backward": second_backward(rank),
         "ring": ring(rank),
         "tensor parallel": tensor_parallel(rank, n),

@@ -65,6 +65,17 @@ def test_two_backward_passes_without_saying_so_are_refused(ranks: list[dict[str,
     assert all("wrap all but the last in no_sync()" in found["second backward"] for found in ranks)
 
 
+def test_ranks_whose_losses_reach_different_layers(ranks: list[dict[str, Any]]) -> None:
+    """Parity: the mean of all ranks' gradients, though their buckets become full in different orders."""
+    assert all(max(found["paths"]["gaps"]) < 1e-6 for found in ranks)
+
+
+def test_groups_of_a_sharded_optimizer(ranks: list[dict[str, Any]]) -> None:
+    """Parity with AdamW of one process: a generator, names, defaults that a schedule reads, a later group, a loaded state."""
+    assert all(found["groups"]["gap"] < 1e-6 for found in ranks)
+    assert all(found["groups"]["rates"] == pytest.approx([0.0005, 0.05]) for found in ranks)
+
+
 def test_ring(ranks: list[dict[str, Any]]) -> None:
     """Parity with torch's all-reduce; every rank has the same bits; 2 (n - 1) / n of 21 numbers are sent."""
     assert all(found["ring"]["gap"] < 1e-6 for found in ranks)
