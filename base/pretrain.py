@@ -16,11 +16,13 @@ from .device import explain_device, memory_bytes, peak_bytes, reset_peak, resolv
 from .evaluate import HeldOut
 from .follower import open_run
 from .meter import Meter, peak_flops
-from .model.config import ModelConfig, preset, with_sizes
+from .model.config import ModelConfig
 from .model.float8 import use_float8_
 from .model.huggingface import left_out, save_model
 from .model.init import parameter_roles
 from .model.own_json import own_layout_note
+from .model.presets import preset
+from .model.sizes import with_sizes
 from .model.transformer import Transformer, initialize_
 from .optim.mup import check_width
 from .parallel.export import export_model

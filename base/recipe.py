@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .model.config import ModelConfig, gated_width
+from .model.config import ModelConfig
+from .model.sizes import gated_width
 
 LARGEST_DEPTH = 100
 

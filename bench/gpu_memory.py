@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from graft.base.model.config import ModelConfig, preset
+from graft.base.model.config import ModelConfig
+from graft.base.model.presets import preset
 from graft.finetune.memory.measure import cpu_allocations, measure
 from graft.finetune.memory.predict import estimate
 from graft.finetune.memory.settings import MemorySettings

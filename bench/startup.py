@@ -50,7 +50,7 @@ def make_base(folder: Path) -> Path:
     code = (
         "import sys; from dataclasses import replace; from pathlib import Path\n"
         "from graft import Tokenizer, save_model\n"
-        "from graft.base.model.config import preset\n"
+        "from graft.base.model.presets import preset\n"
         "from graft.base.model.transformer import Transformer, initialize_\n"
         "text = Path(sys.argv[1] + '.txt'); text.write_text('def main(): return 1\\n' * 50)\n"
         "tokenizer = Tokenizer.train([text], vocab_size=270)\n"

@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from graft.base.model.config import PRESETS, ModelConfig
+from graft.base.model.config import ModelConfig
+from graft.base.model.presets import PRESETS
 from graft.base.plan import DEVICES, compute_optimal_tokens, flops_per_token, training_seconds
 from graft.base.recipe import RECIPE, model_at, training
 from graft.base.run import TrainConfig

@@ -1,7 +1,7 @@
 """The page of the architectures, from the table that decides what is read and written, and of the sizes known by name."""
 
-from graft.base.model.config import PRESETS
 from graft.base.model.families import FAMILIES
+from graft.base.model.presets import PRESETS
 
 
 def page() -> str:

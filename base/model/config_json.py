@@ -9,13 +9,15 @@ from typing import Any
 import torch
 
 from ..json_fields import check, field
-from .config import LARGEST, ModelConfig, RopeScaling
+from .config import ModelConfig
+from .config_checks import LARGEST
 from .deepseek_json import deepseek_fields, deepseek_to_dict
 from .families import ARCHITECTURES, FAMILIES, Family
 from .gemma_json import gemma_fields, gemma_to_dict, with_gemma_defaults
 from .gpt2 import config_from_gpt2, config_to_gpt2
 from .hybrid_json import hybrid_from_dict, hybrid_to_dict
 from .own_json import MODEL_TYPE, layout_of, own_from_dict, own_to_dict
+from .rope_scaling import RopeScaling
 
 
 def config_from_dict(raw_config: dict[str, Any], *, where: str = "config.json") -> ModelConfig:

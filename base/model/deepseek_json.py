@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 from ..json_fields import field
-from .config import LARGEST, ModelConfig
+from .config import ModelConfig
+from .config_checks import LARGEST
 
 if TYPE_CHECKING:
     from .families import Family

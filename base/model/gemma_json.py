@@ -3,7 +3,8 @@
 from typing import Any
 
 from ..json_fields import field
-from .config import LARGEST, ModelConfig
+from .config import ModelConfig
+from .config_checks import LARGEST
 
 GLOBAL, LOCAL = "full_attention", "sliding_attention"
 EVERY = {"gemma2": 2, "gemma3_text": 6}  # without layer_types, each layer of that number sees everything

@@ -3,7 +3,8 @@
 from typing import Any
 
 from ..json_fields import field
-from .config import LARGEST, ModelConfig
+from .config import ModelConfig
+from .config_checks import LARGEST
 
 LINEAR, FULL = "linear_attention", "full_attention"
 # Their key on disk, and its value where the file doesn't say.

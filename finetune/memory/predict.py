@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ...base.device import resolve_device
-from ...base.model.config import PATTERNS, ModelConfig
+from ...base.model.config import ModelConfig
+from ...base.model.config_checks import PATTERNS
 from ...base.run import TrainConfig
 from ...kernels.dispatch import predicting
 from ..adapters.config import LoraConfig, is_regex

@@ -4,7 +4,8 @@ from dataclasses import replace
 from functools import cache
 
 from ...base.cluster.layout import Layout
-from ...base.model.config import PATTERNS, ModelConfig
+from ...base.model.config import ModelConfig
+from ...base.model.config_checks import PATTERNS
 from .predict import MemoryEstimate, estimate
 from .settings import MemorySettings
 

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 from ...base.hub import model_folder
-from ...base.model.config import PRESETS, ModelConfig, preset
+from ...base.model.config import ModelConfig
+from ...base.model.presets import PRESETS, preset
 from ..adapters.config import LoraConfig
 
 Method = Literal["full", "lora", "qlora", "generate"]

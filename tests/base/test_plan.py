@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from graft.base.model.config import ModelConfig, preset
+from graft.base.model.config import ModelConfig
+from graft.base.model.presets import preset
 from graft.base.plan import (
     BYTES_PER_PARAM,
     DEVICES,

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from graft.base.model.config import ModelConfig, RopeScaling
+from graft.base.model.config import ModelConfig
+from graft.base.model.rope_scaling import RopeScaling
 from graft.base.pretrain import PARTS
 from graft.base.run import TrainConfig
 from graft.base.settings import (

@@ -102,8 +102,8 @@ def test_a_missing_recipe_folder_is_no_page(
 
 def test_the_page_of_models_is_the_table(generator: Callable[[str], ModuleType]) -> None:
     """Law: every architecture that a config may name, and every preset, stands on the page."""
-    from graft.base.model.config import PRESETS
     from graft.base.model.families import FAMILIES
+    from graft.base.model.presets import PRESETS
 
     page = generator("models_page").page()
     assert all(f"| `{name}` |" in page for name in (*FAMILIES, *PRESETS))

@@ -8,7 +8,8 @@ import pytest
 from graft.base.cluster.layout import Layout, divisors, layouts
 from graft.base.cluster.states import GRAFT, MIXED, zero_bytes
 from graft.base.cluster.step_time import LINKS, Links, Reached, StepTime, model_flops, rank_params, step_time
-from graft.base.model.config import ModelConfig, preset
+from graft.base.model.config import ModelConfig
+from graft.base.model.presets import preset
 from graft.base.plan import DEVICES, Device
 
 # Narayanan et al. 2021, arXiv:2104.04473, table 1, with the micro-batches and interleaving of the authors' scripts

@@ -9,12 +9,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from graft.base.model.config import ModelConfig, RopeScaling
+from graft.base.model.config import ModelConfig
 from graft.base.model.config_json import config_from_dict, config_to_dict
 from graft.base.model.experts import sort_by_expert
 from graft.base.model.huggingface import load_config, save_model
 from graft.base.model.init import HIDDEN, parameter_roles
 from graft.base.model.own_json import own_layout_note
+from graft.base.model.rope_scaling import RopeScaling
 from graft.base.model.router_losses import RouterLosses
 from graft.base.model.transformer import Transformer
 from graft.base.optim.muon import orthogonalize

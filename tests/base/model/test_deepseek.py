@@ -9,7 +9,7 @@ import torch
 
 from graft.base.generate.engine import Engine
 from graft.base.generate.sampling import Sampling
-from graft.base.model.config import ModelConfig, RopeScaling, preset, with_sizes
+from graft.base.model.config import ModelConfig
 from graft.base.model.config_json import config_from_dict, config_to_dict
 from graft.base.model.experts import Router
 from graft.base.model.families import family_of
@@ -17,7 +17,10 @@ from graft.base.model.huggingface import save_model
 from graft.base.model.init import parameter_roles
 from graft.base.model.kv_cache import StepContext
 from graft.base.model.latent_attention import LatentAttention, halves
+from graft.base.model.presets import preset
 from graft.base.model.rope import angle_tables
+from graft.base.model.rope_scaling import RopeScaling
+from graft.base.model.sizes import with_sizes
 from graft.base.model.transformer import Transformer, initialize_
 from graft.base.plan import attention_flops_per_token
 from graft.finetune.adapters.attach import attach_adapter

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from graft.base.generate.engine import Engine
 from graft.base.generate.sampling import Sampling
 from graft.base.model import head
-from graft.base.model.config import ModelConfig, RopeScaling
+from graft.base.model.config import ModelConfig
 from graft.base.model.config_json import config_from_dict, config_to_dict
 from graft.base.model.huggingface import load_config, save_model
 from graft.base.model.init import parameter_roles
 from graft.base.model.norm import OffsetRMSNorm
 from graft.base.model.own_json import own_layout_note
+from graft.base.model.rope_scaling import RopeScaling
 from graft.base.model.transformer import Transformer, initialize_
 from graft.base.plan import attention_flops_per_token
 from graft.base.run import DECAYED

@@ -12,11 +12,13 @@ from torch import nn
 
 from graft.base.generate.engine import Engine, generate_ids
 from graft.base.generate.sampling import Sampling
-from graft.base.model.config import PRESETS, ModelConfig, with_sizes
+from graft.base.model.config import ModelConfig
 from graft.base.model.config_json import config_from_dict, config_to_dict
 from graft.base.model.huggingface import save_model
 from graft.base.model.init import parameter_roles
 from graft.base.model.own_json import own_layout_note
+from graft.base.model.presets import PRESETS
+from graft.base.model.sizes import with_sizes
 from graft.base.model.transformer import Transformer, initialize_
 from graft.finetune.adapters.attach import attach_adapter
 from graft.finetune.adapters.config import LoraConfig

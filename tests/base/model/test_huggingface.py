@@ -9,9 +9,12 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from graft.base.model.config import PRESETS, ModelConfig, RopeScaling, preset, with_sizes
+from graft.base.model.config import ModelConfig
 from graft.base.model.config_json import config_from_dict, config_to_dict
 from graft.base.model.huggingface import fingerprint, load_config, save_model
+from graft.base.model.presets import PRESETS, preset
+from graft.base.model.rope_scaling import RopeScaling
+from graft.base.model.sizes import with_sizes
 from graft.base.model.transformer import Transformer, initialize_
 from graft.finetune.loading import load_model
 

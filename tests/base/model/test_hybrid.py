@@ -15,10 +15,12 @@ from graft.base.generate.engine import Engine, generate_ids
 from graft.base.generate.prefix_cache import PrefixCache
 from graft.base.generate.sampling import Sampling
 from graft.base.generate.speculative import ModelDraft, NgramDraft
-from graft.base.model.config import ModelConfig, RopeScaling, with_sizes
+from graft.base.model.config import ModelConfig
 from graft.base.model.config_json import config_from_dict, config_to_dict
 from graft.base.model.huggingface import save_model
 from graft.base.model.init import HIDDEN, parameter_roles
+from graft.base.model.rope_scaling import RopeScaling
+from graft.base.model.sizes import with_sizes
 from graft.base.model.transformer import Transformer, initialize_
 from graft.base.plan import attention_flops_per_token
 from graft.base.pretrain import run_pretrain

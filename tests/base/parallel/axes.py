@@ -7,7 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from graft.base.model.config import ModelConfig, preset, with_sizes
+from graft.base.model.config import ModelConfig
+from graft.base.model.presets import preset
+from graft.base.model.sizes import with_sizes
 from graft.base.model.transformer import Transformer, initialize_
 from graft.base.parallel.context import Ring, ring_bytes
 from graft.base.parallel.experts import Owners, expert_bytes

@@ -9,7 +9,7 @@ import torch.distributed
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graft.base.model.config import preset
+from graft.base.model.presets import preset
 from graft.base.model.transformer import Transformer
 from graft.base.parallel import blocks
 from graft.base.parallel.blocks import Block, Rules, attend_block, block_gradients, merge

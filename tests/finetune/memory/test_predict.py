@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import graft
-from graft.base.model.config import ModelConfig, preset
+from graft.base.model.config import ModelConfig
+from graft.base.model.presets import preset
 from graft.base.run import TrainConfig
 from graft.finetune.adapters.lora import LoraConfig
 from graft.finetune.memory.measure import measure, measure_memory
@@ -246,8 +247,8 @@ def test_models_are_named_in_four_ways(tmp_path: Path) -> None:
 def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'llama-8b' is no model folder.*llama-7b"):
         estimate_memory("llama-8b")
-    (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}')
-    with pytest.raises(ValueError, match=r"GPT2LMHeadModel.*LlamaForCausalLM"):
+    (tmp_path / "config.json").write_text('{"architectures": ["BloomForCausalLM"], "model_type": "bloom"}')
+    with pytest.raises(ValueError, match=r"BloomForCausalLM.*LlamaForCausalLM"):
         estimate_memory(tmp_path)
     with pytest.raises(ValueError, match="unknown method 'dora'"):
         estimate_memory(SMALL, method="dora")

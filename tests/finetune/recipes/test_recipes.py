@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from graft.base.model.config import preset
+from graft.base.model.presets import preset
 from graft.finetune.memory.predict import predict_run
 from graft.finetune.recipes import load_recipe, read_recipe, recipe_names
 from graft.finetune.sft_config import resolve
