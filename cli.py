@@ -230,7 +230,7 @@ def pretrain(
     out: Out,
     config: Config = None,
     preset: Annotated[
-        str | None, typer.Option("--preset", help=r"nano, micro, mini, small or medium. \[default: micro]")
+        str | None, typer.Option("--preset", help=r"nano to medium, gpt2, transformer-2017, ... \[default: micro]")
     ] = None,
     depth: Annotated[
         int | None, typer.Option("--depth", help="One dial: layers, and with them width, rate, batch and steps.")

@@ -15,6 +15,7 @@ from .data.training_text import Specs, TrainingText, WindowOptions
 from .device import explain_device, memory_bytes, peak_bytes, reset_peak, resolve_device
 from .evaluate import HeldOut
 from .follower import open_run
+from .idle import refuse_idle
 from .meter import Meter, peak_flops
 from .model.config import ModelConfig
 from .model.float8 import use_float8_
@@ -144,7 +145,7 @@ def run_pretrain(
     tok = Tokenizer.load(tokenizer)
     text = TrainingText(data, tok.fingerprint(), tokenizer)
     with open_run(together, out, stage="pretrain", resume=resume, force=force) as run:
-        requested = check_settings(settings or {}, *PARTS.values())
+        given = requested = check_settings(settings or {}, *PARTS.values())
         inputs = {
             "data": text.input(),
             "tokenizer": Input.of(
@@ -164,6 +165,8 @@ def run_pretrain(
             requested = depth_settings(depth, vocab_size=tok.vocab_size, given=requested)
         config = resolve(requested, preset_name=preset_name, vocab_size=tok.vocab_size)
         assert config.model is not None
+        if not run.previous:
+            refuse_idle(given, config)
         check_size(config.model, device)
         config = replace(config, model=with_special_ids(config.model, tok), inputs=inputs)
         check_same(together, facts_of(config))

@@ -26,6 +26,10 @@ class PretrainConfig:
         for name in ("batch_warmup_steps", "batch_warmup_start", "sample_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be >= 0")
+        if self.sample_every and not self.sample_prompts:
+            raise ValueError(
+                f"sample_every={self.sample_every} has no sample_prompts; leave them out for one text from bos or eos"
+            )
         if self.batch_warmup_start and not self.batch_warmup_steps:
             raise ValueError(f"batch_warmup_start={self.batch_warmup_start} needs batch_warmup_steps")
         if self.mup_base_width is not None and self.mup_base_width < 1:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .model.config import ModelConfig
-from .model.sizes import gated_width
+from .model.sizes import gated_width, with_sizes
 
 LARGEST_DEPTH = 100
 
@@ -59,7 +59,7 @@ def sizes(depth: int, recipe: Recipe = RECIPE) -> dict[str, Any]:
 
 def training(model: ModelConfig, n_tokens: float | None = None, recipe: Recipe = RECIPE) -> dict[str, Any]:
     """Steps, batch, rate and schedule for a model on so many tokens; None: compute-optimal."""
-    tokens = recipe.tokens_per_param * model.n_params if n_tokens is None else n_tokens
+    tokens = recipe.tokens_per_param * model.n_active_params if n_tokens is None else n_tokens
     batch_tokens = 2 ** round(math.log2(recipe.batch_root * math.sqrt(tokens)))
     batch = max(1, batch_tokens // model.max_seq_len)
     return {
@@ -83,9 +83,15 @@ def model_at(depth: int, vocab_size: int, recipe: Recipe = RECIPE) -> ModelConfi
 def depth_settings(
     depth: int, *, vocab_size: int, given: Mapping[str, Any], n_tokens: float | None = None, recipe: Recipe = RECIPE
 ) -> dict[str, Any]:
-    """All settings of a run at a depth; those that are given win, and batch and steps follow a given size or length."""
-    of_model = sizes(depth, recipe) | {key: value for key, value in given.items() if key in sizes(depth, recipe)}
-    model = ModelConfig(vocab_size, **of_model)
+    """All settings of a run at a depth; those that are given win.
+
+    What follows from a given size follows it: other sizes as in with_sizes, batch and steps. Raises ValueError as it does.
+    """
+    own = {
+        key: value for key, value in given.items() if key in ModelConfig.__dataclass_fields__ and key != "vocab_size"
+    }
+    model = with_sizes(model_at(depth, vocab_size, recipe), **own)
+    of_model = {key: getattr(model, key) for key in sizes(depth, recipe)}
     return of_model | training(model, n_tokens, recipe) | dict(given)
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels.checks import has_values
 from .config import ModelConfig
 
 
@@ -35,10 +36,13 @@ class LearnedPositions(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.max_seq_len, config.d_model))
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B or 1, T) int64 -> (B or 1, T, D). Raises ValueError for more tokens than there are positions."""
+        """(B or 1, T) int64 -> (B or 1, T, D). Raises ValueError for a text of more tokens than there are positions.
+
+        A row of packed documents may be longer, since positions begin again in each.
+        """
         n = self.weight.shape[0]
-        if positions.shape[1] > n:
-            raise ValueError(f"{positions.shape[1]} tokens are more than the {n} positions that the model has learned")
+        if positions.shape[1] > n and has_values(positions) and (last := int(positions.max())) >= n:
+            raise ValueError(f"{last + 1} tokens are more than the {n} positions that the model has learned")
         return F.embedding(positions.clamp(max=n - 1), self.weight).to(dtype)  # what lies beyond only pads a batch
 
 

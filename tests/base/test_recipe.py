@@ -48,6 +48,15 @@ def test_what_is_given_wins_and_the_rest_follows() -> None:
     given = depth_settings(4, vocab_size=512, given={"learning_rate": 0.5, "optimizer": "adamw", "d_ff": 64})
     assert (given["learning_rate"], given["optimizer"], given["d_ff"]) == (0.5, "adamw", 64)
     assert given["steps"] < depth_settings(4, vocab_size=512, given={})["steps"]
+    mixed = depth_settings(4, vocab_size=512, given={"n_experts": 8, "d_expert": 256})  # of 8 each token meets 2
+    assert mixed["steps"] < depth_settings(4, vocab_size=512, given={"n_experts": 2, "d_expert": 1024})["steps"]
+    wide = resolve(depth_settings(2, vocab_size=512, given={"d_model": 256}), preset_name=None, vocab_size=512).model
+    assert wide is not None
+    assert (wide.d_head, wide.d_ff) == (128, 704)  # two heads; 8/3 d_model
+    given = {"d_latent": 32, "d_rope": 16}
+    latent = resolve(depth_settings(2, vocab_size=512, given=given), preset_name=None, vocab_size=512).model
+    assert latent is not None
+    assert (latent.n_kv_heads, latent.qk_norm) == (2, False)
     check_resumed_depth(None, {})
     check_resumed_depth(4, {"model": {"n_layers": 4}})
     with pytest.raises(ValueError, match="the run's own model of 4 layers, got --depth 5; leave it out"):

@@ -68,6 +68,7 @@ def test_refusals(tokens: Path, tokenizer_dir: Path, pairs: Path, tmp_path: Path
             "sample_prompts: '' has 1 tokens and sample_tokens=16, more than max_seq",
         ),
         ({"sample_every": -1}, "sample_every=-1 must be >= 0"),
+        ({"sample_every": 1, "sample_prompts": []}, "sample_every=1 has no sample_prompts"),
         ({"sample_tokens": 0}, "sample_tokens=0 must be >= 1"),
     ):
         with pytest.raises(ValueError, match=message):

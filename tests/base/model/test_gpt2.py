@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -203,3 +204,16 @@ def test_own_layout_names_what_it_does_not_know() -> None:
     raw["model"]["add_normm"] = True
     with pytest.raises(ValueError, match=r"config\.json: unknown config key 'add_normm'; did you mean add_norm"):
         config_from_dict(raw)
+
+
+def test_packed_documents_may_fill_more_than_the_learned_positions() -> None:
+    """Law: documents packed in one row of 50 tokens, none over the 41 positions, score as each alone; a text of 42 is refused."""
+    model, ends = random_model(GPT2), [0, 41, 50]
+    row = torch.randint(1, 97, (1, 50), generator=torch.Generator().manual_seed(1))
+    parts = list(pairwise(ends))
+    positions = torch.cat([torch.arange(end - start) for start, end in parts])[None]
+    packed = model(row, positions=positions, cu_seqlens=torch.tensor(ends, dtype=torch.int32))
+    alone = torch.cat([model(row[:, start:end]) for start, end in parts], 1)
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="42 tokens are more than the 41 positions that the model has learned"):
+        model(row[:, :42])
