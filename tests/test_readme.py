@@ -31,7 +31,13 @@ def parameters_of(words: list[str]) -> tuple[set[str], list[str]]:
         assert words, "a group without its command"
         assert words[0] in command.commands, f"no command {words[0]!r}"
         command, words = command.commands[words[0]], words[1:]
-    return {option for parameter in command.params for option in parameter.opts + parameter.secondary_opts}, words
+    known = {option for parameter in command.params for option in parameter.opts + parameter.secondary_opts}
+    if command.name == "launch":  # the command that it starts takes the words behind its own options
+        inner = next(i for i, word in enumerate(words) if word in typer.main.get_command(app).commands)
+        further, behind = parameters_of(["graft", *words[inner:]])
+        assert all(word in known for word in words[:inner] if word.startswith("--"))
+        return further, behind
+    return known, words
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
