@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..model.multi_token import Predictor
 from ..model.transformer import Transformer
 from ..run import TrainConfig
 from .mesh import LOSS_AXES, Mesh, stage
@@ -290,13 +291,17 @@ def _splits_of(parameter: "DTensor") -> Iterator[Split]:
 
 
 def fully_shard_(model: nn.Module, mesh: Mesh) -> None:
-    """torch's fully_shard over each layer and what is left, so that at most a layer or two are whole at a time."""
+    """torch's fully_shard over each layer and what is left, so that at most a layer or two are whole at a time.
+
+    Of a predictor of further tokens its layer alone: its norm also runs outside its forward pass.
+    """
     from torch.distributed.fsdp import fully_shard
 
     axis = "fsdp" if mesh.shape.fsdp > 1 else "dp"
     device_mesh = mesh.along("dp", "fsdp") if axis == "fsdp" else mesh.along("dp")
-    layers = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    for module in [*(layer for group in layers for layer in group), model]:
+    layers = [layer for group in model.modules() if isinstance(group, nn.ModuleList) for layer in group]
+    units = [layer.layer if isinstance(layer, Predictor) else layer for layer in layers]
+    for module in [*units, model]:
         sharded = fully_shard(module, mesh=device_mesh, reshard_after_forward=module is not model)
         sharded.set_force_sum_reduction_for_comms(True)  # pyright: ignore[reportAttributeAccessIssue] (gloo has no scaled sums)
         sharded.set_gradient_divide_factor(1.0)  # pyright: ignore[reportAttributeAccessIssue] (the loss is divided by the whole step's labels already)

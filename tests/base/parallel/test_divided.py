@@ -33,7 +33,8 @@ TIED = replace(DENSE, n_layers=4, tie_embeddings=True)
 MIXED = replace(DENSE, n_experts=4, n_experts_per_token=2, balance_loss=0.0)
 # The routers' own losses weigh as much as the rest here; every rank then must read the same twos as one does alone.
 BALANCED = replace(MIXED, balance_loss=0.5)
-MODELS = {"dense": DENSE, "tied": TIED, "mixed": MIXED, "balanced": BALANCED}
+AHEAD = replace(DENSE, n_predict=2)
+MODELS = {"ahead": AHEAD, "dense": DENSE, "tied": TIED, "mixed": MIXED, "balanced": BALANCED}
 # At ten times this rate a mixture's routing turns rounding into differences of 1e-4 within 20 steps, at any order of sums.
 TRAIN = TrainConfig(steps=STEPS, batch_size=8, micro_batch=2, learning_rate=1e-3, warmup_steps=2, grad_clip=0.5)
 CASES: dict[int, list[tuple[str, dict[str, Any]]]] = {
@@ -43,6 +44,7 @@ CASES: dict[int, list[tuple[str, dict[str, Any]]]] = {
         ("mixed", {"mesh": "ep:2"}),
         ("mixed", {"mesh": "ep:2", "optimizer": "muon"}),
         ("tied", {"mesh": "pp:2", "optimizer": "muon"}),
+        ("ahead", {"mesh": "fsdp:2", "checkpointing": True}),
     ],
     4: [
         ("tied", {"mesh": "pp:4"}),

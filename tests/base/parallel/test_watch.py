@@ -11,9 +11,10 @@ import pytest
 import torch.distributed as dist
 
 from graft.base.parallel import restart, watch
-from graft.base.parallel.same import source_fingerprint
+from graft.base.parallel.same import facts_of, source_fingerprint
 from graft.base.parallel.stragglers import WINDOW, Stragglers
 from graft.base.parallel.watch import Watch, is_alive, patience
+from graft.base.run import Run, TrainConfig
 
 
 def test_three_ranks_name_who_is_missing_slow_or_different(tmp_path: Path) -> None:
@@ -148,3 +149,4 @@ def test_only_a_restart_of_the_same_launch_resumes_itself(tmp_path: Path, monkey
 def test_the_sources_have_one_fingerprint() -> None:
     assert source_fingerprint() == source_fingerprint.__wrapped__()
     assert len(source_fingerprint()) == 12
+    assert facts_of(Run(TrainConfig()))["graft's sources"] == source_fingerprint()
