@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 SAVES = [
     {"mesh": "fsdp:4"},
     {"mesh": "dp:2,fsdp:2", "optimizer": "muon"},
-    {"zero": 1, "optimizer": "muon"},
+    {"zero": 1, "optimizer": "soap"},
     {"zero": 2},
 ]
 
