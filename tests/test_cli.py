@@ -118,6 +118,7 @@ def test_commands_are_in_the_pipelines_order(run: Callable[..., Done]) -> None:
         "pretrain",
         "sft",
         "quantize",
+        "launch",
         "dpo",
         "reward",
         "grpo",
@@ -407,8 +408,8 @@ def test_a_truncated_model(refused: Callable[..., str], base_dir: Path, rows: Pa
     assert not (tmp_path / "q").exists()
     weights.unlink()
     assert "has no model.safetensors" in refused("generate", "--base", base, "--prompt", "x")
-    (base / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
-    assert "architecture 'GPT2LMHeadModel' is not known" in refused("generate", "--base", base, "--prompt", "x")
+    (base / "config.json").write_text('{"architectures": ["PhiForCausalLM"]}')
+    assert "architecture 'PhiForCausalLM' is not known" in refused("generate", "--base", base, "--prompt", "x")
     (base / "config.json").write_text('{"architectures"')
     assert "config.json line 1: not JSON" in refused("generate", "--base", base, "--prompt", "x")
 
