@@ -49,7 +49,8 @@ from .training.result import Result
 from .training.sharded import evaluated, mesh_optimizer
 
 Scorer = Callable[[Transformer, Tokenizer], dict[str, float]]
-BenchmarkOpener = Callable[[Sequence[str], int], Scorer]  # (NAME=FILE ..., questions of each)
+# (NAME=FILE ..., questions of each, tokenizer, max_seq_len)
+BenchmarkOpener = Callable[[Sequence[str], int, Tokenizer, int], Scorer]
 PARTS = {
     "model": ModelConfig,
     "train": TrainConfig,
@@ -194,7 +195,7 @@ def run_pretrain(
             if note := own_layout_note(config.model):
                 print(note, file=sys.stderr)
         predicted = predict(config.model, loop, device) if predict and together.is_first else None
-        score = open_benchmarks(config.pretrain, benchmarks, copied=is_copied(mesh.shape, loop))
+        score = open_benchmarks(config.pretrain, benchmarks, tok, seq_len, copied=is_copied(mesh.shape, loop))
         model = Transformer(config.model).to(device)
         ratio = width_ratio(config.pretrain, model)
         initialize_(model, seed=loop.seed, width_ratio=ratio)
@@ -241,7 +242,9 @@ class Watch:
     progress: bool
 
 
-def open_benchmarks(config: PretrainConfig, opener: BenchmarkOpener | None, *, copied: bool) -> Scorer | None:
+def open_benchmarks(
+    config: PretrainConfig, opener: BenchmarkOpener | None, tokenizer: Tokenizer, max_seq_len: int, *, copied: bool
+) -> Scorer | None:
     """What scores config.benchmarks, whose files are read now; None without any.
 
     Raises ValueError where nothing can, and for samples or benchmarks of a model that no rank holds whole.
@@ -255,7 +258,7 @@ def open_benchmarks(config: PretrainConfig, opener: BenchmarkOpener | None, *, c
         raise ValueError(
             "benchmarks need a reader of their files; use graft pretrain, or give run_pretrain benchmarks="
         )
-    return opener(config.benchmarks, config.benchmark_questions)
+    return opener(config.benchmarks, config.benchmark_questions, tokenizer, max_seq_len)
 
 
 def _train(

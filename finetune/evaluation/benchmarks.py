@@ -13,7 +13,7 @@ from ...base.tokenizer.tokenizer import Tokenizer
 from ..data.chat import encode_prompt
 from ..data.records import join_errors
 from ..generate import generate_answers, start_ids
-from .likelihood import Likelihood, Progress, cut_to, encode_pair, score_groups
+from .likelihood import Likelihood, Progress, Row, cut_to, encode_pair, score_groups
 from .metrics import mean_interval, share
 from .run import check_request, each_in_turn, load_bank
 from .tasks import Benchmark, Question, read_benchmark
@@ -51,7 +51,7 @@ def run_benchmarks(
     }
 
 
-def named_tasks(tasks: Sequence[str | Path]) -> list[tuple[str, Path]]:
+def named_tasks(tasks: Sequence[str | Path], *, flag: str = "--task") -> list[tuple[str, Path]]:
     """['arc_easy=a.jsonl.gz', 'b.zip'] -> names and files. Raises ValueError for none, and for a name that comes twice."""
     found: dict[str, Path] = {}
     for task in tasks:
@@ -59,10 +59,11 @@ def named_tasks(tasks: Sequence[str | Path]) -> list[tuple[str, Path]]:
         if not equals or Path(str(task)).exists():
             name, file = Path(str(task)).name.partition(".")[0], str(task)
         if not name or not file or name in found:
-            raise ValueError(f"--task {task}: the name {name!r} is empty or given twice; write NAME=FILE")
+            wrong = f"the name {name!r} is given twice" if name and file else "the name or the file is empty"
+            raise ValueError(f"{flag} {task}: {wrong}; write NAME=FILE")
         found[name] = Path(file)
     if not found:
-        raise ValueError("no task given; write --task arc_easy=FILE")
+        raise ValueError(f"no task given; write {flag} arc_easy=FILE")
     return list(found.items())
 
 
@@ -87,16 +88,30 @@ def score_benchmark(
     return figures | choice_figures(benchmark.questions, scored)
 
 
+def check_fits(benchmark: Benchmark, tokenizer: Tokenizer, max_seq_len: int) -> None:
+    """Raise ValueError, naming the rows, for questions that a model of this length can't be asked."""
+    if benchmark.kind == "answer":
+        _prompts(tokenizer, benchmark.questions, max_seq_len)
+    else:
+        _encoded(tokenizer, benchmark.questions, max_seq_len)
+
+
 def _scored(
     model: Transformer, tokenizer: Tokenizer, questions: Sequence[Question], progress: Progress | None
 ) -> tuple[list[list[Likelihood]], int]:
     """Each continuation's likelihood, and how many contexts are longer than the model and lost their beginning."""
+    groups, n_cut = _encoded(tokenizer, questions, model.config.max_seq_len)
+    return score_groups(model, groups, progress=progress), n_cut
+
+
+def _encoded(tokenizer: Tokenizer, questions: Sequence[Question], max_seq_len: int) -> tuple[list[list[Row]], int]:
+    """Each question's (context, continuation) ids, and how many contexts lost their beginning."""
     groups, bad, n_cut = [], [], 0
     for question in questions:
         contexts = question.contexts * (len(question.continuations) // len(question.contexts))
         try:
             rows = [encode_pair(tokenizer, *pair) for pair in zip(contexts, question.continuations, strict=True)]
-            cut = [cut_to(row, model.config.max_seq_len) for row in rows]
+            cut = [cut_to(row, max_seq_len) for row in rows]
         except ValueError as error:
             bad.append(f"{question.where}: {error}")
             continue
@@ -104,7 +119,7 @@ def _scored(
         groups.append(cut)
     if bad:
         raise ValueError(join_errors(bad))
-    return score_groups(model, groups, progress=progress), n_cut
+    return groups, n_cut
 
 
 def choice_figures(questions: Sequence[Question], scored: Sequence[Sequence[Likelihood]]) -> dict[str, Any]:
@@ -147,12 +162,8 @@ def _written(
     """Share of greedy answers whose last number is the right one. Raises ValueError for questions without room."""
     from ..align.rewards import find_reward
 
-    number, limit = find_reward("number"), model.config.max_seq_len
-    ids = [start_ids(encode_prompt(q.contexts[0], tokenizer).tolist(), tokenizer) for q in questions]
-    if bad := [q.where for q, one in zip(questions, ids, strict=True) if len(one) + ANSWER_TOKENS > limit]:
-        raise ValueError(
-            join_errors([f"{where}: no room for {ANSWER_TOKENS} new tokens; the model reads {limit}" for where in bad])
-        )
+    number = find_reward("number")
+    ids = _prompts(tokenizer, questions, model.config.max_seq_len)
     right = [False] * len(questions)
     order = sorted(range(len(questions)), key=lambda i: len(ids[i]))
     for start in range(0, len(order), 16):
@@ -164,3 +175,15 @@ def _written(
         if progress is not None:
             progress(start + len(rows), len(order))
     return share("acc", right)
+
+
+def _prompts(tokenizer: Tokenizer, questions: Sequence[Question], max_seq_len: int) -> list[list[int]]:
+    """The ids that each answer begins after. Raises ValueError for questions without room."""
+    ids = [start_ids(encode_prompt(q.contexts[0], tokenizer).tolist(), tokenizer) for q in questions]
+    if bad := [q.where for q, one in zip(questions, ids, strict=True) if len(one) + ANSWER_TOKENS > max_seq_len]:
+        raise ValueError(
+            join_errors(
+                [f"{where}: no room for {ANSWER_TOKENS} new tokens; the model reads {max_seq_len}" for where in bad]
+            )
+        )
+    return ids

@@ -5,17 +5,22 @@ from dataclasses import replace
 
 from ...base.model.transformer import Transformer
 from ...base.tokenizer.tokenizer import Tokenizer
-from .benchmarks import named_tasks, score_benchmark
+from .benchmarks import check_fits, named_tasks, score_benchmark
 from .tasks import Benchmark, read_benchmark
 
 
-def open_benchmarks(tasks: Sequence[str], n_questions: int) -> Callable[[Transformer, Tokenizer], dict[str, float]]:
+def open_benchmarks(
+    tasks: Sequence[str], n_questions: int, tokenizer: Tokenizer, max_seq_len: int
+) -> Callable[[Transformer, Tokenizer], dict[str, float]]:
     """Read NAME=FILE before the run; what is returned scores a model: val_NAME_acc, and val_NAME_perplexity of last words.
 
     Of a longer file `n_questions` are asked, evenly spread over it, so that each of BLiMP's paradigms has some. Raises
-    ValueError or OSError for files that can't be read.
+    ValueError or OSError for files that can't be read, and for questions longer than the model reads.
     """
-    benchmarks = [spread(read_benchmark(file, name=name), n_questions) for name, file in named_tasks(tasks)]
+    named = named_tasks(tasks, flag="benchmarks")
+    benchmarks = [spread(read_benchmark(file, name=name), n_questions) for name, file in named]
+    for benchmark in benchmarks:
+        check_fits(benchmark, tokenizer, max_seq_len)
 
     def score(model: Transformer, tokenizer: Tokenizer) -> dict[str, float]:
         found = {}

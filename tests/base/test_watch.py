@@ -73,6 +73,16 @@ def test_refusals(tokens: Path, tokenizer_dir: Path, pairs: Path, tmp_path: Path
     ):
         with pytest.raises(ValueError, match=message):
             run_pretrain(settings=SIZES | LOOP | settings, **common)
+    too_long = tmp_path / "long.jsonl"
+    too_long.write_text(json.dumps({"sentence_good": "a cat " * 40, "sentence_bad": "cat a " * 40}))
+    for file, message in (
+        (too_long, "long.jsonl line 1: the continuation has .* but the model reads 16"),
+        ("", "benchmarks pairs=: the name or the file is empty"),
+    ):  # before the first step, not at the first evaluation
+        with pytest.raises(ValueError, match=message):
+            run_pretrain(
+                settings=SIZES | LOOP | {"benchmarks": [f"pairs={file}"]}, benchmarks=open_benchmarks, **common
+            )
     assert not (tmp_path / "a").exists()
 
 
