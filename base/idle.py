@@ -82,7 +82,7 @@ def refuse_idle(given: Mapping[str, Any], config: Run) -> None:
 
 
 def _refuse_pairs(given: Mapping[str, Any], train: TrainConfig) -> None:
-    if train.memory_budget and train.checkpointing:
+    if train.memory_budget and given.get("checkpointing"):
         raise ValueError(
             f"memory_budget={train.memory_budget} itself chooses how many layers are recomputed; leave checkpointing and "
             "recompute_layers out"

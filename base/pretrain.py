@@ -146,28 +146,14 @@ def run_pretrain(
     tok = Tokenizer.load(tokenizer)
     text = TrainingText(data, tok.fingerprint(), tokenizer)
     with open_run(together, out, stage="pretrain", resume=resume, force=force) as run:
-        given = requested = check_settings(settings or {}, *PARTS.values())
         inputs = {
             "data": text.input(),
             "tokenizer": Input.of(
                 tokenizer, [path for name in TOKENIZER_FILES if (path := Path(tokenizer) / name).exists()]
             ),
         }
-        if run.previous:
-            saved = run.previous["config"]
-            check_same_inputs(saved, inputs)
-            if preset_name is not None and not restarts():  # a restart has the first start's command line
-                raise ValueError(f"--resume goes on with the run's own model, got preset {preset_name}; leave it out")
-            check_resumed_depth(depth, saved)
-            requested = resumed_settings(requested, saved)
-        elif depth is not None:
-            if preset_name is not None:
-                raise ValueError(f"--depth {depth} and --preset {preset_name} contradict each other; give one")
-            requested = depth_settings(depth, vocab_size=tok.vocab_size, given=requested)
-        config = resolve(requested, preset_name=preset_name, vocab_size=tok.vocab_size)
+        config = _asked(settings or {}, run, inputs, preset_name=preset_name, depth=depth, vocab_size=tok.vocab_size)
         assert config.model is not None
-        if not run.previous:
-            refuse_idle(given, config)
         check_size(config.model, device)
         config = replace(config, model=with_special_ids(config.model, tok), inputs=inputs)
         check_same(together, facts_of(config))
@@ -181,13 +167,8 @@ def run_pretrain(
             assert config.model is not None
         loop, seq_len = config.train, config.model.max_seq_len
         mesh = make_mesh(loop, config.model, together, device)
-        if mesh.shape.pp > 1 and config.data.document_mask:
-            raise ValueError(f"document_mask can't be passed on from stage to stage of mesh={mesh.shape}; leave pp out")
         ramp = BatchRamp(loop.batch_size, config.pretrain.batch_warmup_start, config.pretrain.batch_warmup_steps)
-        if ramp.steps and meets_in_micro_batches(mesh.shape, loop):
-            raise ValueError(
-                f"batch_warmup_steps={ramp.steps} is not covered for mesh={mesh.shape}, zero={loop.zero}; leave it out"
-            )
+        _check_mesh(config, mesh, ramp)
         batches = text.batches(config.data, loop, seq_len=seq_len, n_readers=mesh.readers.n, ramp=ramp)
         windows = text.figures(batches, loop.steps)
         if progress:
@@ -208,13 +189,7 @@ def run_pretrain(
         names = [name for name, _ in model.named_parameters()]  # before it is divided
         result = _train(model, config, ratio, mesh, batches, text, run, device, watch)
         if together.is_first:
-            with run.results() as folder:
-                if holds_model(mesh.shape, loop):
-                    save_model(model.cpu(), folder)
-                else:
-                    checkpoint = checkpoint_of(run.checkpoints, result.best_step or result.steps)
-                    export_model(checkpoint, config.model, names, folder)
-                tok.save(folder)
+            _leave_base(model, tok, config, mesh, run, result, names)
         summary = {
             "n_params": config.model.n_params,
             **result.summary(),
@@ -230,6 +205,64 @@ def run_pretrain(
         }
         run.finish(summary)
         return summary
+
+
+def _asked(
+    settings: Mapping[str, Any],
+    run: RunFolder,
+    inputs: Mapping[str, Input],
+    *,
+    preset_name: str | None,
+    depth: int | None,
+    vocab_size: int,
+) -> Run:
+    """The config of a new run, or of the one that is resumed. Raises ValueError where what is asked for can't be."""
+    given = requested = check_settings(settings, *PARTS.values())
+    if run.previous:
+        saved = run.previous["config"]
+        check_same_inputs(saved, inputs)
+        if preset_name is not None and not restarts():  # a restart has the first start's command line
+            raise ValueError(f"--resume goes on with the run's own model, got preset {preset_name}; leave it out")
+        check_resumed_depth(depth, saved)
+        requested = resumed_settings(given, saved)
+    elif depth is not None:
+        if preset_name is not None:
+            raise ValueError(f"--depth {depth} and --preset {preset_name} contradict each other; give one")
+        requested = depth_settings(depth, vocab_size=vocab_size, given=given)
+    config = resolve(requested, preset_name=preset_name, vocab_size=vocab_size)
+    if not run.previous:
+        refuse_idle(given, config)
+    return config
+
+
+def _check_mesh(config: Run, mesh: Mesh, ramp: BatchRamp) -> None:
+    """Raise ValueError for settings of pretraining that this mesh would not follow."""
+    if mesh.shape.pp > 1 and config.data.document_mask:
+        raise ValueError(f"document_mask can't be passed on from stage to stage of mesh={mesh.shape}; leave pp out")
+    if ramp.steps and meets_in_micro_batches(mesh.shape, config.train):
+        raise ValueError(
+            f"batch_warmup_steps={ramp.steps} is not covered for mesh={mesh.shape}, zero={config.train.zero}; leave it out"
+        )
+
+
+def _leave_base(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    config: Run,
+    mesh: Mesh,
+    run: RunFolder,
+    result: Result,
+    names: Sequence[str],  # of the parameters before they were divided
+) -> None:
+    """Write the base's files: from the model, or from the checkpoint's parts where no rank holds it whole."""
+    assert config.model is not None
+    with run.results() as folder:
+        if holds_model(mesh.shape, config.train):
+            save_model(model.cpu(), folder)
+        else:
+            checkpoint = checkpoint_of(run.checkpoints, result.best_step or result.steps)
+            export_model(checkpoint, config.model, names, folder)
+        tokenizer.save(folder)
 
 
 @dataclass(frozen=True)

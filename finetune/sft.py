@@ -13,6 +13,7 @@ from ..base.device import explain_device, peak_bytes, reset_peak, resolve_device
 from ..base.evaluate import mean_loss
 from ..base.follower import open_run
 from ..base.hub import model_folder
+from ..base.idle import refuse_idle
 from ..base.loggers import loggers
 from ..base.model.config import ModelConfig
 from ..base.model.huggingface import fingerprint, load_config
@@ -167,6 +168,7 @@ def _prepare(
     model_config = load_config(base)
     inputs = run_inputs(base, data, eval_data, former)
     refuse_unused(requested, method=method, has_evaluation=eval_data is not None)
+    asked = requested
     if run.previous:
         saved = run.previous["config"]
         check_same_inputs(saved, inputs)
@@ -174,6 +176,8 @@ def _prepare(
     if former is not None:
         requested = _as_the_adapter(requested, former)
     draft = resolve(requested, method=method, n_rows=1)  # the rows are counted once they are encoded
+    if not run.previous:
+        refuse_idle(asked, draft)
     if draft.data.streaming and ranks().n > 1:
         raise ValueError(f"streaming=true keeps rows in --out, which {ranks().n} ranks can't share; leave it out")
     limit = row_limit(draft.data.max_seq_len, model_config)

@@ -70,6 +70,7 @@ def test_refusals(tokens: Path, tokenizer_dir: Path, pairs: Path, tmp_path: Path
         ({"sample_every": -1}, "sample_every=-1 must be >= 0"),
         ({"sample_every": 1, "sample_prompts": []}, "sample_every=1 has no sample_prompts"),
         ({"sample_tokens": 0}, "sample_tokens=0 must be >= 1"),
+        ({"soap_every": 3}, "soap_every=3 is of SOAP"),
     ):
         with pytest.raises(ValueError, match=message):
             run_pretrain(settings=SIZES | LOOP | settings, **common)

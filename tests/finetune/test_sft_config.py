@@ -2,7 +2,8 @@
 
 import pytest
 
-from graft.finetune.sft_config import refuse_unused
+from graft.base.idle import refuse_idle
+from graft.finetune.sft_config import refuse_unused, resolve
 
 
 def test_settings_that_would_do_nothing() -> None:
@@ -17,3 +18,14 @@ def test_settings_that_would_do_nothing() -> None:
     refuse_unused({"eval_every": 0}, method="full", has_evaluation=False)
     refuse_unused({"eval_every": 5, "double_quant": False}, method="qlora", has_evaluation=True)
     refuse_unused({}, method="full", has_evaluation=False)
+
+
+def test_settings_of_the_loop_that_would_do_nothing() -> None:
+    """Law: fine-tuning refuses what belongs to another optimizer or schedule, as pretraining does, and takes it where it acts."""
+    for asked, on, message in (
+        ({"soap_every": 3}, {"optimizer": "soap"}, "soap_every=3 is of SOAP; set optimizer=soap, or leave it out"),
+        ({"decay_fraction": 0.5}, {"schedule": "wsd"}, "decay_fraction=0.5 is of the schedule wsd"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            refuse_idle(asked, resolve(asked, method="lora", n_rows=1))
+        refuse_idle(asked | on, resolve(asked | on, method="lora", n_rows=1))
