@@ -34,6 +34,7 @@ def test_training_by_hand() -> None:
     assert (found["batch_size"], found["steps"]) == (32, 4883)
     assert found["learning_rate"] == RECIPE.learning_rate
     assert training(model_at(16, 8192), 4e7)["learning_rate"] == pytest.approx(RECIPE.learning_rate / 2)
+    assert training(model_at(2, 8192), 4e7)["learning_rate"] == RECIPE.learning_rate  # no higher below that width
     model = model_at(3, 1000)
     whole = training(model)
     assert whole["steps"] * whole["batch_size"] * 256 == pytest.approx(20 * model.n_params, rel=0.01)

@@ -60,6 +60,18 @@ def test_the_cache_holds_the_latent_alone() -> None:
     assert random_model(MLA).new_cache(2, 32).n_bytes == 2 * 32 * 2 * 20 * 4
 
 
+def test_small_latents_are_normed_as_in_transformers() -> None:
+    """Parity: entries of latents near 1e-3, where the norm's epsilon counts, with transformers' layer of the same weights."""
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm
+
+    layer = random_model(MLA).model.layers[0].self_attn
+    assert isinstance(layer, LatentAttention)
+    latent = torch.randn(5, layer.R, generator=torch.Generator().manual_seed(0)) * 1e-3
+    theirs = DeepseekV3RMSNorm(layer.R)  # its default epsilon, which their attention takes for both latents
+    theirs.weight.data = layer.kv_a_layernorm.weight.data
+    torch.testing.assert_close(layer.kv_a_layernorm(latent), theirs(latent), atol=1e-6, rtol=1e-5)
+
+
 def test_both_forms_over_the_cache_agree() -> None:
     """Law: absorbed and expanded attention are one function; few queries over many entries take the first."""
     layer = random_model(MLA).model.layers[0].self_attn
