@@ -101,7 +101,7 @@ def test_a_killed_rank_is_started_again_and_loses_nothing(tmp_path: Path) -> Non
     wait_for(1, tmp_path)
     os.kill(rank_process(launcher.pid, 1), signal.SIGKILL)
     killed_at = newest(tmp_path)
-    wait_for(killed_at + 1, tmp_path)
+    wait_for(killed_at + 6, tmp_path)  # rank 0 may still finish the checkpoint that was under way, five steps on
     launcher.send_signal(signal.SIGTERM)
     out, errors = launcher.communicate(timeout=240)
     assert launcher.returncode == 128 + signal.SIGTERM
