@@ -29,7 +29,6 @@ from .optim.mup import check_width
 from .parallel.export import export_model
 from .parallel.mesh import Mesh, holds_model, is_copied, make_mesh, meets_in_micro_batches
 from .parallel.ranks import join, ranks
-from .parallel.restart import restarts
 from .parallel.same import check_same, facts_of
 from .plan import flops_per_token
 from .pretrain_config import PretrainConfig
@@ -221,10 +220,10 @@ def _asked(
     if run.previous:
         saved = run.previous["config"]
         check_same_inputs(saved, inputs)
-        if preset_name is not None and not restarts():  # a restart has the first start's command line
-            raise ValueError(f"--resume goes on with the run's own model, got preset {preset_name}; leave it out")
         check_resumed_depth(depth, saved)
         requested = resumed_settings(given, saved)
+        if preset_name is not None:
+            _check_resumed_preset(preset_name, given, requested, vocab_size)
     elif depth is not None:
         if preset_name is not None:
             raise ValueError(f"--depth {depth} and --preset {preset_name} contradict each other; give one")
@@ -233,6 +232,20 @@ def _asked(
     if not run.previous:
         refuse_idle(given, config)
     return config
+
+
+def _check_resumed_preset(name: str, given: Mapping[str, Any], saved: Mapping[str, Any], vocab_size: int) -> None:
+    """Raise ValueError when a run is resumed with a preset that isn't its model; the first start's own command may be given."""
+    models = [
+        resolve(settings, preset_name=one, vocab_size=vocab_size).model
+        for settings, one in ((given, name), (saved, None))
+    ]
+    asked, own = (vars(model) for model in models)
+    for key, value in asked.items():
+        if value != own[key] and not key.endswith("_token_id"):
+            raise ValueError(
+                f"--resume goes on with {key}={own[key]!r}, preset {name} has {value!r}; leave it out, or --force a new run"
+            )
 
 
 def _check_mesh(config: Run, mesh: Mesh, ramp: BatchRamp) -> None:

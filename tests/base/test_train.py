@@ -621,8 +621,10 @@ def test_pretrain_leaves_a_base_folder(prepared: tuple[Path, Path], tmp_path: Pa
         run_pretrain(**arguments, out=tmp_path / "a", settings=tiny)
     with pytest.raises(ValueError, match="--resume goes on with d_model=32, got 64"):
         run_pretrain(**arguments, out=tmp_path / "a", settings={"d_model": 64}, resume=True)
-    with pytest.raises(ValueError, match="got preset medium"):
+    with pytest.raises(ValueError, match=r"--resume goes on with \w+=.*, preset medium has .*; leave it out"):
         run_pretrain(**arguments, out=tmp_path / "a", preset_name="medium", resume=True)
+    again = run_pretrain(**arguments, out=tmp_path / "a", preset_name="micro", settings=tiny, resume=True)  # the same
+    assert again["steps"] == 5
     longer = run_pretrain(**arguments, out=tmp_path / "a", settings={"steps": 7}, resume=True)
     assert longer["steps"] == 7
 
