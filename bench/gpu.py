@@ -16,7 +16,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-MODELS = ("gpu_many", "gpu_memory")  # scripts of bench/ that measure whole models, after the kernels
+MODELS = (
+    "gpu_pretrain",
+    "gpu_decode",
+    "gpu_many",
+    "gpu_memory",
+)  # scripts of bench/ that measure whole models, after the kernels
 NUMERICS_S = 200  # at most, of the whole time
 
 
