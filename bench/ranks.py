@@ -204,6 +204,9 @@ def start(data: Path, out: Path, n: int, more: list[str]) -> list[subprocess.Pop
     ]
 
 
+START_S = 6.0  # about what a rank takes to its first step
+
+
 def kills(n_kills: int, steps: int, mesh: str, seed: int) -> None:
     """Kill a random rank at random moments and resume; compare the weights with those of a run that nobody killed."""
     chance = random.Random(seed)
@@ -221,7 +224,9 @@ def kills(n_kills: int, steps: int, mesh: str, seed: int) -> None:
         done, ended = 0, False
         while not ended:
             processes = start(data, data / "killed", 2, [*more, *(["--resume"] if (data / "killed").exists() else [])])
-            deadline = time.monotonic() + (chance.uniform(0.2, 1.0) * length if done < n_kills else 10 * length)
+            # on average as far as brings all kills into one run, the start's imports on top
+            moment = chance.uniform(0, 2 * max(length / n_kills, START_S)) if done < n_kills else 10 * length
+            deadline = time.monotonic() + moment
             while time.monotonic() < deadline and any(process.poll() is None for process in processes):
                 time.sleep(0.02)
             victim = chance.randrange(2)
