@@ -2,23 +2,12 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .groups import put_back
-
-
-class Inner(Protocol):
-    """What is asked of the optimizer; base/training/optimizers.py: Optimizer."""
-
-    @property
-    def named(self) -> list[tuple[str, Tensor]]: ...
-    def step(self, learning_rate: float | None = None) -> None: ...
-    def zero_grad(self) -> None: ...
-    def state_tensors(self) -> dict[str, Tensor]: ...
-    def load_state_tensors(self, state: Mapping[str, Tensor]) -> None: ...
+from .optimizer import Optimizer
 
 
 class Averaged:
@@ -28,7 +17,7 @@ class Averaged:
     average is the weights.
     """
 
-    def __init__(self, inner: Inner, *, decay: float) -> None:
+    def __init__(self, inner: Optimizer, *, decay: float) -> None:
         self.inner, self.decay = inner, decay
         self.n_updates = 0
         self.averages = [parameter.detach().float().clone() for _, parameter in inner.named]

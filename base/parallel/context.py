@@ -94,10 +94,10 @@ class Ring:
 
     def blocks(self, other: int, T: int, rules: Rules) -> Iterator[Block]:
         """The parts of this rank's queries x rank `other`'s keys that are not all hidden."""
-        mine, theirs = self.chunks(self.rank), self.chunks(other)
-        size = T // len(mine)
-        for i, query_chunk in enumerate(mine):
-            for j, key_chunk in enumerate(theirs):
+        query_chunks, key_chunks = self.chunks(self.rank), self.chunks(other)
+        size = T // len(query_chunks)
+        for i, query_chunk in enumerate(query_chunks):
+            for j, key_chunk in enumerate(key_chunks):
                 at = slice(i * size, (i + 1) * size), slice(j * size, (j + 1) * size)
                 block = Block.between(query_chunk, key_chunk, at, rules)
                 if block is not None:

@@ -1,23 +1,12 @@
 """An optimizer whose tensors are this rank's pieces of the parameters."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Protocol
 
 from torch import Tensor
 
+from ..optim.optimizer import Optimizer
 from .owners import Owners
 from .sharding import Piece, Sharding
-
-
-class Inner(Protocol):
-    """What is asked of the optimizer of the pieces; base/training/optimizers.py: Optimizer."""
-
-    @property
-    def named(self) -> list[tuple[str, Tensor]]: ...
-    def step(self, learning_rate: float | None = None) -> None: ...
-    def zero_grad(self) -> None: ...
-    def state_tensors(self) -> dict[str, Tensor]: ...
-    def load_state_tensors(self, state: Mapping[str, Tensor]) -> None: ...
 
 
 class ShardedOptimizer:
@@ -26,7 +15,7 @@ class ShardedOptimizer:
     def __init__(
         self,
         sharding: Sharding,
-        make: Callable[[Sequence[tuple[str, Tensor]]], Inner],
+        make: Callable[[Sequence[tuple[str, Tensor]]], Optimizer],
         *,
         whole: Collection[str] = (),  # names of matrices that the optimizer can't update piece by piece
     ) -> None:

@@ -26,7 +26,7 @@ class Store(Protocol):
 
 @dataclass
 class Watch:
-    """This rank's word to the others, and theirs to it."""
+    """Tells the other ranks where this one is, and finds those that don't answer; all by the store that they share."""
 
     store: Store
     rank: int

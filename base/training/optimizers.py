@@ -1,7 +1,7 @@
 """The loop's optimizers by name."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -10,20 +10,9 @@ from ..optim.adamw import AdamW
 from ..optim.average import Averaged
 from ..optim.muon import Muon
 from ..optim.mup import rate_factor
+from ..optim.optimizer import Optimizer
 from ..optim.soap import SOAP
 from ..run import VECTORS, TrainConfig
-
-
-class Optimizer(Protocol):
-    """What the loop asks of an optimizer; base/optim/adamw.py and quant/adamw8bit.py keep it."""
-
-    @property
-    def named(self) -> list[tuple[str, Tensor]]: ...
-    def step(self, learning_rate: float | None = None) -> None: ...
-    def zero_grad(self) -> None: ...
-    def state_tensors(self) -> dict[str, Tensor]: ...
-    def load_state_tensors(self, state: Mapping[str, Tensor]) -> None: ...
-
 
 OptimizerMaker = Callable[..., Optimizer]
 OPTIMIZERS: dict[str, OptimizerMaker] = {"adamw": AdamW, "muon": Muon, "soap": SOAP}
