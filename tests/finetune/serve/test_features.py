@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import torch
 
 pytest.importorskip("fastapi")
 
+from graft.base.generate.json_grammar import JsonGrammar
 from graft.base.generate.scoring import text_logprobs
-from graft.base.generate.speculative import NgramDraft
+from graft.base.generate.speculative import ModelDraft, NgramDraft
+from graft.finetune.loading import load_model, weight_bytes
 from graft.finetune.serve.battles import Arena
 
 MESSAGES = [{"role": "user", "content": "the cat sat on the mat"}]
@@ -58,6 +61,37 @@ def test_response_format(live: Any) -> None:
         assert refused.json()["error"]["param"] == "response_format"
     assert post(live.url, response_format=wanted, ignore_eos=True).status_code == 400
     assert post(live.url, priority=5000).status_code == 400
+
+
+def test_a_schema_is_prepared_off_the_event_loop(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: a schema's first use, which takes a while, happens in the thread for text: the event loop serves others meanwhile."""
+    pytest.importorskip("llguidance")
+    threads = []
+
+    def watched(*args: Any, **options: Any) -> JsonGrammar:
+        threads.append(threading.current_thread().name)
+        return JsonGrammar(*args, **options)
+
+    monkeypatch.setattr("graft.finetune.serve.app.JsonGrammar", watched)
+    schema = {"type": "object", "properties": {"seen": {"type": "boolean"}}, "required": ["seen"]}
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    assert post(live.url, response_format=wanted).status_code == 200
+    assert len(threads) == 1
+    assert threads[0].startswith("text")
+
+
+def test_a_draft_model_counts_as_memory(served_base: Path, serving: Callable[..., Any]) -> None:
+    """Law: graft_predicted_bytes grows by the draft model's weights."""
+
+    def predicted(url: str) -> float:
+        lines = httpx.get(f"{url}/metrics", timeout=60).text.splitlines()
+        return float(next(line for line in lines if line.startswith("graft_predicted_bytes ")).split(" ")[1])
+
+    draft = load_model(served_base)
+    with serving(served_base, None) as live:
+        without = predicted(live.url)
+    with serving(served_base, None, drafter=ModelDraft(draft, vocab_size=draft.config.vocab_size)) as live:
+        assert predicted(live.url) - without == weight_bytes(draft)
 
 
 def test_speculation_in_pages_changes_no_answer(
